@@ -1,0 +1,112 @@
+"""The token budget: how one update of a fixed number of tokens is cut into ranks and micro-batches.
+
+Pure arithmetic; imports no torch. Everything that counts blocks, lanes, ranks or micro-batches asks an `UpdatePlan`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from recipe.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """One update of `tokens_per_update` target tokens on `world_size` ranks.
+
+    The blocks of an update are numbered 0 to `blocks_per_update` - 1 by lane: lane l holds the `blocks_per_lane` blocks that
+    start at l x blocks_per_lane. A rank owns a contiguous share of the lanes, so also of the blocks.
+
+    Raises:
+        RecipeError: a division that the contract forbids to round, with the nearest values that would do.
+    """
+
+    tokens_per_update: int
+    sequence_length: int
+    lanes: int
+    world_size: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        tokens, length, lanes = self.tokens_per_update, self.sequence_length, self.lanes
+        if tokens % length:
+            below, above = tokens // length * length, (tokens // length + 1) * length
+            nearest = f"{below:,} or {above:,}" if below else f"{above:,}"
+            raise RecipeError(
+                f"batch.tokens_per_update = {tokens:,} is {tokens / length:.2f} blocks of {length:,} tokens, "
+                f"and must be a whole number of them: the nearest valid values are {nearest}"
+            )
+        blocks = tokens // length
+        if blocks % lanes:
+            below, above = blocks // lanes * lanes * length, (blocks // lanes + 1) * lanes * length
+            nearest = f"{below:,} or {above:,}" if below else f"{above:,}"
+            raise RecipeError(
+                f"batch.lanes = {lanes} does not divide the {blocks} blocks of an update: choose lanes among "
+                f"{_divisors(blocks)}, or batch.tokens_per_update = {nearest}"
+            )
+        if self.world_size > lanes:
+            enough = [divisor for divisor in _divisors(blocks) if divisor >= self.world_size]
+            advice = (
+                f"batch.lanes among {enough}"
+                if enough
+                else f"at most {blocks} ranks, or batch.tokens_per_update of {self.world_size * length:,} or more"
+            )
+            raise RecipeError(
+                f"{self.world_size} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "
+                "(lanes decide the order of the data, so choose them once for all runs that should agree)"
+            )
+
+    @property
+    def blocks_per_update(self) -> int:
+        """Blocks of one update, over all ranks."""
+        return self.tokens_per_update // self.sequence_length
+
+    @property
+    def blocks_per_lane(self) -> int:
+        """Blocks that each lane gives to an update."""
+        return self.blocks_per_update // self.lanes
+
+    def lanes_of_rank(self, rank: int) -> range:
+        """The contiguous share of the lanes that `rank` owns; shares differ by one lane at most."""
+        return range(rank * self.lanes // self.world_size, (rank + 1) * self.lanes // self.world_size)
+
+    def blocks_of_rank(self, rank: int) -> range:
+        """The blocks of an update that `rank` holds."""
+        lanes = self.lanes_of_rank(rank)
+        return range(lanes.start * self.blocks_per_lane, lanes.stop * self.blocks_per_lane)
+
+    @property
+    def largest_share(self) -> int:
+        """Blocks of the rank that holds the most."""
+        return -(-self.lanes // self.world_size) * self.blocks_per_lane
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per update, the same number on every rank: ceil(largest share / micro_batch_size)."""
+        return -(-self.largest_share // self.micro_batch_size)
+
+    def micro_batches(self, rank: int) -> list[range]:
+        """The blocks of each micro-batch of `rank`: `gradient_accumulation_steps` ranges, sizes within one of each other.
+
+        A range may be empty, where a rank has fewer blocks than steps; it is then run as one fully masked row.
+        """
+        share, steps = self.blocks_of_rank(rank), self.gradient_accumulation_steps
+        cuts = [share.start + len(share) * step // steps for step in range(steps + 1)]
+        return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+    @property
+    def division(self) -> str:
+        """The accumulation steps with the division written out."""
+        exact = self.micro_batch_size * self.sequence_length * self.world_size
+        steps = self.gradient_accumulation_steps
+        if self.tokens_per_update == steps * exact:
+            ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+            return (
+                f"{self.tokens_per_update:,} / ({self.micro_batch_size} x {self.sequence_length:,} x {ranks}) = {steps}"
+            )
+        return f"ceil({self.largest_share} blocks of the largest share / {self.micro_batch_size}) = {steps}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

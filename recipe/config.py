@@ -1,0 +1,263 @@
+"""The configuration, as frozen dataclasses, and the checks that a type cannot make. Imports no torch.
+
+The values here are what the `gpt2-*` presets share; a preset holds only what differs. Field docstrings are the text of
+`--help`, so each says what the field means and in which unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from recipe.errors import RecipeError
+from recipe.text_files import expand_text_files
+
+STANDARD_LIBRARY = "python-standard-library"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: where it is written, how long it goes, what chance it uses."""
+
+    directory: str = "runs/default"
+    """Directory of this run: config.yaml, ledger.jsonl, final/."""
+    max_updates: int | None = None
+    """Stop after this many updates; the schedules stay those of the whole run. Null: all of them."""
+    seed: int = 1234
+    """Seed of the initialisation, the document order and dropout."""
+    parity_receipt: bool = False
+    """Before training, compute the first update's gradient with two other micro-batch sizes and with the other scaling path,
+    and refuse to go on if they differ. Costs three updates and two copies of the gradient."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The update: its size in tokens is a promise, the rest is how it is cut up."""
+
+    tokens_per_update: int = 524_288
+    """Target tokens of one optimizer step, over all ranks. A whole number of blocks."""
+    micro_batch_size: int = 4
+    """Blocks in one forward and backward, at most. A memory setting: the update does not depend on it."""
+    lanes: int = 64
+    """Document streams the data is dealt into, fixed for the run; at least the number of ranks."""
+    scaling: Literal["accumulate", "manual"] = "accumulate"
+    """accumulate: accelerator.accumulate() and accelerator.backward(). manual: the reference path, scaled by hand."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text: a Hub dataset, local files, or Python's own standard library."""
+
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """Hub dataset to stream, or `python-standard-library` for the interpreter's own .py files."""
+    config_name: str | None = "sample-10BT"
+    """Configuration of the Hub dataset."""
+    split: str = "train"
+    """Split of the Hub dataset."""
+    revision: str | None = None
+    """Commit, branch or tag of the Hub dataset."""
+    text_files: tuple[str, ...] = ()
+    """Local files or globs (.txt: a document per file; .jsonl, .jsonl.gz, .jsonl.zst, .parquet: a document per row).
+    When given they are used instead of `dataset`."""
+    text_column: str = "text"
+    """Column that holds the document."""
+    sequence_length: int = 2048
+    """Target tokens of a block."""
+    tokenizer: str | None = "gpt2"
+    """Hub name or local directory of a tokenizer. Null: train a byte-level BPE of model.vocab_size tokens on the text."""
+    shuffle_window: int = 64
+    """Documents that a lane shuffles among themselves; shards are shuffled too."""
+    validation_one_in: int = 100
+    """Hold out one document in this many, chosen by hash, for validation. 0: none."""
+    cache_directory: str | None = None
+    """Trained tokenizers and memory-mapped copies of local files. Null: cache/ in the run directory."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The GPT-2 shape. Everything that GPT2Config would otherwise choose for us is stated here."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_embd: int = 768
+    """Width; the feed-forward layer is 4 times as wide."""
+    n_head: int = 12
+    """Attention heads; must divide n_embd."""
+    n_positions: int | None = None
+    """Learned positions. Null: as many as data.sequence_length."""
+    vocab_size: int = 50_304
+    """Rows of the embedding: the tokenizer's tokens, padded to a multiple of 64 for speed. The padding has probability 0."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals."""
+    activation_function: str = "gelu_pytorch_tanh"
+    """The same function as GPT-2's gelu_new, in one fused kernel."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; residual projections get this / sqrt(2 n_layer)."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in layer normalisation."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer step."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter, 2019), or plain SGD, which hides no error in the gradient's scale."""
+    learning_rate: float = 6e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    epsilon: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled for AdamW; on matrices and embeddings only."""
+    max_grad_norm: float = 1.0
+    """Clip the norm of the whole update's gradient to this. 0: do not clip."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the run and learning rate, both functions of the tokens seen."""
+
+    total_tokens: int | None = None
+    """Target tokens of the whole run, rounded up to whole updates. Null: tokens_per_parameter x parameters."""
+    tokens_per_parameter: float = 20.0
+    """Length of the run where total_tokens is null (20: Hoffmann et al., 2022)."""
+    warmup_tokens: int = 104_857_600
+    """Linear warm-up over this many tokens, 200 updates of 524,288."""
+    final_learning_rate_fraction: float = 0.1
+    """The cosine ends at this fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation loss, in nats per token and bits per byte, and the sample at the end."""
+
+    every_tokens: int = 262_144_000
+    """Evaluate whenever this many more tokens have been seen, and before and after the run."""
+    tokens: int = 131_072
+    """Size of the validation set, rounded to whole documents."""
+    prompt: str = ""
+    """Text that the generated sample continues. Empty: starts a new document."""
+    sample_tokens: int = 128
+    """Length of the generated sample."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where the ledger's values go besides ledger.jsonl."""
+
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers of accelerate that receive the same values."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run of the recipe."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    """Arithmetic of the matrix products: bf16 autocast over fp32 parameters, or fp32. auto: what the device is good at."""
+
+    @property
+    def n_positions(self) -> int:
+        """Learned positions of the model, in tokens."""
+        return self.model.n_positions or self.data.sequence_length
+
+    @property
+    def cache_directory(self) -> Path:
+        """Where trained tokenizers and memory-mapped copies of local files are kept."""
+        return Path(self.data.cache_directory or Path(self.run.directory) / "cache")
+
+
+def validate(config: Config) -> None:
+    """Check what a type cannot say. The budget's divisions are checked in `recipe.budget`, where they are made.
+
+    Raises:
+        RecipeError: naming the setting, its value, and a valid one.
+    """
+    _check_bounds(config)
+    model, data, schedule = config.model, config.data, config.schedule
+    if model.n_embd % model.n_head:
+        raise RecipeError(
+            f"model.n_head = {model.n_head} does not divide model.n_embd = {model.n_embd}: choose n_head among "
+            f"{[h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]}"
+        )
+    if data.sequence_length > config.n_positions:
+        raise RecipeError(
+            f"data.sequence_length = {data.sequence_length} is longer than model.n_positions = {model.n_positions}: "
+            f"set --model.n_positions {data.sequence_length} or more, or --data.sequence_length {model.n_positions} or less"
+        )
+    if schedule.total_tokens is not None and schedule.warmup_tokens >= schedule.total_tokens:
+        raise RecipeError(
+            f"schedule.warmup_tokens = {schedule.warmup_tokens:,} leaves nothing of schedule.total_tokens = "
+            f"{schedule.total_tokens:,}: set --schedule.warmup_tokens to less"
+        )
+    if data.tokenizer is None and model.vocab_size < 257:
+        raise RecipeError(
+            f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "
+            "which needs 256 bytes and the end-of-text token: set --model.vocab_size 257 or more"
+        )
+    if data.text_files:
+        expand_text_files(data.text_files)
+
+
+# (smallest valid value, is it exclusive) of every number, by dotted name.
+_BOUNDS: dict[str, tuple[float, bool]] = {
+    "run.max_updates": (1, False),
+    "run.seed": (0, False),
+    "batch.tokens_per_update": (1, False),
+    "batch.micro_batch_size": (1, False),
+    "batch.lanes": (1, False),
+    "data.sequence_length": (1, False),
+    "data.shuffle_window": (1, False),
+    "data.validation_one_in": (0, False),
+    "model.n_layer": (1, False),
+    "model.n_embd": (1, False),
+    "model.n_head": (1, False),
+    "model.n_positions": (1, False),
+    "model.vocab_size": (2, False),
+    "model.dropout": (0, False),
+    "model.initializer_range": (0, True),
+    "model.layer_norm_epsilon": (0, True),
+    "optimizer.learning_rate": (0, True),
+    "optimizer.beta1": (0, False),
+    "optimizer.beta2": (0, False),
+    "optimizer.epsilon": (0, True),
+    "optimizer.weight_decay": (0, False),
+    "optimizer.max_grad_norm": (0, False),
+    "schedule.total_tokens": (1, False),
+    "schedule.tokens_per_parameter": (0, True),
+    "schedule.warmup_tokens": (0, False),
+    "schedule.final_learning_rate_fraction": (0, False),
+    "evaluation.every_tokens": (1, False),
+    "evaluation.tokens": (1, False),
+    "evaluation.sample_tokens": (0, False),
+}
+_BELOW_ONE = ("model.dropout", "optimizer.beta1", "optimizer.beta2")
+
+
+def _check_bounds(config: Config) -> None:
+    for name, (smallest, exclusive) in _BOUNDS.items():
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if value is None:
+            continue
+        if not (value > smallest if exclusive else value >= smallest):
+            raise RecipeError(f"{name} = {value}: must be {'greater than' if exclusive else 'at least'} {smallest:g}")
+        if name in _BELOW_ONE and value >= 1:
+            raise RecipeError(f"{name} = {value}: must be below 1")
+    if config.schedule.final_learning_rate_fraction > 1:
+        raise RecipeError(
+            f"schedule.final_learning_rate_fraction = {config.schedule.final_learning_rate_fraction}: must be at most 1"
+        )

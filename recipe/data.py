@@ -1,0 +1,182 @@
+"""Blocks for the model: the lanes of a rank, read ahead in the background, and the validation set."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipe.budget import UpdatePlan
+from recipe.config import Config
+from recipe.lanes import Lane
+from recipe.loss import IGNORED_TARGET
+from recipe.sources import Source
+from recipe.tokenizer import document_encoder
+from recipe.update import MicroBatch
+
+UPDATES_READ_AHEAD = 2
+_PADDING = -1  # in the last validation block
+
+
+@dataclass(frozen=True)
+class UpdateBlocks:
+    """What one rank holds of one update.
+
+    Args:
+        blocks: int32 [blocks of the rank, sequence_length + 1], in lane order.
+        sha256: uint8 [blocks of the rank, 32], hash of each block's tokens.
+        lane_states: state of each of the rank's lanes after this update: what a checkpoint has to hold.
+        wait_seconds: time the caller waited for it.
+    """
+
+    blocks: np.ndarray
+    sha256: np.ndarray
+    lane_states: list[dict[str, Any]]
+    wait_seconds: float
+
+
+def make_lanes(config: Config, plan: UpdatePlan, rank: int, source: Source, tokenizer: Any) -> list[Lane]:
+    """The lanes that `rank` owns."""
+    encoder = document_encoder(tokenizer)
+
+    def encode(texts: list[str]) -> Sequence[Sequence[int]]:
+        return [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return [
+        Lane(
+            source,
+            lane,
+            plan.lanes,
+            encode=encode,
+            end_of_text=tokenizer.eos_token_id,
+            sequence_length=plan.sequence_length,
+            seed=config.run.seed,
+            shuffle_window=config.data.shuffle_window,
+        )
+        for lane in plan.lanes_of_rank(rank)
+    ]
+
+
+def next_update(lanes: Sequence[Lane], blocks_per_lane: int) -> UpdateBlocks:
+    """Read, tokenize and pack the next update's blocks of these lanes."""
+    blocks = np.concatenate([lane.next_blocks(blocks_per_lane) for lane in lanes])
+    return UpdateBlocks(blocks, hash_blocks(blocks), [lane.state_dict() for lane in lanes], wait_seconds=0.0)
+
+
+def read_updates(lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
+    """The blocks of `updates` updates, read, tokenized and packed in a background thread.
+
+    At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are those after it, however far
+    the thread has read. Errors of the thread are raised here.
+    """
+    ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: UpdateBlocks | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            for _ in range(updates):
+                put(next_update(lanes, blocks_per_lane))
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            put(error)
+
+    reader = threading.Thread(target=read, name="data-reader", daemon=True)
+    reader.start()
+    try:
+        for _ in range(updates):
+            started = time.perf_counter()
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield replace(item, wait_seconds=time.perf_counter() - started)
+    finally:
+        stopped.set()
+        reader.join()
+
+
+def hash_blocks(blocks: np.ndarray) -> np.ndarray:
+    """sha256 of each block's tokens as little-endian int32: uint8 [blocks, 32]."""
+    digests = [sha256(block.astype("<i4").tobytes()).digest() for block in blocks]
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+
+def combine_hashes(hashes: np.ndarray) -> str:
+    """One hash of an update: of the sorted hashes of its blocks [blocks, 32], so it does not depend on who held them."""
+    return sha256(b"".join(sorted(row.tobytes() for row in hashes))).hexdigest()
+
+
+def split_into_micro_batches(blocks: np.ndarray, plan: UpdatePlan, rank: int, device: torch.device) -> list[MicroBatch]:
+    """Inputs and targets of each micro-batch of the plan; a rank with fewer blocks than steps gets fully masked rows."""
+    first = plan.blocks_of_rank(rank).start
+    micro_batches = []
+    for block_range in plan.micro_batches(rank):
+        rows = blocks[block_range.start - first : block_range.stop - first]
+        if not len(rows):
+            rows = np.full((1, plan.sequence_length + 1), _PADDING, dtype=np.int32)
+        micro_batches.append(to_tensors(rows, device))
+    return micro_batches
+
+
+def to_tensors(blocks: np.ndarray, device: torch.device) -> MicroBatch:
+    """Blocks [rows, tokens + 1] -> (inputs, targets), int64 [rows, tokens]; padding becomes token 0 and a masked target."""
+    tokens = torch.from_numpy(blocks.astype(np.int64))
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    return inputs.clamp(min=0), targets.masked_fill(targets == _PADDING, IGNORED_TARGET)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Held-out documents in blocks.
+
+    Args:
+        blocks: int32 [blocks, sequence_length + 1]; the last one is padded.
+        tokens: targets that are not padding.
+        text_bytes: UTF-8 bytes of the documents, the measure of bits per byte.
+    """
+
+    blocks: np.ndarray
+    tokens: int
+    text_bytes: int
+
+
+def pack_validation(
+    documents: Iterator[str], tokenizer: Any, sequence_length: int, max_tokens: float
+) -> ValidationSet | None:
+    """Whole documents until `max_tokens` are reached; None where there are none.
+
+    The stream starts with an end-of-text token, so that every token of every document is a target exactly once.
+    """
+    encoder = document_encoder(tokenizer)
+    tokens, text_bytes = [tokenizer.eos_token_id], 0
+    for document in documents:
+        tokens += [*encoder.encode(document, add_special_tokens=False).ids, tokenizer.eos_token_id]
+        text_bytes += len(document.encode("utf-8", "surrogatepass"))
+        if len(tokens) > max_tokens:
+            break
+    if not text_bytes:
+        return None
+    targets = len(tokens) - 1
+    rows = math.ceil(targets / sequence_length)
+    stream = np.full(rows * sequence_length + 1, _PADDING, dtype=np.int32)
+    stream[: len(tokens)] = tokens
+    blocks = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length].copy()
+    return ValidationSet(blocks, targets, text_bytes)

@@ -1,0 +1,82 @@
+"""The finished model as a plain Hugging Face directory, and back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipe.errors import RecipeError
+
+
+def export_model(gpt2: Any, tokenizer: Any, directory: Path) -> None:
+    """Write safetensors, config.json, generation_config.json and tokenizer files; the directory appears whole or not at all.
+
+    Padding rows of the embedding are left out. They had probability 0 in training, so the exported model is the same
+    function, and nothing that loads it can ever sample them.
+
+    Raises:
+        RecipeError: the directory cannot be written.
+    """
+    import transformers
+    from transformers import GenerationConfig, GPT2LMHeadModel
+
+    transformers.utils.logging.disable_progress_bar()
+    config = type(gpt2.config).from_dict(gpt2.config.to_dict())
+    config.vocab_size = len(tokenizer)
+    config.use_cache = True
+    with torch.device("meta"):
+        exported = GPT2LMHeadModel(config)
+    state = {
+        name: tensor[: len(tokenizer)] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
+        for name, tensor in gpt2.state_dict().items()
+    }
+    exported.load_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, assign=True)
+    exported.tie_weights()
+    end_of_text = tokenizer.eos_token_id
+    exported.generation_config = GenerationConfig(
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+    )
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        exported.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot write the model to {directory}: {error.strerror or error}; nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_pretrained(name: str) -> tuple[Any, Any]:
+    """(GPT2LMHeadModel in float32, tokenizer) of a local directory or a Hub repository.
+
+    Raises:
+        RecipeError: there is none, or it is not a GPT-2.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name, "config.json").is_file():
+        raise RecipeError(
+            f"{name!r} is not a model directory: no config.json in it; give RUN/final or a Hub name user/model"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise RecipeError(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}") from error
+    if model.config.model_type != "gpt2":
+        raise RecipeError(f"{name!r} is a {model.config.model_type} model; this command reads GPT-2 models")
+    return model, tokenizer

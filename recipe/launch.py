@@ -1,0 +1,123 @@
+"""Start accelerate for this recipe, and refuse a launch that would not do what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipe.config import Config
+from recipe.errors import RecipeError
+
+
+def announced_world_size() -> int:
+    """Ranks that the launcher announced; 1 without a launcher.
+
+    Raises:
+        RecipeError: `accelerate launch` was asked for several processes but started one, as it does with
+            `--cpu --num_processes 2` (huggingface/accelerate#2741): each would train alone on all of the data.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = _processes_asked_for(_parent_command_line())
+    if world_size == 1 and asked > 1:
+        raise RecipeError(
+            f"accelerate launch was asked for {asked} processes but started 1: on a CPU use "
+            "--config_file accelerate_configs/cpu_2.yaml (distributed_type: MULTI_GPU with use_cpu: true), or torchrun"
+        )
+    return world_size
+
+
+def start_accelerator(config: Config, precision: str) -> Any:
+    """An Accelerator on the device at hand, whose accumulation steps belong to `recipe.update`.
+
+    Raises:
+        RecipeError: the ranks do not see each other, or a tracker is not installed.
+    """
+    missing = [tracker for tracker in config.log.trackers if importlib.util.find_spec(tracker) is None]
+    if missing:
+        raise RecipeError(f"log.trackers: {missing[0]} is not installed: pip install {missing[0]}, or leave it out")
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    accelerator = Accelerator(
+        cpu=device_type() == "cpu",
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        # The plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument; no dataloader is prepared.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        log_with=list(config.log.trackers) or None,
+        project_dir=config.run.directory,
+    )
+    announced = announced_world_size()
+    if accelerator.num_processes != announced:
+        raise RecipeError(
+            f"the launcher started {announced} ranks but this one sees {accelerator.num_processes}: they would train alone; "
+            "launch with a file of accelerate_configs/ or with torchrun",
+            on_this_rank_only=True,
+        )
+    return accelerator
+
+
+def device_type() -> str:
+    """`cpu` where accelerate was told so or torch finds no accelerator, else the accelerator's type (`cuda`, `mps`, ...)."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.accelerator.is_available():
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator else "cpu"
+
+
+def choose_precision(requested: str, device: str) -> tuple[str, str]:
+    """(`bf16` or `fp32`, the reason) for `precision: auto|bf16|fp32` on a device type.
+
+    Raises:
+        RecipeError: bf16 on a CUDA device that has none.
+    """
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if requested == "bf16" and not has_bf16:
+            raise RecipeError(f"precision = bf16: {torch.cuda.get_device_name()} has no bf16; use --precision fp32")
+        reason = "the GPU has bf16 matrix units" if has_bf16 else "the GPU has no bf16 matrix units"
+    elif device == "cpu":
+        has_bf16 = torch.cpu._is_amx_tile_supported()
+        reason = "the CPU has AMX tiles" if has_bf16 else "without AMX tiles bf16 is slower than fp32 on a CPU"
+    else:
+        has_bf16, reason = False, f"bf16 is not tested on {device}"
+    if requested == "auto":
+        return ("bf16" if has_bf16 else "fp32"), reason
+    return requested, "as configured"
+
+
+def _parent_command_line() -> Sequence[str]:
+    import psutil
+
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+
+
+def _processes_asked_for(command: Sequence[str]) -> int:
+    """Processes that an `accelerate launch` command line or its configuration file asks for; 1 where it is none."""
+    import yaml
+
+    if "launch" not in command or not any("accelerate" in part for part in command[: command.index("launch")]):
+        return 1
+    options: dict[str, str] = {}
+    launch = list(command[command.index("launch") + 1 :])
+    for position, part in enumerate(launch):
+        if part.endswith(".py"):
+            break  # what follows belongs to the script
+        name, _, value = part.partition("=")
+        options[name.lstrip("-").replace("-", "_")] = value or (
+            launch[position + 1] if position + 1 < len(launch) else ""
+        )
+    if options.get("num_processes", "").isdigit():
+        return int(options["num_processes"])
+    try:
+        settings = yaml.safe_load(Path(options["config_file"]).read_text(encoding="utf-8"))
+        return int(settings.get("num_processes", 1))
+    except (KeyError, OSError, ValueError, AttributeError, yaml.YAMLError):
+        return 1

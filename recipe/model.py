@@ -1,0 +1,132 @@
+"""The GPT-2 model: built from the configuration, its initialisation checked, its parameters grouped for the optimizer."""
+
+from __future__ import annotations
+
+import math
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipe.config import Config, OptimizerConfig
+from recipe.errors import RecipeError
+from recipe.loss import summed_token_loss
+
+
+class CausalLanguageModel(nn.Module):
+    """A GPT2LMHeadModel whose forward gives the summed token loss, so that no logits leave it.
+
+    Args:
+        gpt2: the transformers model.
+        vocabulary: tokens of the tokenizer; embedding rows above are padding.
+    """
+
+    def __init__(self, gpt2: Any, vocabulary: int) -> None:
+        super().__init__()
+        self.gpt2 = gpt2
+        self.vocabulary = vocabulary
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed loss in nats, 0-d; inputs and targets int64 [rows, tokens], targets masked with `IGNORED_TARGET`."""
+        hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary)
+
+
+def gpt2_config(config: Config, end_of_text: int) -> Any:
+    """The transformers configuration, with no field left to a default that is wrong for pre-training."""
+    from transformers import GPT2Config
+
+    model = config.model
+    return GPT2Config(
+        vocab_size=model.vocab_size,
+        n_positions=config.n_positions,
+        n_embd=model.n_embd,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_inner=4 * model.n_embd,
+        activation_function=model.activation_function,
+        resid_pdrop=model.dropout,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        layer_norm_epsilon=model.layer_norm_epsilon,
+        initializer_range=model.initializer_range,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=None,  # packed blocks have no padding; the exported model's generation configuration names one
+        use_cache=False,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+
+
+def build_model(config: Config, vocabulary: int, end_of_text: int) -> CausalLanguageModel:
+    """A freshly initialised fp32 model; the seed decides the weights.
+
+    Raises:
+        RecipeError: a tokenizer larger than the embedding, or an installed transformers that initialises GPT-2 wrongly.
+    """
+    from accelerate.utils import set_seed
+    from transformers import GPT2LMHeadModel
+
+    if vocabulary > config.model.vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {vocabulary:,} tokens but model.vocab_size = {config.model.vocab_size:,}: "
+            f"set --model.vocab_size {-(-vocabulary // 64) * 64}"
+        )
+    set_seed(config.run.seed)
+    gpt2 = GPT2LMHeadModel(gpt2_config(config, end_of_text))
+    check_initialisation(gpt2)
+    wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != torch.float32}
+    assert not wrong, f"master parameters have to be float32, found {wrong}"
+    return CausalLanguageModel(gpt2, vocabulary)
+
+
+def check_initialisation(gpt2: Any) -> None:
+    """Compare measured standard deviations with GPT-2's scheme (Radford et al., 2019, section 2.3).
+
+    transformers 5.0 to 5.14 left the residual projections unscaled (huggingface/transformers#47458).
+
+    Raises:
+        RecipeError: a weight whose standard deviation is off by more than six standard errors and 2 %.
+    """
+    base = gpt2.config.initializer_range
+    for name, weight in gpt2.named_parameters():
+        if weight.dim() < 2:
+            continue
+        expected = base / math.sqrt(2 * gpt2.config.n_layer) if name.endswith("c_proj.weight") else base
+        measured = weight.detach().std().item()
+        tolerance = max(0.02, 6 / math.sqrt(2 * weight.numel()))
+        if abs(measured / expected - 1) > tolerance:
+            raise RecipeError(
+                f"{name} was initialised with standard deviation {measured:.5f} instead of {expected:.5f}: "
+                "install transformers 5.15 or newer"
+            )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings with `weight_decay`; biases and layer norms without."""
+    parameters: list[nn.Parameter] = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (fused, also on a CPU: 8 times faster there than the loop) or SGD without momentum."""
+    groups = parameter_groups(model, optimizer.weight_decay)
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(groups, lr=optimizer.learning_rate)
+    return torch.optim.AdamW(
+        groups,
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        fused=True,
+    )
+
+
+def seed_dropout(seed: int, update: int, rank: int) -> None:
+    """Make dropout a function of (seed, update, rank), so that no random state has to be saved."""
+    torch.manual_seed(int.from_bytes(sha256(f"dropout/{seed}/{update}/{rank}".encode()).digest()[:8], "big") >> 1)

@@ -1,0 +1,49 @@
+"""Which local files are text that can be trained on. Imports no torch."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipe.errors import RecipeError
+
+# File ending -> the `datasets` builder that reads it.
+TEXT_FILE_FORMATS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".jsonl.gz": "json",
+    ".jsonl.zst": "json",
+    ".parquet": "parquet",
+}
+
+
+def text_file_format(path: str) -> str | None:
+    """The `datasets` builder for a file name, or None: {.txt: text, .jsonl[.gz|.zst]: json, .parquet: parquet}."""
+    return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if path.endswith(ending)), None)
+
+
+def expand_text_files(patterns: Sequence[str]) -> list[str]:
+    """Sorted paths that the files and globs in `patterns` name, all of one format.
+
+    Raises:
+        RecipeError: a pattern that matches nothing, a file of an unknown format, or files of two formats.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        if not found:
+            raise RecipeError(f"data.text_files: no file matches {pattern!r} (looked from {Path.cwd()})")
+        paths += found
+    paths = sorted(set(paths))
+    unknown = [path for path in paths if text_file_format(path) is None]
+    if unknown:
+        raise RecipeError(
+            f"data.text_files: {unknown[0]!r} has no known format: valid endings are {', '.join(TEXT_FILE_FORMATS)}"
+        )
+    kinds = {text_file_format(path): path for path in paths}
+    if len(kinds) > 1:
+        raise RecipeError(
+            f"data.text_files: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}"
+        )
+    return paths

@@ -1,0 +1,119 @@
+"""The tokenizer: loaded by name, or a byte-level BPE trained once on the training documents and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from recipe.config import Config
+from recipe.errors import RecipeError
+from recipe.sources import Source
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 64_000_000
+
+
+def load_tokenizer(config: Config, source: Source) -> Any:
+    """The fast tokenizer that `data.tokenizer` names, or one trained on `source`.
+
+    Raises:
+        RecipeError: it cannot be loaded, is empty or slow, or has no end-of-text token.
+    """
+    if config.data.tokenizer is None:
+        return _trained_tokenizer(config, source)
+    from transformers import AutoTokenizer
+
+    name = config.data.tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"cannot load data.tokenizer = {name!r}: {reason}; give a local directory, or null to train one"
+        ) from error
+    if not tokenizer.is_fast or len(tokenizer) < 257 or tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"data.tokenizer = {name!r} cannot be used ({len(tokenizer)} tokens, fast: {tokenizer.is_fast}, end-of-text "
+            f"token: {tokenizer.eos_token}): it has to be a fast tokenizer with a vocabulary and an end-of-text token"
+        )
+    tokenizer.model_max_length = config.n_positions
+    return tokenizer
+
+
+def _trained_tokenizer(config: Config, source: Source) -> Any:
+    """Train, or take from the cache: keyed by a hash of the text and of every setting."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {
+        "vocab_size": config.model.vocab_size,
+        "end_of_text": END_OF_TEXT,
+        "bytes": TRAINING_BYTES,
+        "version": 1,
+    }
+    texts: list[str] = []
+    digest, size = hashlib.sha256(json.dumps(settings).encode()), 0
+    for text in source.training_documents():
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        texts.append(text)
+        size += len(encoded)
+        if size >= TRAINING_BYTES:
+            break
+    if not size:
+        raise RecipeError(f"{source.name} has no text to train a tokenizer on")
+    directory = config.cache_directory / f"tokenizer-{digest.hexdigest()[:16]}"
+    if not (directory / "tokenizer_config.json").is_file():
+        _save_atomically(train_tokenizer(texts, config.model.vocab_size), directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    tokenizer.model_max_length = config.n_positions
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE of at most `vocab_size` tokens, as GPT-2's, with one special token, `END_OF_TEXT`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def document_encoder(tokenizer: Any) -> Any:
+    """A `tokenizers.Tokenizer` for documents, in which special tokens that a document spells out are plain text."""
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def _save_atomically(tokenizer: Any, directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=directory.parent))
+    try:
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""One update: the gradient of `tokens_per_update` targets by either of two paths, clipped once, stepped once.
+
+The loss of an update is (sum of token losses over all micro-batches and ranks) / (unmasked targets over all of them). DDP
+averages gradients over ranks, and `accelerator.backward` divides by the accumulation steps, always. So the sum of a
+micro-batch is scaled by ranks / targets where we call `backward` ourselves, and by steps x ranks / targets where accelerate
+does:
+
+    accelerate: sum_ranks sum_steps [loss_sum x steps x ranks / targets] / steps / ranks = sum(loss_sum) / targets
+    manual:     sum_ranks sum_steps [loss_sum x ranks / targets] / ranks                 = sum(loss_sum) / targets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recipe.errors import RecipeError
+from recipe.loss import IGNORED_TARGET
+
+Scaling = Literal["accumulate", "manual"]
+MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Statistics of one update over all ranks; 0-d tensors on the device, so that reading them is the caller's choice.
+
+    Args:
+        loss: mean over the update's unmasked targets, in nats per token, float64.
+        grad_norm: 2-norm of the whole gradient before clipping.
+        target_tokens: unmasked targets.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    target_tokens: Tensor
+
+
+def run_update(
+    model: nn.Module,
+    optimizer: Any,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    accelerator: Any,
+    scaling: Scaling,
+    max_grad_norm: float,
+    target_tokens: int | None = None,
+) -> UpdateResult:
+    """Accumulate the gradient of all micro-batches on all ranks, clip it once, and step the optimizer once.
+
+    Args:
+        model: prepared; called as `model(inputs, targets)`, gives the summed token loss.
+        optimizer: prepared.
+        micro_batches: this rank's; the same number on every rank.
+        accelerator: its accumulation steps are set here, since they may change between updates.
+        scaling: which of the two paths scales the loss.
+        max_grad_norm: 0 for no clipping.
+        target_tokens: unmasked targets of the update over all ranks where known in advance, else None: they are counted,
+            at the cost of one integer all-reduce.
+    """
+    loss, targets = accumulate_gradient(
+        model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=target_tokens
+    )
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return UpdateResult(loss=loss, grad_norm=grad_norm.detach(), target_tokens=targets)
+
+
+def accumulate_gradient(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    accelerator: Any,
+    scaling: Scaling,
+    target_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Leave the gradient of the update's loss in `.grad` of every parameter, the same on all ranks.
+
+    Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d).
+    """
+    targets = _count_targets(micro_batches, accelerator, target_tokens)
+    path = {"accumulate": _accumulate_path, "manual": _manual_path}[scaling]
+    loss_sum = accelerator.reduce(path(model, micro_batches, accelerator, targets), reduction="sum")
+    return loss_sum / targets, targets
+
+
+def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known: int | None) -> Tensor:
+    device = micro_batches[0][1].device
+    if known is not None:
+        return torch.tensor(known, device=device)
+    counts = [(targets != IGNORED_TARGET).sum() for _, targets in micro_batches]
+    return accelerator.reduce(torch.stack(counts).sum(), reduction="sum").clamp(min=1)
+
+
+def _accumulate_path(
+    model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor
+) -> Tensor:
+    """Accelerate decides when to reduce over ranks, and divides by the steps."""
+    steps = len(micro_batches)
+    accelerator.gradient_accumulation_steps = steps
+    accelerator.step = 0  # a counter left by another number of steps would cut this update short
+    scale = steps * accelerator.num_processes / targets
+    loss_sum = _zero(targets.device)
+    for inputs, labels in micro_batches:
+        with accelerator.accumulate(model):
+            loss = model(inputs, labels)
+            accelerator.backward(loss * scale)
+            loss_sum += loss.detach()
+    return loss_sum
+
+
+def _manual_path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+    """The reference: scale by hand, plain `backward()`, reduce over ranks with the last micro-batch only."""
+    if accelerator.scaler is not None or not accelerator.sync_gradients:
+        raise RecipeError("batch.scaling = manual needs precision bf16 or fp32, and an update that starts from zero")
+    scale = accelerator.num_processes / targets
+    loss_sum = _zero(targets.device)
+    for step, (inputs, labels) in enumerate(micro_batches, start=1):
+        with nullcontext() if step == len(micro_batches) else accelerator.no_sync(model):
+            loss = model(inputs, labels)
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+    return loss_sum
+
+
+def _zero(device: torch.device) -> Tensor:
+    """Where loss sums are added up: float64, so that thousands of micro-batches lose nothing; MPS has only float32."""
+    return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Set up and run: see ./run.sh --help.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'TEXT'
+./run.sh                                   set up, then train configs/quickstart.yaml: minutes on two CPU cores
+./run.sh configs/NAME.yaml [--KEY VALUE]   set up, then train that preset; ./run.sh configs/NAME.yaml --help lists the keys
+./run.sh test [PYTEST ARGUMENTS]           set up, then lint, type-check and run the test suite
+
+TOPOLOGY=NAME ./run.sh ...                 launch with accelerate_configs/NAME.yaml: cpu, cpu_2, gpu, gpu_8.
+                                           Without it: gpu where there is an NVIDIA GPU, else cpu.
+PYTHON=python3.12 ./run.sh                 the interpreter that .venv is made with (3.10 or newer)
+
+Set-up makes .venv and installs the pinned set of pyproject.toml; with nothing changed it installs nothing.
+Exit code: 0 done, 2 a setting or an input that cannot be used (one line says which), else a failure.
+TEXT
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# setup EXTRAS: .venv with the pinned set and, for the tests, their tools. The stamp is written last, so that an
+# interrupted installation is taken up again.
+setup() {
+    local extras=$1 python=${PYTHON:-python3} stamp=.venv/installed-$1
+    [[ -f $stamp && $(<"$stamp") == "$(<pyproject.toml)" ]] && return
+    command -v "$python" >/dev/null || fail "$python not found: install Python 3.10 or newer, or set PYTHON"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$python" --version) is too old: Python 3.10 or newer is needed; set PYTHON"
+    if [[ ! -x .venv/bin/python ]]; then
+        "$python" -m venv .venv || fail "$python has no venv module (on Debian: apt install python3-venv)"
+    fi
+    echo "installing into .venv (1.5 GB without CUDA) ..." >&2
+    [[ $(<pyproject.toml) =~ torch==[0-9.]+ ]] # torch first and pinned: whatever asks for any torch finds it there
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${BASH_REMATCH[0]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+    cp pyproject.toml "$stamp"
+}
+
+train() {
+    local preset=$1 topology=${TOPOLOGY:-} settings argument
+    shift
+    [[ -f $preset ]] || fail "no preset $preset: choose one of $(echo configs/*.yaml)"
+    if [[ -z $topology ]]; then
+        if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then topology=gpu; else topology=cpu; fi
+    fi
+    settings=accelerate_configs/$topology.yaml
+    [[ -f $settings ]] || fail "TOPOLOGY=$topology: no $settings; choose one of $(echo accelerate_configs/*.yaml)"
+    setup pinned
+    for argument in "$@"; do
+        [[ $argument != -h && $argument != --help ]] || exec .venv/bin/python recipe/train.py --help
+    done
+    [[ $(<"$settings") =~ num_processes:\ ([0-9]+) ]]
+    # A mistake in a setting is answered here, in a moment and in one line, before anything is launched.
+    WORLD_SIZE=${BASH_REMATCH[1]} .venv/bin/python -m recipe.plan --config "$preset" "$@" >/dev/null
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python -c \
+        'import os, sys; print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "${BASH_REMATCH[1]}")}
+    exec .venv/bin/accelerate launch --quiet --config_file "$settings" recipe/train.py --config "$preset" "$@"
+}
+
+case ${1:-} in
+-h | --help) usage ;;
+test)
+    shift
+    setup pinned,test
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/mypy
+    exec .venv/bin/python -m pytest "$@"
+    ;;
+"" | --*) train configs/quickstart.yaml "$@" ;;
+*) train "$@" ;;
+esac
