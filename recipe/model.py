@@ -7,11 +7,33 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipe.config import Config, OptimizerConfig
 from recipe.errors import RecipeError
 from recipe.loss import summed_token_loss
+
+
+# transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
+# whether the position ids restart: a device synchronisation per micro-batch, and under torch.compile a dense mask that
+# loses the flash kernel. Our blocks are causal and nothing else.
+CAUSAL_ATTENTION = "causal_sdpa"
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of [batch, heads, tokens, head width] by SDPA; returns [batch, tokens, heads, head width], no weights.
+
+    A single query token with a cache sees all keys. Padding is not supported.
+    """
+    tokens = query.shape[2]
+    assert tokens in (1, key.shape[2]) and attention_mask is None, (query.shape, key.shape)
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=tokens > 1, dropout_p=options.get("dropout", 0.0), scale=options.get("scaling")
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 class CausalLanguageModel(nn.Module):
@@ -67,15 +89,17 @@ def build_model(config: Config, vocabulary: int, end_of_text: int) -> CausalLang
         RecipeError: a tokenizer larger than the embedding, or an installed transformers that initialises GPT-2 wrongly.
     """
     from accelerate.utils import set_seed
-    from transformers import GPT2LMHeadModel
+    from transformers import AttentionInterface, GPT2LMHeadModel
 
     if vocabulary > config.model.vocab_size:
         raise RecipeError(
             f"the tokenizer has {vocabulary:,} tokens but model.vocab_size = {config.model.vocab_size:,}: "
             f"set --model.vocab_size {-(-vocabulary // 64) * 64}"
         )
+    AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
     set_seed(config.run.seed)
     gpt2 = GPT2LMHeadModel(gpt2_config(config, end_of_text))
+    gpt2.set_attn_implementation(CAUSAL_ATTENTION)
     check_initialisation(gpt2)
     wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != torch.float32}
     assert not wrong, f"master parameters have to be float32, found {wrong}"

@@ -105,8 +105,8 @@ def _accumulate_path(
     steps = len(micro_batches)
     accelerator.gradient_accumulation_steps = steps
     accelerator.step = 0  # a counter left by another number of steps would cut this update short
-    scale = steps * accelerator.num_processes / targets
-    loss_sum = _zero(targets.device)
+    scale = steps * accelerator.num_processes / targets.to(_sum_dtype(targets.device))
+    loss_sum = torch.zeros_like(scale)
     for inputs, labels in micro_batches:
         with accelerator.accumulate(model):
             loss = model(inputs, labels)
@@ -119,8 +119,8 @@ def _manual_path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelera
     """The reference: scale by hand, plain `backward()`, reduce over ranks with the last micro-batch only."""
     if accelerator.scaler is not None or not accelerator.sync_gradients:
         raise RecipeError("batch.scaling = manual needs precision bf16 or fp32, and an update that starts from zero")
-    scale = accelerator.num_processes / targets
-    loss_sum = _zero(targets.device)
+    scale = accelerator.num_processes / targets.to(_sum_dtype(targets.device))
+    loss_sum = torch.zeros_like(scale)
     for step, (inputs, labels) in enumerate(micro_batches, start=1):
         with nullcontext() if step == len(micro_batches) else accelerator.no_sync(model):
             loss = model(inputs, labels)
@@ -129,6 +129,6 @@ def _manual_path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelera
     return loss_sum
 
 
-def _zero(device: torch.device) -> Tensor:
-    """Where loss sums are added up: float64, so that thousands of micro-batches lose nothing; MPS has only float32."""
-    return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Where losses are added up and scaled: float64, so that thousands of micro-batches lose nothing; MPS has only float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
