@@ -127,6 +127,9 @@ def _explain(message: str, known: Sequence[str]) -> str:
     message = " ".join(message.split())
     message = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", message)
     message = re.sub(r"Expected an? (?:typing\.|<class ')?([^>]+?)'?>?\. Got value: ", r"expected \1, got ", message)
+    message = re.sub(
+        r"^Problems parsing config: (.*?)(?: in \"<unicode string>\")?,", r"--config is not valid YAML: \1,", message
+    )
     unknown = (
         re.search(r"unrecognized arguments: --()([\w.+]+)", message)
         or re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)

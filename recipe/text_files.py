@@ -46,4 +46,6 @@ def expand_text_files(patterns: Sequence[str]) -> list[str]:
         raise RecipeError(
             f"data.text_files: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}"
         )
+    if not any(Path(path).stat().st_size for path in paths):
+        raise RecipeError(f"data.text_files: no text, all {len(paths)} files that match are empty")
     return paths

@@ -55,7 +55,9 @@ def make_mask(count: int, masked: bool) -> Tensor:
     """bool [count, LENGTH]: about a third of the targets, from none to nearly all of a block, unevenly."""
     generator = torch.Generator().manual_seed(7)
     share = torch.rand(count, 1, generator=generator) ** 2  # mean 1/3
-    return (torch.rand(count, LENGTH, generator=generator) < share * masked) if masked else torch.zeros(count, LENGTH) > 0
+    return (
+        (torch.rand(count, LENGTH, generator=generator) < share * masked) if masked else torch.zeros(count, LENGTH) > 0
+    )
 
 
 def micro_batches_of(plan: UpdatePlan, rank: int, blocks: np.ndarray, mask: Tensor) -> list[MicroBatch]:
@@ -110,7 +112,9 @@ def differences(accelerator: Any, dtype: torch.dtype, masked: bool) -> dict[str,
                 )
                 assert int(targets) == int((~mask).sum())
                 apart = relative(flat_gradient(model), expected)
-                results[f"{count} blocks, micro-batch {size}, {path}"] = max(apart, abs(loss.item() / expected_loss - 1))
+                results[f"{count} blocks, micro-batch {size}, {path}"] = max(
+                    apart, abs(loss.item() / expected_loss - 1)
+                )
     return results
 
 

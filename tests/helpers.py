@@ -44,14 +44,18 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def run(command: Sequence[str], *, timeout: float = 240, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str], *, timeout: float = 240, cwd: Path = ROOT, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with its output as text."""
     return subprocess.run(
         command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
-def train(*arguments: str, script: Sequence[str] = ("recipe/train.py",), **more: str) -> subprocess.CompletedProcess[str]:
+def train(
+    *arguments: str, script: Sequence[str] = ("recipe/train.py",), **more: str
+) -> subprocess.CompletedProcess[str]:
     """`python recipe/train.py ...` in one process."""
     return run([sys.executable, *script, *arguments], **more)
 

@@ -48,11 +48,20 @@ def test_every_preset_is_covered_and_the_large_ones_share_the_contract() -> None
         if name == "quickstart":
             continue
         config = load_config(["--config", str(ROOT / f"configs/{name}.yaml")])
-        assert (config.data.sequence_length, config.batch.tokens_per_update, config.precision) == (2048, 524_288, "bf16")
+        assert (config.data.sequence_length, config.batch.tokens_per_update, config.precision) == (
+            2048,
+            524_288,
+            "bf16",
+        )
         assert (config.model.dropout, config.model.vocab_size, config.data.tokenizer) == (0.0, 50_304, "gpt2")
         assert (config.data.dataset, config.data.config_name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
         optimizer = config.optimizer
-        assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
+        assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (
+            0.9,
+            0.95,
+            0.1,
+            1.0,
+        )
         plan = make_plan(config, 1)
         assert 20 <= plan.total_tokens / plan.parameters < 20.01
 

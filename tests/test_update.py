@@ -79,7 +79,9 @@ def test_sgd_update_equals_one_big_batch(accelerator: Any, scaling: Scaling, max
             max_grad_norm=max_grad_norm,
         )
         after = torch.cat([p.detach().flatten() for p in plain.parameters()])
-        torch.testing.assert_close(after, before - 0.1 * factor * gradient, rtol=0, atol=1e-7)  # clip adds 1e-6 to the norm
+        torch.testing.assert_close(
+            after, before - 0.1 * factor * gradient, rtol=0, atol=1e-7
+        )  # clip adds 1e-6 to the norm
         assert result.grad_norm.item() == pytest.approx(norm, rel=1e-12), "the norm before clipping"
         assert result.loss.item() == pytest.approx(expected_loss, rel=1e-12)
         assert result.target_tokens.item() == (~mask).sum().item()
@@ -131,9 +133,7 @@ def test_no_device_synchronisation_per_micro_batch(accelerator: Any, scaling: Sc
     def operations(size: int) -> Counter[str]:
         micro_batches = micro_batches_of(UpdatePlan(16 * LENGTH, LENGTH, 16, 1, size), 0, blocks, mask)
         with _Operations() as seen:
-            run_update(
-                model, optimizer, micro_batches, accelerator=accelerator, scaling=scaling, max_grad_norm=1.0
-            )
+            run_update(model, optimizer, micro_batches, accelerator=accelerator, scaling=scaling, max_grad_norm=1.0)
         return seen.counts
 
     few, many = operations(16), operations(1)

@@ -1,0 +1,163 @@
+"""`recipe/train.py` with one planted fault: `python tests/faulty_train.py FAULT [arguments of train.py]`.
+
+Each fault is one that people make with this stack. tests/test_planted_faults.py shows that the proofs notice it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import recipe.data
+import recipe.lanes
+import recipe.schedule
+import recipe.update
+from recipe.data import UpdateBlocks, hash_blocks
+from recipe.lanes import Lane
+from recipe.update import MicroBatch
+
+
+def divide_the_loss_twice() -> None:
+    """`loss / steps`, then `accelerator.backward`, which divides again."""
+    original = recipe.update._accumulate_path
+
+    def path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+        backward = accelerator.backward
+        accelerator.backward = lambda loss: backward(loss / len(micro_batches))
+        try:
+            return original(model, micro_batches, accelerator, targets)
+        finally:
+            accelerator.backward = backward
+
+    recipe.update._accumulate_path = path
+
+
+def mean_of_means() -> None:
+    """Each micro-batch's mean, averaged over the steps and ranks: right only where all hold equally many targets."""
+
+    def path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+        accelerator.gradient_accumulation_steps = len(micro_batches)
+        accelerator.step = 0
+        means = []
+        for inputs, labels in micro_batches:
+            with accelerator.accumulate(model):
+                mean = model(inputs, labels) / (labels != -100).sum().clamp(min=1)
+                accelerator.backward(mean)
+                means.append(mean.detach().double())
+        return torch.stack(means).mean() * targets / accelerator.num_processes
+
+    recipe.update._accumulate_path = path
+
+
+def tick_the_schedule_per_rank() -> None:
+    """A prepared scheduler ticks once per rank at every update."""
+    import os
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    original = recipe.schedule.learning_rate
+    recipe.schedule.learning_rate = lambda tokens, *rest: original(tokens * ranks, *rest)
+
+
+def clip_each_micro_batch() -> None:
+    """`clip_grad_norm_` inside the accumulation loop: it is no no-op there."""
+    original = recipe.update._accumulate_path
+
+    def path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+        backward = accelerator.backward
+
+        def backward_and_clip(loss: Tensor) -> None:
+            backward(loss)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+        accelerator.backward = backward_and_clip
+        try:
+            return original(model, micro_batches, accelerator, targets)
+        finally:
+            accelerator.backward = backward
+
+    recipe.update._accumulate_path = path
+
+
+def drop_the_tail_of_a_packing_batch() -> None:
+    """Pack what one read gives and forget the remainder, as a batched map does."""
+    original = Lane._read_documents
+
+    def read(self: Lane, start: Any) -> Iterator[Any]:
+        held = 0
+        for number, (position, tokens) in enumerate(original(self, start), start=1):
+            held += len(tokens)
+            if number % 4 == 0:
+                tokens = tokens[: max(len(tokens) - held % self.sequence_length, 0)]
+                held = 0
+            yield position, tokens
+
+    Lane._read_documents = read  # type: ignore[method-assign]
+
+
+def prepare_the_data_loader() -> None:
+    """Pass blocks that are this rank's share already through `accelerator.prepare`, which shares them out again."""
+    original = recipe.data.read_updates
+
+    class Blocks(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __init__(self, updates: Iterator[UpdateBlocks]) -> None:
+            self.updates = updates
+
+        def __iter__(self) -> Iterator[Tensor]:
+            for update in self.updates:
+                yield from torch.from_numpy(update.blocks.copy())
+
+    def read(lanes: Any, blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
+        from accelerate import Accelerator
+
+        share = len(lanes) * blocks_per_lane
+        source = original(lanes, blocks_per_lane, updates * 8)
+        loader = Accelerator(cpu=True).prepare(torch.utils.data.DataLoader(Blocks(source), batch_size=share))
+        for batch in loader:
+            blocks = batch.numpy().astype(np.int32)
+            yield UpdateBlocks(blocks, hash_blocks(blocks), [], 0.0)
+
+    recipe.data.read_updates = read
+
+
+def read_ahead_of_the_state() -> None:
+    """The state of the lanes as it is when it is asked for, not as it was after the update that is trained on."""
+    original = recipe.data.read_updates
+
+    def read(lanes: Any, blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
+        import time
+
+        for update in original(lanes, blocks_per_lane, updates):
+            time.sleep(0.05)  # the background thread goes on
+            yield replace(update, lane_states=[lane.state_dict() for lane in lanes])
+
+    recipe.data.read_updates = read
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    fault.__name__: fault
+    for fault in (
+        divide_the_loss_twice,
+        mean_of_means,
+        tick_the_schedule_per_rank,
+        clip_each_micro_batch,
+        drop_the_tail_of_a_packing_batch,
+        prepare_the_data_loader,
+        read_ahead_of_the_state,
+    )
+}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv.pop(1)]()
+    import recipe.train
+    from recipe.errors import run_command
+
+    run_command(recipe.train.main)

@@ -1,0 +1,112 @@
+"""Proof of the proofs: each fault that people make with this stack is noticed by a check that the real tests use."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests import faulty_train, test_data, test_train, test_update
+from tests.faulty_train import FAULTS
+from tests.helpers import read_ledger, run, train, write_texts
+
+PATCHED = ("recipe.update", "recipe.schedule", "recipe.data")
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Plant a fault in this process; everything it replaced is put back."""
+    from recipe.lanes import Lane
+
+    for module in map(importlib.import_module, PATCHED):
+        keep(monkeypatch, module)
+    monkeypatch.setattr(Lane, "_read_documents", Lane._read_documents)
+    yield lambda name: FAULTS[name]()
+
+
+def keep(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    for name, value in list(vars(module).items()):
+        if callable(value):
+            monkeypatch.setattr(module, name, value)
+
+
+accelerator = test_update.accelerator
+
+
+def sgd_check(accelerator: Any) -> None:
+    test_update.test_sgd_update_equals_one_big_batch(accelerator, "accumulate", 0.5)
+
+
+def test_without_a_fault_the_checks_pass(accelerator: Any, plant: Callable[[str], None], tmp_path: Path) -> None:
+    sgd_check(accelerator)
+    test_data.test_no_token_is_dropped_and_each_document_ends_once(tmp_path, 3)
+
+
+@pytest.mark.parametrize("fault", ["divide_the_loss_twice", "mean_of_means", "clip_each_micro_batch"])
+def test_a_wrong_gradient_is_noticed(fault: str, accelerator: Any, plant: Callable[[str], None]) -> None:
+    plant(fault)
+    with pytest.raises(AssertionError):
+        sgd_check(accelerator)
+
+
+@pytest.mark.parametrize("fault", ["divide_the_loss_twice", "clip_each_micro_batch"])
+def test_the_parity_receipt_stops_a_run_with_a_wrong_gradient(fault: str, tmp_path: Path) -> None:
+    """What a user sees: the other path disagrees, and training does not begin."""
+    write_texts(tmp_path / "texts")
+    arguments = test_train.arguments(tmp_path / "run", tmp_path / "texts", "adamw", 5)
+    script = (faulty_train.__file__, fault)
+    done = train(*arguments, "--run.parity_receipt", "true", script=script)
+    assert done.returncode == 2
+    assert "parity receipt" in done.stderr
+    assert "DO NOT AGREE" in done.stderr
+    assert read_ledger(tmp_path / "run") == []
+
+
+def test_a_dropped_tail_is_noticed(plant: Callable[[str], None], tmp_path: Path) -> None:
+    plant("drop_the_tail_of_a_packing_batch")
+    with pytest.raises(AssertionError):
+        test_data.test_no_token_is_dropped_and_each_document_ends_once(tmp_path, 3)
+
+
+def test_a_state_ahead_of_consumption_is_noticed(
+    plant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plant("read_ahead_of_the_state")
+    monkeypatch.setattr(test_data, "read_updates", importlib.import_module("recipe.data").read_updates)
+    with pytest.raises(AssertionError):
+        test_data.test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def faulty_ledgers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Ledgers of one healthy run on one rank, and of two real ranks with a fault each."""
+    root = tmp_path_factory.mktemp("faulty")
+    write_texts(root / "texts")
+    ledgers = {}
+    launcher = test_train.launcher(2)
+    commands = {"none": [sys.executable, "recipe/train.py"]}
+    for fault in ("tick_the_schedule_per_rank", "prepare_the_data_loader"):
+        commands[fault] = [*launcher[:-1], faulty_train.__file__, fault]
+    for fault, command in commands.items():
+        done = run([*command, *test_train.arguments(root / fault, root / "texts", "sgd", 5)])
+        assert done.returncode == 0, done.stderr
+        ledgers[fault] = read_ledger(root / fault)
+    return ledgers
+
+
+def test_a_schedule_that_ticks_per_rank_is_noticed(faulty_ledgers: dict[str, list[dict[str, Any]]]) -> None:
+    expected = [entry["learning_rate"] for entry in faulty_ledgers["none"]]
+    assert [entry["learning_rate"] for entry in faulty_ledgers["tick_the_schedule_per_rank"]] != pytest.approx(expected)
+
+
+def test_a_prepared_data_loader_is_noticed(faulty_ledgers: dict[str, list[dict[str, Any]]]) -> None:
+    healthy, faulty = faulty_ledgers["none"], faulty_ledgers["prepare_the_data_loader"]
+    assert {entry["world_size"] for entry in faulty} == {2}
+    assert faulty[0]["blocks_sha256"] != healthy[0]["blocks_sha256"]
+    with pytest.raises(AssertionError):
+        test_train.assert_same_updates(healthy, faulty)

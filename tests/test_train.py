@@ -1,0 +1,259 @@
+"""Whole runs, as a user starts them: the same update on any number of ranks, with any micro-batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.command_line import load_config
+from recipe.ledger import LedgerEntry
+from recipe.plan import make_plan
+from recipe.schedule import learning_rate
+from tests.helpers import ROOT, TINY, read_ledger, run, train, write_texts
+
+UPDATES = 20
+FACTORISATIONS = ((1, 8), (1, 3), (2, 5), (3, 2))  # (ranks, micro-batch)
+OPTIMIZERS = {"sgd": "0.5", "adamw": "5e-3"}  # name: learning rate
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+
+
+def arguments(directory: Path, texts: Path, optimizer: str, micro_batch_size: int) -> list[str]:
+    return [
+        *TINY,
+        *["--run.directory", str(directory), "--run.max_updates", str(UPDATES), "--data.text_files", f"{texts}/*.txt"],
+        *["--optimizer.name", optimizer, "--optimizer.learning_rate", OPTIMIZERS[optimizer]],
+        *["--batch.micro_batch_size", str(micro_batch_size)],
+    ]
+
+
+def launcher(ranks: int) -> list[str]:
+    """One rank as a plain script, two as README says it, three with torchrun."""
+    if ranks == 1:
+        return [sys.executable, "recipe/train.py"]
+    if ranks == 2:
+        return [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_2.yaml", "recipe/train.py"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *rendezvous, "recipe/train.py"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Path]:
+    """Directory of the run of 20 updates for each (optimizer, ranks, micro-batch), launched for real on files."""
+    root = tmp_path_factory.mktemp("runs")
+    write_texts(root / "texts")
+    directories = {}
+    commands = []
+    for optimizer in OPTIMIZERS:
+        for ranks, size in FACTORISATIONS:
+            directory = root / f"{optimizer}-{ranks}-{size}"
+            directories[optimizer, ranks, size] = directory
+            command = [*launcher(ranks), *arguments(directory, root / "texts", optimizer, size)]
+            if (optimizer, ranks, size) == ("adamw", 1, 8):
+                command += ["--log.trackers", "tensorboard"]
+            commands.append(command)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for command, done in zip(commands, pool.map(run, commands), strict=True):
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return directories
+
+
+def assert_same_updates(reference: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """The promise: the same blocks, and losses and gradient norms within float32 rounding (1e-5 relative)."""
+    assert len(reference) == len(other) == UPDATES
+    for mine, theirs in zip(reference, other, strict=True):
+        assert theirs["blocks_sha256"] == mine["blocks_sha256"], mine["update"]
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5), mine["update"]
+        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4), mine["update"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_does_not_depend_on_ranks_or_micro_batch(
+    runs: dict[tuple[str, int, int], Path], optimizer: str
+) -> None:
+    reference = read_ledger(runs[optimizer, 1, 8])
+    assert reference[0]["loss"] - reference[-1]["loss"] > 0.5, "it learns, so equal losses say something"
+    assert len({entry["blocks_sha256"] for entry in reference}) == UPDATES
+    for ranks, size in FACTORISATIONS[1:]:
+        ledger = read_ledger(runs[optimizer, ranks, size])
+        assert {entry["world_size"] for entry in ledger} == {ranks}
+        assert_same_updates(reference, ledger)
+
+
+def closed_form(arguments: list[str]) -> list[float]:
+    config = load_config(arguments)
+    plan = make_plan(config, 1)
+    tokens = config.batch.tokens_per_update
+    return [
+        learning_rate(tokens * update, plan.total_tokens, config.optimizer, config.schedule)
+        for update in range(1, plan.planned_updates + 1)
+    ]
+
+
+def test_learning_rate_is_its_closed_form_on_any_number_of_ranks(runs: dict[tuple[str, int, int], Path]) -> None:
+    expected = closed_form(arguments(Path("x"), runs["sgd", 1, 8].parent / "texts", "sgd", 8))
+    assert expected[0] == pytest.approx(0.5 * 1536 / 7680)
+    assert max(expected) == expected[4] == 0.5, "the warm-up ends with update 5"
+    for ranks, size in FACTORISATIONS:
+        assert [entry["learning_rate"] for entry in read_ledger(runs["sgd", ranks, size])] == pytest.approx(expected)
+
+
+def test_ledger_fields_and_their_meaning(runs: dict[tuple[str, int, int], Path]) -> None:
+    names = {f.name for f in fields(LedgerEntry)}
+    for (_, ranks, size), directory in runs.items():
+        for number, entry in enumerate(read_ledger(directory), start=1):
+            assert set(entry) == names - {"validation_loss", "bits_per_byte"}, "not evaluated: nothing is held out here"
+            assert entry["update"] == number
+            assert entry["tokens"] == number * 1536
+            assert entry["target_tokens"] == 1536
+            assert (entry["world_size"], entry["micro_batch_size"]) == (ranks, size)
+            assert entry["gradient_accumulation_steps"] == {(1, 8): 3, (1, 3): 8, (2, 5): 3, (3, 2): 5}[ranks, size]
+            assert len(entry["blocks_sha256"]) == 64
+            assert 0 <= entry["data_wait_seconds"] <= entry["step_seconds"] * 1.01 + 0.01
+            assert entry["tokens_per_second"] == pytest.approx(1536 / entry["step_seconds"])
+            assert entry["mfu"] is None, "the peak of this CPU is not known"
+            assert entry["peak_memory_bytes"] > 1e8
+
+
+def test_readme_documents_every_ledger_field() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [f.name for f in fields(LedgerEntry) if f"`{f.name}`" not in readme] == []
+
+
+def test_trackers_receive_the_ledger(runs: dict[tuple[str, int, int], Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = runs["adamw", 1, 8]
+    events = min(directory.rglob("events.out.tfevents.*"), key=lambda path: len(path.parts))  # hparams are one deeper
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    ledger = read_ledger(directory)
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second"):
+        logged = [(event.step, event.value) for event in accumulator.Scalars(name)]
+        assert logged == [(entry["update"], pytest.approx(entry[name], rel=1e-6)) for entry in ledger]
+
+
+def test_finished_model_loads_with_transformers_alone(runs: dict[tuple[str, int, int], Path], tmp_path: Path) -> None:
+    """Copied away, in a Python that never imports this repository."""
+    shutil.copytree(runs["adamw", 3, 2] / "final", tmp_path / "model")
+    assert {p.suffix for p in (tmp_path / "model").iterdir()} <= {".json", ".safetensors", ".jinja"}
+    script = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
+assert type(model) is GPT2LMHeadModel and model.dtype.is_floating_point and model.config._attn_implementation == "sdpa"
+assert model.config.vocab_size == len(tokenizer) == 384 and tokenizer.eos_token == "<|endoftext|>"
+output = model.generate(**tokenizer("import", return_tensors="pt"), max_new_tokens=5)
+assert output.shape[1] >= 2
+assert not [name for name in sys.modules if name.split(".")[0] == "recipe"]
+print("loaded")
+"""
+    done = run([sys.executable, "-c", script], cwd=tmp_path, PYTHONPATH="")
+    assert done.stdout.strip() == "loaded", done.stderr
+
+
+def test_a_written_configuration_can_be_given_back(runs: dict[tuple[str, int, int], Path]) -> None:
+    directory = runs["adamw", 2, 5]
+    again = load_config(["--config", str(directory / "config.yaml")])
+    assert again == load_config(arguments(directory, directory.parent / "texts", "adamw", 5))
+
+
+def test_commands_read_the_finished_model(runs: dict[tuple[str, int, int], Path]) -> None:
+    directory = runs["adamw", 1, 3]
+    model, texts = str(directory / "final"), f"{directory.parent}/texts/*.txt"
+    sample = run([sys.executable, "-m", "recipe.generate", model, "--prompt", "import os", "--max_new_tokens", "8"])
+    assert sample.returncode == 0, sample.stderr
+    assert sample.stdout.startswith("import os")
+    evaluated = run([sys.executable, "-m", "recipe.evaluate", model, "--data.text_files", texts])
+    assert evaluated.returncode == 0, evaluated.stderr
+    loss = float(evaluated.stdout.split("loss")[1].split()[0])
+    assert loss == pytest.approx(read_ledger(directory)[-1]["loss"], abs=0.5), "on the text it was trained on"
+    for word in ("perplexity", "bits per byte"):
+        assert word in evaluated.stdout
+
+
+def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Path) -> None:
+    """Plan, validation, progress, sample, receipt, model; twice in one directory; evaluated times are in the ledger."""
+    write_texts(tmp_path / "texts", count=60)
+    command = [
+        *arguments(tmp_path / "run", tmp_path / "texts", "adamw", 8),
+        *["--run.max_updates", "4", "--run.parity_receipt", "true", "--data.validation_one_in", "10"],
+        *["--evaluation.every_tokens", "3072", "--batch.scaling", "manual"],
+    ]
+    first = train(*command)
+    assert first.returncode == 0, first.stderr
+    shown = ["tokens per update", "accumulation steps", "validation after 0 updates", "update      1/4"]
+    shown += [
+        "validation after 2 updates",
+        "validation after 4 updates",
+        "  before  ",
+        "  after   ",
+        "\nsample\n",
+        "parity receipt",
+    ]
+    shown += ["manual, micro-batch 7 x 4 steps", "they agree", "finished model", "GPT2LMHeadModel.from_pretrained"]
+    positions = [first.stdout.index(words) for words in shown]
+    assert positions == sorted(positions)
+    ledger = read_ledger(tmp_path / "run")
+    assert [("validation_loss" in entry, "bits_per_byte" in entry) for entry in ledger] == [
+        (False, False),
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
+    summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
+    assert summary["validation_after"]["loss"] == ledger[-1]["validation_loss"] < summary["validation_before"]["loss"]
+    assert max(d for _, d in summary["parity_receipt"]["differences"]) < 1e-6
+    script = first.stdout.rsplit("\n\n", 1)[1]
+    loaded = run([sys.executable, "-c", script], cwd=ROOT, PYTHONPATH="")
+    assert loaded.returncode == 0, loaded.stderr
+
+    second = train(*command)
+    assert second.returncode == 0, second.stderr
+    earlier = tmp_path / "run/previous/1"
+    assert str(earlier) in second.stdout
+    assert read_ledger(earlier) == ledger
+    assert [e["loss"] for e in read_ledger(tmp_path / "run")] == [e["loss"] for e in ledger], "the same run again"
+
+
+def test_bf16_keeps_parameters_in_float32_and_learns(tmp_path: Path) -> None:
+    """Two updates, since it is slow on a CPU: bf16 products, a loss within bf16's rounding of the float32 one."""
+    write_texts(tmp_path / "texts")
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        command = arguments(tmp_path / precision, tmp_path / "texts", "sgd", 8)
+        done = train(*command, "--run.max_updates", "2", "--precision", precision, "--run.parity_receipt", "true")
+        assert done.returncode == 0, done.stderr
+        assert f"{precision}: as configured" in done.stdout
+        losses[precision] = [entry["loss"] for entry in read_ledger(tmp_path / precision)]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-3)
+    config = json.loads((tmp_path / "bf16/final/config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float32"
+
+
+def test_interrupt_ends_quietly(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts")
+    command = [sys.executable, "recipe/train.py", *arguments(tmp_path / "run", tmp_path / "texts", "sgd", 8)]
+    command += ["--run.max_updates", "9999", "--schedule.total_tokens", "15360000"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("update"):
+            break
+    process.send_signal(2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
