@@ -14,7 +14,6 @@ from recipe.config import Config, OptimizerConfig
 from recipe.errors import RecipeError
 from recipe.loss import summed_token_loss
 
-
 # transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
 # whether the position ids restart: a device synchronisation per micro-batch, and under torch.compile a dense mask that
 # loses the flash kernel. Our blocks are causal and nothing else.
@@ -29,7 +28,8 @@ def causal_attention(
     A single query token with a cache sees all keys. Padding is not supported.
     """
     tokens = query.shape[2]
-    assert tokens in (1, key.shape[2]) and attention_mask is None, (query.shape, key.shape)
+    assert attention_mask is None
+    assert tokens in (1, key.shape[2]), (query.shape, key.shape)
     output = F.scaled_dot_product_attention(
         query, key, value, is_causal=tokens > 1, dropout_p=options.get("dropout", 0.0), scale=options.get("scaling")
     )

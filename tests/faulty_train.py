@@ -8,10 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -107,7 +104,7 @@ def prepare_the_data_loader() -> None:
     """Pass blocks that are this rank's share already through `accelerator.prepare`, which shares them out again."""
     original = recipe.data.read_updates
 
-    class Blocks(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    class Blocks(torch.utils.data.IterableDataset):
         def __init__(self, updates: Iterator[UpdateBlocks]) -> None:
             self.updates = updates
 

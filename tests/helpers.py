@@ -57,7 +57,7 @@ def train(
     *arguments: str, script: Sequence[str] = ("recipe/train.py",), **more: str
 ) -> subprocess.CompletedProcess[str]:
     """`python recipe/train.py ...` in one process."""
-    return run([sys.executable, *script, *arguments], **more)
+    return run([sys.executable, *script, *arguments], timeout=240, cwd=ROOT, **more)
 
 
 def run_ranks(world_size: int, command: Sequence[str], timeout: float = 240) -> None:

@@ -142,7 +142,12 @@ def test_a_lane_reads_only_its_own_shards(tmp_path: Path, monkeypatch: pytest.Mo
     source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt", lanes=3))
     opened: list[int] = []
     original = Source.shard
-    monkeypatch.setattr(Source, "shard", lambda self, index: opened.append(index) or original(self, index))
+
+    def shard(self: Source, index: int) -> Any:
+        opened.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(Source, "shard", shard)
     lane = lane_of(source, 1, 3)
     read_epoch(lane)
     assert set(opened) == set(range(1, 24, 3))

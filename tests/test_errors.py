@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, TINY, run, train, write_texts
+from tests.helpers import TINY, run, train, write_texts
 
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 

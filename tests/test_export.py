@@ -82,7 +82,12 @@ def test_padding_is_never_sampled(built: tuple[Any, Any], tmp_path: Path, monkey
     prompt = torch.tensor([[464]])
     assert model.gpt2(prompt).logits[0, -1].argmax() >= 50_257, "the padding would win"
     decoded: list[torch.Tensor] = []
-    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: decoded.append(ids) or "")
+
+    def decode(ids: torch.Tensor, **_: object) -> str:
+        decoded.append(ids)
+        return ""
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
     for temperature in (0.0, 1.0, 100.0):
         generate(model.gpt2, tokenizer, GenerateConfig("The", max_new_tokens=40, temperature=temperature, top_k=0))
     assert torch.cat(decoded).max() < 50_257

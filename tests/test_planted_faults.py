@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,14 +19,14 @@ PATCHED = ("recipe.update", "recipe.schedule", "recipe.data")
 
 
 @pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Plant a fault in this process; everything it replaced is put back."""
     from recipe.lanes import Lane
 
     for module in map(importlib.import_module, PATCHED):
         keep(monkeypatch, module)
     monkeypatch.setattr(Lane, "_read_documents", Lane._read_documents)
-    yield lambda name: FAULTS[name]()
+    return lambda name: FAULTS[name]()
 
 
 def keep(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
