@@ -82,7 +82,11 @@ def choose_precision(requested: str, device: str) -> tuple[str, str]:
         reason = "the GPU has bf16 matrix units" if has_bf16 else "the GPU has no bf16 matrix units"
     elif device == "cpu":
         has_bf16 = torch.cpu._is_amx_tile_supported()
-        reason = "the CPU has AMX tiles" if has_bf16 else "without AMX tiles bf16 is slower than fp32 on a CPU"
+        reason = (
+            "the CPU has AMX tiles"
+            if has_bf16
+            else "the CPU has no AMX tiles, without which bf16 gains little or loses much"
+        )
     else:
         has_bf16, reason = False, f"bf16 is not tested on {device}"
     if requested == "auto":

@@ -20,16 +20,31 @@ if TYPE_CHECKING:
 _FILES_OF_A_RUN = ("config.yaml", "ledger.jsonl", "summary.json", "final")
 
 
-def prepare_run_directory(config: Config) -> Path | None:
-    """Make `run.directory` and write config.yaml into it. An earlier run found there is moved to previous/N.
+def make_run_directory(config: Config) -> None:
+    """Make `run.directory`, and see that it can be written before anything expensive is done for it.
 
-    Returns: where the earlier run went, or None.
     Raises:
-        RecipeError: the directory cannot be made or written.
+        RecipeError: it cannot be made or written.
     """
     directory = Path(config.run.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.write_text("yes", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_write(config, error) from None
+
+
+def begin_run(config: Config) -> Path | None:
+    """Move an earlier run's files to previous/N, and write this run's config.yaml.
+
+    Returns: where the earlier run went, or None.
+    Raises:
+        RecipeError: the directory cannot be written.
+    """
+    directory = Path(config.run.directory)
+    try:
         earlier = [directory / name for name in _FILES_OF_A_RUN if (directory / name).exists()]
         previous = None
         if earlier:
@@ -40,10 +55,14 @@ def prepare_run_directory(config: Config) -> Path | None:
                 os.replace(path, previous / path.name)
         write_config(config, directory / "config.yaml")
     except OSError as error:
-        raise RecipeError(
-            f"cannot write run.directory = {config.run.directory!r}: {error.strerror or error}; set --run.directory"
-        ) from None
+        raise _cannot_write(config, error) from None
     return previous
+
+
+def _cannot_write(config: Config, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"cannot write run.directory = {config.run.directory!r}: {error.strerror or error}; set --run.directory"
+    )
 
 
 def write_summary(

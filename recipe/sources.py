@@ -180,8 +180,8 @@ def _hub_dataset(config: Config) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(
-            f"cannot open the dataset data.dataset = {data.dataset!r} (config_name {data.config_name!r}, split "
-            f"{data.split!r}): {reason}; for text on this machine use --data.text_files"
+            f"cannot open data.dataset = {data.dataset!r} (data.config_name = {data.config_name!r}, data.split = "
+            f"{data.split!r}, null for none): {reason}; for text on this machine use --data.text_files"
         ) from error
 
 

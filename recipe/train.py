@@ -40,7 +40,7 @@ def train(config: Config) -> None:
     from recipe.ledger import Ledger, entry_of, peak_flops
     from recipe.model import build_model, build_optimizer, seed_dropout
     from recipe.parity import parity_receipt
-    from recipe.run_directory import prepare_run_directory, usage, write_summary
+    from recipe.run_directory import begin_run, make_run_directory, usage, write_summary
     from recipe.schedule import crosses, learning_rate
     from recipe.sources import open_source
     from recipe.tokenizer import load_tokenizer
@@ -49,11 +49,10 @@ def train(config: Config) -> None:
     accelerator = start_accelerator(config, precision)
     rank, is_main, directory = accelerator.process_index, accelerator.is_main_process, Path(config.run.directory)
     console = Console(is_main, plan.planned_updates)
-    previous = prepare_run_directory(config) if is_main else None
-    accelerator.wait_for_everyone()
     console.section("plan", f"{plan}\n  precision           {precision}: {why}")
-    if previous:
-        console.say(f"the earlier run in {directory} is now in {previous}")
+    if is_main:
+        make_run_directory(config)
+    accelerator.wait_for_everyone()
 
     # Data: documents -> tokenizer -> lanes; each rank opens only its own lanes.
     source = open_source(config)
@@ -67,6 +66,9 @@ def train(config: Config) -> None:
     # Model and optimizer: the only two things accelerate prepares.
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    if is_main and (previous := begin_run(config)):
+        console.say(f"the earlier run in {directory} is now in {previous}")
+    accelerator.wait_for_everyone()
     accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
     ledger = Ledger(directory / "ledger.jsonl", accelerator)
     peak = peak_flops(accelerator.device, precision)
