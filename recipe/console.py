@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -41,10 +42,10 @@ class Console:
     def start(self) -> None:
         """Training begins."""
         self._started = time.perf_counter()
-        if self.enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.updates, unit="update", dynamic_ncols=True)
+            self._bar = tqdm(total=self.updates, unit=" updates", dynamic_ncols=True)
 
     def progress(self, entry: LedgerEntry) -> None:
         """One update is done."""

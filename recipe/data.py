@@ -72,7 +72,7 @@ def next_update(lanes: Sequence[Lane], blocks_per_lane: int) -> UpdateBlocks:
 
 
 def read_updates(lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
-    """The blocks of `updates` updates, read, tokenized and packed in a background thread.
+    """The blocks of `updates` updates, read, tokenized and packed in a background thread that starts now.
 
     At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are those after it, however far
     the thread has read. Errors of the thread are raised here.
@@ -98,16 +98,20 @@ def read_updates(lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> I
 
     reader = threading.Thread(target=read, name="data-reader", daemon=True)
     reader.start()
-    try:
-        for _ in range(updates):
-            started = time.perf_counter()
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield replace(item, wait_seconds=time.perf_counter() - started)
-    finally:
-        stopped.set()
-        reader.join()
+
+    def deliver() -> Iterator[UpdateBlocks]:
+        try:
+            for _ in range(updates):
+                started = time.perf_counter()
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield replace(item, wait_seconds=time.perf_counter() - started)
+        finally:
+            stopped.set()
+            reader.join()
+
+    return deliver()
 
 
 def hash_blocks(blocks: np.ndarray) -> np.ndarray:

@@ -62,6 +62,7 @@ def train(config: Config) -> None:
         source.validation_documents(), tokenizer, config.data.sequence_length, config.evaluation.tokens
     )
     lanes = make_lanes(config, plan.update, rank, source, tokenizer)
+    updates = read_updates(lanes, plan.update.blocks_per_lane, plan.planned_updates)
 
     # Model and optimizer: the only two things accelerate prepares.
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
@@ -93,7 +94,6 @@ def train(config: Config) -> None:
 
     model.train()
     console.start()
-    updates = read_updates(lanes, plan.update.blocks_per_lane, plan.planned_updates)
     for update in range(1, plan.planned_updates + 1):
         started = time.perf_counter()
         blocks = next(updates)
