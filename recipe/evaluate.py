@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from recipe.command_line import make_parser, parse
-from recipe.config import Config, DataConfig
+from recipe.config import BatchConfig, Config, DataConfig
 from recipe.errors import RecipeError, run_command
 
 if TYPE_CHECKING:
@@ -104,11 +105,12 @@ def main() -> None:
     from recipe.sources import open_source
 
     gpt2, tokenizer = load_pretrained(rest["model"])
-    lanes_of_one = replace(Config().batch, lanes=1)
-    source = open_source(Config(data=config.data, batch=lanes_of_one))
-    documents = source.training_documents() if config.data.text_files else source.validation_documents()
     length = min(config.data.sequence_length, gpt2.config.n_positions)
-    validation = pack_validation(documents, tokenizer, length, config.tokens or math.inf)
+    with tempfile.TemporaryDirectory() as cache:
+        data = replace(config.data, cache_directory=config.data.cache_directory or cache)
+        source = open_source(Config(data=data, batch=BatchConfig(lanes=1)))
+        documents = source.training_documents() if data.text_files else source.validation_documents()
+        validation = pack_validation(documents, tokenizer, length, config.tokens or math.inf)
     if validation is None:
         raise RecipeError(f"no text to evaluate in {source.name}")
     accelerator = Accelerator(cpu=device_type() == "cpu")

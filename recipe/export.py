@@ -65,8 +65,10 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     Raises:
         RecipeError: there is none, or it is not a GPT-2.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name, "config.json").is_file():
         raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True
     try:
         return datasets.load_dataset(
             kind,
-            data_files=paths,
+            data_files=[glob.escape(path) for path in paths],  # datasets takes each for a pattern
             split="train",
             streaming=streaming,
             cache_dir=str(config.cache_directory / "datasets"),

@@ -273,6 +273,14 @@ def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
     check_conservation([lane_of(source)], ["", "a" * 50])
 
 
+def test_a_path_with_pattern_characters_is_a_path(tmp_path: Path) -> None:
+    directory = tmp_path / "a[1] *"
+    directory.mkdir()
+    write_jsonl(directory / "b?.jsonl", ["some text", "more text"])
+    source = open_source(config_for(tmp_path, f"{tmp_path}/a[[]1] */*.jsonl", lanes=2))
+    check_conservation([lane_of(source, i, 2) for i in range(2)], ["some text", "more text"])
+
+
 def test_bytes_that_are_not_utf_8_become_replacement_characters(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and more")
     source = open_source(config_for(tmp_path, f"{tmp_path}/latin.txt"))
