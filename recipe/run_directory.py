@@ -92,4 +92,4 @@ def usage(model_directory: Path) -> str:
 
 from transformers import AutoTokenizer, GPT2LMHeadModel
 model, tokenizer = GPT2LMHeadModel.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
-print(tokenizer.decode(model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=50)[0]))"""
+print(tokenizer.decode(model.generate(**tokenizer("def __init__(self", return_tensors="pt"), max_new_tokens=50)[0]))"""
