@@ -8,33 +8,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recipe.errors import RecipeError
 
+PADDED = ("transformer.wte.weight", "lm_head.weight")  # tied: rows beyond the tokenizer's are padding
+
 
 def export_model(gpt2: Any, tokenizer: Any, directory: Path) -> None:
-    """Write safetensors, config.json, generation_config.json and tokenizer files; the directory appears whole or not at all.
-
-    Padding rows of the embedding are left out. They had probability 0 in training, so the exported model is the same
-    function, and nothing that loads it can ever sample them.
+    """Write a finished model; the directory appears whole or not at all.
 
     Raises:
         RecipeError: the directory cannot be written.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_model(gpt2.state_dict(), gpt2.config, tokenizer, temporary)
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot write the model to {directory}: {error.strerror or error}; nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, directory: Path) -> None:
+    """Write safetensors, config.json, generation_config.json and tokenizer files into `directory`.
+
+    Padding rows of the embedding are left out. They had probability 0 in training, so the written model is the same
+    function, and nothing that loads it can ever sample them.
     """
     import transformers
     from transformers import GenerationConfig, GPT2LMHeadModel
 
     transformers.utils.logging.disable_progress_bar()
-    config = type(gpt2.config).from_dict(gpt2.config.to_dict())
+    config = type(gpt2_config).from_dict(gpt2_config.to_dict())
     config.vocab_size = len(tokenizer)
     config.use_cache = True
     with torch.device("meta"):
         exported = GPT2LMHeadModel(config)
-    state = {
-        name: tensor[: len(tokenizer)] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
-        for name, tensor in gpt2.state_dict().items()
-    }
-    exported.load_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, assign=True)
+    rows = {name: tensor[: len(tokenizer)] if name in PADDED else tensor for name, tensor in state.items()}
+    exported.load_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in rows.items()}, assign=True)
     exported.tie_weights()
     end_of_text = tokenizer.eos_token_id
     exported.generation_config = GenerationConfig(
@@ -45,18 +61,8 @@ def export_model(gpt2: Any, tokenizer: Any, directory: Path) -> None:
         temperature=0.8,
         top_k=50,
     )
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        exported.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, directory)
-    except OSError as error:
-        raise RecipeError(
-            f"cannot write the model to {directory}: {error.strerror or error}; nothing was changed"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    exported.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:
