@@ -24,6 +24,8 @@ class RunConfig:
     """Directory of this run: config.yaml, ledger.jsonl, final/."""
     max_updates: int | None = None
     """Stop after this many updates; the schedules stay those of the whole run. Null: all of them."""
+    max_skipped_updates: int = 5
+    """Stop after this many updates in a row whose loss or gradient was not finite; each of them is skipped."""
     seed: int = 1234
     """Seed of the initialisation, the document order and dropout."""
     parity_receipt: bool = False
@@ -147,6 +149,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state is saved, and how much of it is kept."""
+
+    every_tokens: int | None = 524_288_000
+    """Save whenever this many more tokens have been seen, and at the end. Null: not by tokens."""
+    every_minutes: float | None = 30.0
+    """Save whenever this many minutes have passed since the last one. Null: not by time."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_every_tokens: int | None = None
+    """Never remove those at multiples of this many tokens. Null: none."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Where the ledger's values go besides ledger.jsonl."""
 
@@ -165,9 +181,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
     """Arithmetic of the matrix products: bf16 autocast over fp32 parameters, or fp32. auto: what the device is good at."""
+
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of the run directory that verifies, if there is one. never: start again, and
+    move what is there to previous/. Otherwise the path of a checkpoint."""
 
     @property
     def n_positions(self) -> int:
@@ -215,6 +236,7 @@ def validate(config: Config) -> None:
 # (smallest valid value, is it exclusive) of every number, by dotted name.
 _BOUNDS: dict[str, tuple[float, bool]] = {
     "run.max_updates": (1, False),
+    "run.max_skipped_updates": (1, False),
     "run.seed": (0, False),
     "batch.tokens_per_update": (1, False),
     "batch.micro_batch_size": (1, False),
@@ -240,6 +262,10 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "schedule.tokens_per_parameter": (0, True),
     "schedule.warmup_tokens": (0, False),
     "schedule.final_learning_rate_fraction": (0, False),
+    "checkpoint.every_tokens": (1, False),
+    "checkpoint.every_minutes": (0, True),
+    "checkpoint.keep": (1, False),
+    "checkpoint.keep_every_tokens": (1, False),
     "evaluation.every_tokens": (1, False),
     "evaluation.tokens": (1, False),
     "evaluation.sample_tokens": (0, False),

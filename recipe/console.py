@@ -24,7 +24,7 @@ class Console:
         self.enabled = enabled
         self.updates = updates
         self._bar: Any = None
-        self._started = 0.0
+        self._started, self._first = 0.0, 0
 
     def section(self, title: str, text: object) -> None:
         """A titled paragraph."""
@@ -39,24 +39,29 @@ class Console:
         else:
             print(text, flush=True)
 
-    def start(self) -> None:
-        """Training begins."""
-        self._started = time.perf_counter()
+    def start(self, update: int) -> None:
+        """Training begins after `update` updates."""
+        self._started, self._first = time.perf_counter(), update
         if self.enabled and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.updates, unit=" updates", dynamic_ncols=True)
+            self._bar = tqdm(total=self.updates, initial=update, unit=" updates", dynamic_ncols=True)
 
     def progress(self, entry: LedgerEntry) -> None:
         """One update is done."""
+        if not entry.is_finite:
+            self.say(f"update {entry.update:,} skipped: loss {entry.loss}, gradient norm {entry.grad_norm}")
         values = f"loss {entry.loss:.4f}, {entry.tokens_per_second:,.0f} tokens/s, lr {entry.learning_rate:.2e}"
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update()
         elif (
-            entry.update == 1 or entry.update % max(1, self.updates // PLAIN_LINES) == 0 or entry.update == self.updates
+            entry.update == self._first + 1
+            or entry.update % max(1, self.updates // PLAIN_LINES) == 0
+            or entry.update == self.updates
         ):
-            left = (time.perf_counter() - self._started) / entry.update * (self.updates - entry.update)
+            done = entry.update - self._first
+            left = (time.perf_counter() - self._started) / done * (self.updates - entry.update)
             minutes, seconds = divmod(round(left), 60)
             self.say(f"update {entry.update:>6,}/{self.updates:,}  {values}, {minutes}:{seconds:02d} left")
 

@@ -33,7 +33,8 @@ class UpdateBlocks:
     Args:
         blocks: int32 [blocks of the rank, sequence_length + 1], in lane order.
         sha256: uint8 [blocks of the rank, 32], hash of each block's tokens.
-        lane_states: state of each of the rank's lanes after this update: what a checkpoint has to hold.
+        lane_states: state of each of the rank's lanes before this update: a checkpoint holds these, and reading the update
+            again leads to the next one.
         wait_seconds: time the caller waited for it.
     """
 
@@ -67,15 +68,16 @@ def make_lanes(config: Config, plan: UpdatePlan, rank: int, source: Source, toke
 
 def next_update(lanes: Sequence[Lane], blocks_per_lane: int) -> UpdateBlocks:
     """Read, tokenize and pack the next update's blocks of these lanes."""
+    states = [lane.state_dict() for lane in lanes]
     blocks = np.concatenate([lane.next_blocks(blocks_per_lane) for lane in lanes])
-    return UpdateBlocks(blocks, hash_blocks(blocks), [lane.state_dict() for lane in lanes], wait_seconds=0.0)
+    return UpdateBlocks(blocks, hash_blocks(blocks), states, wait_seconds=0.0)
 
 
 def read_updates(lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
     """The blocks of `updates` updates, read, tokenized and packed in a background thread that starts now.
 
-    At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are those after it, however far
-    the thread has read. Errors of the thread are raised here.
+    At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its own, however
+    far the thread has read. Errors of the thread are raised here.
     """
     ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
     stopped = threading.Event()

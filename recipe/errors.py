@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
+DIVERGED_EXIT_CODE = 3
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -16,11 +17,13 @@ class RecipeError(Exception):
     Args:
         message: the line.
         on_this_rank_only: True where the other ranks may not have seen the problem, so this rank has to say it itself.
+        exit_code: of the command that ends with it.
     """
 
-    def __init__(self, message: str, *, on_this_rank_only: bool = False) -> None:
+    def __init__(self, message: str, *, on_this_rank_only: bool = False, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
         super().__init__(" ".join(message.split()))
         self.on_this_rank_only = on_this_rank_only
+        self.exit_code = exit_code
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -35,8 +38,13 @@ def run_command(main: Callable[[], None]) -> None:
         if rank == 0 or error.on_this_rank_only:
             where = f" (rank {rank})" if error.on_this_rank_only and rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        print(f"error (rank {rank}): another rank has ended; its message says why", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -14,6 +14,7 @@ from recipe.errors import RecipeError, run_command
 
 if TYPE_CHECKING:
     from recipe.data import ValidationSet
+    from recipe.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ class Evaluation:
         return f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
 
 
-def evaluate(model: Any, validation: ValidationSet, *, accelerator: Any, rows: int) -> Evaluation:
-    """Evaluate on all ranks, each with its share of the blocks.
+def evaluate(
+    model: Any, validation: ValidationSet, *, accelerator: Any, rows: int, stop: StopRequest | None = None
+) -> Evaluation | None:
+    """Evaluate on all ranks, each with its share of the blocks; None where a rank was asked to stop meanwhile.
 
     Args:
         model: a prepared `CausalLanguageModel`; its train or eval mode is restored.
         validation: the blocks; the same on every rank.
         accelerator: says which share is this rank's.
         rows: blocks in one forward.
+        stop: looked at between forwards.
     """
     import torch
 
@@ -63,9 +67,13 @@ def evaluate(model: Any, validation: ValidationSet, *, accelerator: Any, rows: i
     losses = []
     with torch.no_grad():
         for first in range(0, len(share), rows):
+            if stop is not None and stop.signal:
+                break
             inputs, targets = to_tensors(share[first : first + rows], accelerator.device)
             losses.append(plain(inputs, targets).float())
     plain.train(was_training)
+    if stop is not None and stop.agreed():
+        return None
     local = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
     nats = float(accelerator.reduce(local, reduction="sum"))
     return Evaluation(
@@ -116,6 +124,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=device_type() == "cpu")
     model = accelerator.prepare(CausalLanguageModel(gpt2, len(tokenizer)))
     result = evaluate(model, validation, accelerator=accelerator, rows=config.micro_batch_size)
+    assert result is not None  # nobody asks this command to stop
     print(f"text           {result.tokens:,} tokens, {result.text_bytes:,} bytes of {source.name}")
     print(f"loss           {result.loss:.4f} nats per token")
     print(f"perplexity     {result.perplexity:.2f}")

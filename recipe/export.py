@@ -25,6 +25,8 @@ def export_model(gpt2: Any, tokenizer: Any, directory: Path) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         write_model(gpt2.state_dict(), gpt2.config, tokenizer, temporary)
+        if directory.exists():  # of this run, before it was made longer
+            shutil.rmtree(directory)
         os.replace(temporary, directory)
     except OSError as error:
         raise RecipeError(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from recipe.config import Config
 from recipe.errors import RecipeError
+
+Result = TypeVar("Result")
 
 
 def announced_world_size() -> int:
@@ -59,6 +61,22 @@ def start_accelerator(config: Config, precision: str) -> Any:
             on_this_rank_only=True,
         )
     return accelerator
+
+
+def on_main(accelerator: Any, action: Callable[[], Result]) -> Result:
+    """Do something on rank 0 and give its result, or its error, to all ranks, so that none is left waiting. Collective."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except RecipeError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def device_type() -> str:

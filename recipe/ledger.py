@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipe.budget import UpdatePlan
 from recipe.data import UpdateBlocks, combine_hashes
-from recipe.errors import RecipeError
+from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.plan import RunPlan
 from recipe.update import UpdateResult
 
@@ -41,6 +43,7 @@ class LedgerEntry:
         peak_memory_bytes: allocator peak of a GPU, or resident set of the process; the largest of any rank.
         validation_loss: nats per token after this update; only in entries of evaluated updates.
         bits_per_byte: the same in bits per UTF-8 byte; only in entries of evaluated updates.
+        checkpoint_stall_seconds: time training stood still to copy its state; only where a checkpoint was taken.
     """
 
     update: int
@@ -60,45 +63,83 @@ class LedgerEntry:
     peak_memory_bytes: int
     validation_loss: float | None = None
     bits_per_byte: float | None = None
+    checkpoint_stall_seconds: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """False where the update was skipped."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def as_dictionary(self) -> dict[str, Any]:
-        """What is written: every field, the last two only where evaluated."""
-        values = asdict(self)
-        return {k: v for k, v in values.items() if v is not None or k not in ("validation_loss", "bits_per_byte")}
+        """What is written: every field, those with a default only where they have a value."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k == "mfu"}
 
 
 class Ledger:
     """Appends entries to `ledger.jsonl` on rank 0, and gives the values to accelerate's trackers.
 
     Args:
-        path: the file; has to be new.
+        path: the file; appended to.
         accelerator: knows the rank and the trackers.
+        max_skipped_updates: updates in a row that may be skipped because they were not finite.
     """
 
-    def __init__(self, path: Path, accelerator: Any) -> None:
+    def __init__(self, path: Path, accelerator: Any, max_skipped_updates: int) -> None:
         self.path = path
         self.accelerator = accelerator
-        self._file = path.open("x", encoding="utf-8") if accelerator.is_main_process else None
+        self.max_skipped_updates = max_skipped_updates
+        self._skipped_in_a_row = 0
+        self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
 
     def write(self, entry: LedgerEntry) -> None:
-        """Write one line and flush it.
+        """Write one line and flush it; give its numbers to the trackers. An update that was skipped becomes an event.
 
         Raises:
-            RecipeError: the disk is full, or the loss is not a number.
+            RecipeError: it cannot be written, or too many updates in a row were skipped.
         """
-        if not (math.isfinite(entry.loss) and math.isfinite(entry.grad_norm)):
-            raise RecipeError(
-                f"update {entry.update}: loss {entry.loss}, gradient norm {entry.grad_norm}: the run has diverged; "
-                f"lower --optimizer.learning_rate ({entry.learning_rate:.2e} in this update) or lengthen the warm-up"
-            )
+        if not entry.is_finite:
+            return self._skipped(entry)
+        self._skipped_in_a_row = 0
         values = entry.as_dictionary()
-        if self._file is not None:
-            try:
-                self._file.write(json.dumps(values, allow_nan=False) + "\n")
-                self._file.flush()
-            except OSError as error:
-                raise RecipeError(f"cannot write {self.path}: {error.strerror}", on_this_rank_only=True) from None
+        self._append(values)
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=entry.update)
+
+    def _skipped(self, entry: LedgerEntry) -> None:
+        self._skipped_in_a_row += 1
+        self.event(
+            "skipped_update",
+            entry.update,
+            loss=str(entry.loss),
+            grad_norm=str(entry.grad_norm),
+            learning_rate=entry.learning_rate,
+            blocks_sha256=entry.blocks_sha256,
+        )
+        if self._skipped_in_a_row >= self.max_skipped_updates:
+            raise RecipeError(
+                f"updates {entry.update - self._skipped_in_a_row + 1} to {entry.update} were not finite (loss {entry.loss}, "
+                f"gradient norm {entry.grad_norm}) and were skipped; parameters and checkpoints are those before them. Lower "
+                f"--optimizer.learning_rate ({entry.learning_rate:.2e} in this update), lengthen the warm-up, or look at the "
+                "blocks in the ledger",
+                exit_code=DIVERGED_EXIT_CODE,
+            )
+
+    def event(self, event: str, update: int, **values: Any) -> None:
+        """Write a line for something else that happened after `update` updates: a resume, a skipped update, ..."""
+        self._append({"event": event, "update": update, **values})
+
+    def sync(self) -> None:
+        """Force what was written to the disk, before a checkpoint that follows it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _append(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RecipeError(f"cannot write {self.path}: {error.strerror}", on_this_rank_only=True) from None
 
     def close(self) -> None:
         """Close the file."""
@@ -131,10 +172,6 @@ def entry_of(
     """
     cut, device = plan.update, accelerator.device
     measured = torch.tensor([[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=torch.float32, device=device)
-    padded = np.zeros((cut.largest_share, 32), dtype=np.uint8)  # ranks may hold unequal shares
-    padded[: len(blocks.sha256)] = blocks.sha256
-    hashes = accelerator.gather(torch.from_numpy(padded).to(device)).cpu().numpy().reshape(cut.world_size, -1, 32)
-    shares = [rows[: len(cut.blocks_of_rank(rank))] for rank, rows in enumerate(hashes)]
     wait_seconds, peak_bytes = accelerator.gather(measured).max(dim=0).values.tolist()
     loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
     step_seconds = time.perf_counter() - started
@@ -149,13 +186,22 @@ def entry_of(
         world_size=cut.world_size,
         micro_batch_size=cut.micro_batch_size,
         gradient_accumulation_steps=cut.gradient_accumulation_steps,
-        blocks_sha256=combine_hashes(np.concatenate(shares)),
+        blocks_sha256=gather_hash(accelerator, cut, blocks),
         step_seconds=step_seconds,
         data_wait_seconds=wait_seconds,
         tokens_per_second=tokens_per_second,
         mfu=plan.flops_per_token * tokens_per_second / (peak * cut.world_size) if peak else None,
         peak_memory_bytes=int(peak_bytes),
     )
+
+
+def gather_hash(accelerator: Any, plan: UpdatePlan, blocks: UpdateBlocks) -> str:
+    """The `blocks_sha256` of an update, of which each rank knows its own blocks. Collective."""
+    padded = np.zeros((plan.largest_share, 32), dtype=np.uint8)  # ranks may hold unequal shares
+    padded[: len(blocks.sha256)] = blocks.sha256
+    hashes = accelerator.gather(torch.from_numpy(padded).to(accelerator.device)).cpu().numpy()
+    by_rank = hashes.reshape(plan.world_size, -1, 32)
+    return combine_hashes(np.concatenate([rows[: len(plan.blocks_of_rank(i))] for i, rows in enumerate(by_rank)]))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -66,7 +66,7 @@ def parity_receipt(
     def gradient(micro_batch_size: int, path: Scaling) -> tuple[str, list[Tensor]]:
         cut = replace(plan, micro_batch_size=micro_batch_size)
         micro_batches = split_into_micro_batches(blocks, cut, accelerator.process_index, accelerator.device)
-        accumulate_gradient(
+        accumulate_gradient(  # no stop request: it is a moment
             model, micro_batches, accelerator=accelerator, scaling=path, target_tokens=plan.tokens_per_update
         )
         gradients = [p.grad.detach().cpu().double() for p in model.parameters() if p.grad is not None]

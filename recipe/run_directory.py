@@ -8,23 +8,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from recipe.command_line import write_config
 from recipe.config import Config
 from recipe.errors import RecipeError
 from recipe.plan import RunPlan
+from recipe.resume import Start, cut_ledger
 
 if TYPE_CHECKING:
     from recipe.evaluate import Evaluation
     from recipe.parity import ParityReceipt
 
-_FILES_OF_A_RUN = ("config.yaml", "ledger.jsonl", "summary.json", "final")
+_FILES_OF_A_RUN = ("config.yaml", "ledger.jsonl", "summary.json", "final", "checkpoints")
 
 
-def make_run_directory(config: Config) -> None:
-    """Make `run.directory`, and see that it can be written before anything expensive is done for it.
+def claim_run_directory(config: Config) -> FileLock:
+    """Make `run.directory`, see that it can be written before anything expensive is done for it, and lock it.
+
+    The lock is the operating system's: it ends with the process, however that ends.
 
     Raises:
-        RecipeError: it cannot be made or written.
+        RecipeError: it cannot be made or written, or another process is training in it.
     """
     directory = Path(config.run.directory)
     try:
@@ -32,12 +37,19 @@ def make_run_directory(config: Config) -> None:
         probe = directory / ".writable"
         probe.write_text("yes", encoding="utf-8")
         probe.unlink()
+        lock = FileLock(directory / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(
+            f"another process is training in run.directory = {config.run.directory!r}: wait for it, or set --run.directory"
+        ) from None
     except OSError as error:
         raise _cannot_write(config, error) from None
+    return lock
 
 
-def begin_run(config: Config) -> Path | None:
-    """Move an earlier run's files to previous/N, and write this run's config.yaml.
+def begin_run(config: Config, start: Start) -> Path | None:
+    """Make the directory ready: cut the ledger back to where `start` goes on, or move an earlier run to previous/N.
 
     Returns: where the earlier run went, or None.
     Raises:
@@ -47,7 +59,9 @@ def begin_run(config: Config) -> Path | None:
     try:
         earlier = [directory / name for name in _FILES_OF_A_RUN if (directory / name).exists()]
         previous = None
-        if earlier:
+        if start.checkpoint and start.checkpoint.parent.resolve() == (directory / "checkpoints").resolve():
+            cut_ledger(directory / "ledger.jsonl", start.update)
+        elif earlier:
             taken = [int(path.name) for path in directory.glob("previous/*") if path.name.isdigit()]
             previous = directory / "previous" / str(max(taken, default=0) + 1)
             previous.mkdir(parents=True)

@@ -26,113 +26,137 @@ def main() -> None:
 
 
 def train(config: Config) -> None:
-    """The whole run, on each rank."""
-    from recipe.launch import announced_world_size, choose_precision, device_type, start_accelerator
+    """The whole run, on each rank. Exits with 128 + n where signal n stopped it."""
+    from recipe.stop import StopRequest
 
-    plan = make_plan(config, announced_world_size())
-    precision, why = choose_precision(config.precision, device_type())
+    stop = StopRequest()
 
     from recipe.console import Console
     from recipe.data import make_lanes, next_update, pack_validation, read_updates, split_into_micro_batches
     from recipe.evaluate import evaluate
     from recipe.export import export_model
     from recipe.generate import GenerateConfig, generate
+    from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
     from recipe.ledger import Ledger, entry_of, peak_flops
     from recipe.model import build_model, build_optimizer, seed_dropout
     from recipe.parity import parity_receipt
-    from recipe.run_directory import begin_run, make_run_directory, usage, write_summary
+    from recipe.resume import find_start, restore
+    from recipe.run_directory import begin_run, claim_run_directory, usage, write_summary
+    from recipe.saver import CheckpointSaver
     from recipe.schedule import crosses, learning_rate
     from recipe.sources import open_source
     from recipe.tokenizer import load_tokenizer
     from recipe.update import run_update
 
+    plan = make_plan(config, announced_world_size())
+    cut = plan.update
+    precision, why = choose_precision(config.precision, device_type())
     accelerator = start_accelerator(config, precision)
-    rank, is_main, directory = accelerator.process_index, accelerator.is_main_process, Path(config.run.directory)
-    console = Console(is_main, plan.planned_updates)
+    stop.connect(accelerator.num_processes)
+    rank, directory = accelerator.process_index, Path(config.run.directory)
+    console = Console(accelerator.is_main_process, plan.planned_updates)
     console.section("plan", f"{plan}\n  precision           {precision}: {why}")
-    if is_main:
-        make_run_directory(config)
-    accelerator.wait_for_everyone()
+
+    # The run directory: held by these ranks alone, and new, or gone on with.
+    held: list[object] = []
+    on_main(accelerator, lambda: held.append(claim_run_directory(config)))
+    start = on_main(accelerator, lambda: find_start(config))
+    if start.update >= plan.planned_updates and (directory / "final").is_dir():
+        console.section("this run is complete; --resume never trains it again", usage(directory / "final"))
+        return accelerator.end_training()
 
     # Data: documents -> tokenizer -> lanes; each rank opens only its own lanes.
     source = open_source(config)
     with accelerator.main_process_first():
         tokenizer = load_tokenizer(config, source)
     validation = pack_validation(
-        source.validation_documents(), tokenizer, config.data.sequence_length, config.evaluation.tokens
+        source.validation_documents(), tokenizer, cut.sequence_length, config.evaluation.tokens
     )
-    lanes = make_lanes(config, plan.update, rank, source, tokenizer)
-    updates = read_updates(lanes, plan.update.blocks_per_lane, plan.planned_updates)
+    lanes = make_lanes(config, cut, rank, source, tokenizer)
 
     # Model and optimizer: the only two things accelerate prepares.
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
-    if is_main and (previous := begin_run(config)):
-        console.say(f"the earlier run in {directory} is now in {previous}")
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
-    ledger = Ledger(directory / "ledger.jsonl", accelerator)
-    peak = peak_flops(accelerator.device, precision)
-
     receipt = None
-    if config.run.parity_receipt:
-        first = next_update(make_lanes(config, plan.update, rank, source, tokenizer), plan.update.blocks_per_lane)
+    if start.checkpoint:
+        console.say(f"\n{start}")
+        restore(start, model, optimizer, lanes, accelerator=accelerator, plan=cut, precision=precision)
+    elif config.run.parity_receipt:
+        first = next_update(make_lanes(config, cut, rank, source, tokenizer), cut.blocks_per_lane).blocks
         receipt = parity_receipt(
-            model, first.blocks, plan.update, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
+            model, first, cut, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
+        )
+    updates = read_updates(lanes, cut.blocks_per_lane, plan.planned_updates - start.update)
+
+    # From here on the files in the directory are this run's.
+    if previous := on_main(accelerator, lambda: begin_run(config, start)):
+        console.say(f"the earlier run in {directory} is now in {previous}")
+    accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
+    ledger = Ledger(directory / "ledger.jsonl", accelerator, config.run.max_skipped_updates)
+    saver = CheckpointSaver(
+        config, plan, model, optimizer, tokenizer, accelerator=accelerator, ledger=ledger, console=console
+    )
+    if start.checkpoint:
+        ledger.event(
+            "resume", start.update, checkpoint=str(start.checkpoint), changes=start.changes, skipped=start.skipped
         )
 
     def validate(update: int) -> Evaluation | None:
         if validation is None:
             return None
-        evaluation = evaluate(model, validation, accelerator=accelerator, rows=config.batch.micro_batch_size)
-        console.say(f"validation after {update:,} updates: {evaluation}")
+        evaluation = evaluate(model, validation, accelerator=accelerator, rows=config.batch.micro_batch_size, stop=stop)
+        if evaluation:
+            console.say(f"validation after {update:,} updates: {evaluation}")
         return evaluation
 
     if validation is None:
         console.say(f"no validation: none of the documents of {source.name} is held out")
-    before = after = validate(0)
+    before = after = validate(start.update)
 
     model.train()
-    console.start()
-    for update in range(1, plan.planned_updates + 1):
+    peak = peak_flops(accelerator.device, precision)
+    console.start(start.update)
+    is_stopped = False
+    for update in range(start.update + 1, plan.planned_updates + 1):
         started = time.perf_counter()
         blocks = next(updates)
-        tokens = update * plan.update.tokens_per_update
+        tokens = update * cut.tokens_per_update
         rate = learning_rate(tokens, plan.total_tokens, config.optimizer, config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if config.model.dropout:
-            seed_dropout(config.run.seed, update, rank)
+        seed_dropout(config.run.seed, update, rank)
         result = run_update(
             model,
             optimizer,
-            split_into_micro_batches(blocks.blocks, plan.update, rank, accelerator.device),
+            split_into_micro_batches(blocks.blocks, cut, rank, accelerator.device),
             accelerator=accelerator,
             scaling=config.batch.scaling,
             max_grad_norm=config.optimizer.max_grad_norm,
-            target_tokens=plan.update.tokens_per_update,  # packed blocks have no masked target
+            target_tokens=cut.tokens_per_update,  # packed blocks have no masked target
+            stop=stop,
         )
+        if result is None:
+            is_stopped = True  # this update is abandoned; the one before it is saved below
+            break
         entry = entry_of(
-            update,
-            result,
-            blocks,
-            accelerator=accelerator,
-            plan=plan,
-            learning_rate=rate,
-            started=started,
-            peak=peak,
+            update, result, blocks, accelerator=accelerator, plan=plan, learning_rate=rate, started=started, peak=peak
         )
         is_last = update == plan.planned_updates
-        if is_last or crosses(tokens - plan.update.tokens_per_update, tokens, config.evaluation.every_tokens):
+        if is_last or crosses(tokens - cut.tokens_per_update, tokens, config.evaluation.every_tokens):
             after = validate(update)
             if after:
                 entry = replace(entry, validation_loss=after.loss, bits_per_byte=after.bits_per_byte)
-        ledger.write(entry)
+        stall_seconds = saver.snapshot(update, blocks, entry.blocks_sha256)
+        ledger.write(replace(entry, checkpoint_stall_seconds=stall_seconds))
+        saver.write()
         console.progress(entry)
     console.finish()
-    ledger.close()
+    saver.finish()
+    if is_stopped:
+        console.say(f"stopped by signal {stop.signal}; the same command goes on from here")
+        sys.exit(stop.exit_code)
 
-    if is_main:
+    if accelerator.is_main_process:
         gpt2 = accelerator.unwrap_model(model).gpt2.eval()
         export_model(gpt2, tokenizer, directory / "final")
         write_summary(directory / "summary.json", plan, precision, before, after, receipt)

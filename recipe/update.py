@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recipe.errors import RecipeError
 from recipe.loss import IGNORED_TARGET
+from recipe.stop import StopRequest
 
 Scaling = Literal["accumulate", "manual"]
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
@@ -34,11 +35,13 @@ class UpdateResult:
         loss: mean over the update's unmasked targets, in nats per token, float64.
         grad_norm: 2-norm of the whole gradient before clipping.
         target_tokens: unmasked targets.
+        is_finite: whether loss and gradient are; the optimizer has stepped only then.
     """
 
     loss: Tensor
     grad_norm: Tensor
     target_tokens: Tensor
+    is_finite: bool = True
 
 
 def run_update(
@@ -50,8 +53,11 @@ def run_update(
     scaling: Scaling,
     max_grad_norm: float,
     target_tokens: int | None = None,
-) -> UpdateResult:
+    stop: StopRequest | None = None,
+) -> UpdateResult | None:
     """Accumulate the gradient of all micro-batches on all ranks, clip it once, and step the optimizer once.
+
+    Where the loss or the gradient is not finite, on any rank, no rank steps: parameters and optimizer stay bit for bit.
 
     Args:
         model: prepared; called as `model(inputs, targets)`, gives the summed token loss.
@@ -62,14 +68,23 @@ def run_update(
         max_grad_norm: 0 for no clipping.
         target_tokens: unmasked targets of the update over all ranks where known in advance, else None: they are counted,
             at the cost of one integer all-reduce.
+        stop: looked at between micro-batches.
+
+    Returns: the statistics, or None where a rank was asked to stop: the open update is then abandoned on all ranks.
     """
-    loss, targets = accumulate_gradient(
-        model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=target_tokens
+    accumulated = accumulate_gradient(
+        model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=target_tokens, stop=stop
     )
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-    optimizer.step()
+    if accumulated is None:
+        optimizer.zero_grad(set_to_none=True)
+        return None
+    loss, targets = accumulated
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf")).detach()
+    is_finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))  # both are those of all ranks, so all agree
+    if is_finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return UpdateResult(loss=loss, grad_norm=grad_norm.detach(), target_tokens=targets)
+    return UpdateResult(loss=loss, grad_norm=grad_norm, target_tokens=targets, is_finite=is_finite)
 
 
 def accumulate_gradient(
@@ -79,15 +94,26 @@ def accumulate_gradient(
     accelerator: Any,
     scaling: Scaling,
     target_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    stop: StopRequest | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """Leave the gradient of the update's loss in `.grad` of every parameter, the same on all ranks.
 
-    Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d).
+    Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d), or None where
+    a rank was asked to stop.
     """
     targets = _count_targets(micro_batches, accelerator, target_tokens)
-    path = {"accumulate": _accumulate_path, "manual": _manual_path}[scaling]
-    loss_sum = accelerator.reduce(path(model, micro_batches, accelerator, targets), reduction="sum")
-    return loss_sum / targets, targets
+    path = _accumulate_path if scaling == "accumulate" else _manual_path
+    loss_sum = path(model, micro_batches, accelerator, targets, stop)
+    return None if loss_sum is None else (accelerator.reduce(loss_sum, reduction="sum") / targets, targets)
+
+
+def _abandoned(stop: StopRequest | None, is_last: bool) -> bool:
+    """Whether to abandon the update before this micro-batch.
+
+    Ranks agree once per update: before the last micro-batch, in which they wait for each other anyway, or, on a rank that
+    was asked to stop, at once: it then waits there for the others to come to theirs.
+    """
+    return stop is not None and (is_last or stop.signal > 0) and stop.agreed()
 
 
 def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known: int | None) -> Tensor:
@@ -99,15 +125,17 @@ def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known:
 
 
 def _accumulate_path(
-    model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor
-) -> Tensor:
+    model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: StopRequest | None
+) -> Tensor | None:
     """Accelerate decides when to reduce over ranks, and divides by the steps."""
     steps = len(micro_batches)
     accelerator.gradient_accumulation_steps = steps
     accelerator.step = 0  # a counter left by another number of steps would cut this update short
     scale = steps * accelerator.num_processes / targets.to(_sum_dtype(targets.device))
     loss_sum = torch.zeros_like(scale)
-    for inputs, labels in micro_batches:
+    for step, (inputs, labels) in enumerate(micro_batches, start=1):
+        if _abandoned(stop, is_last=step == steps):
+            return None
         with accelerator.accumulate(model):
             loss = model(inputs, labels)
             accelerator.backward(loss * scale)
@@ -115,13 +143,17 @@ def _accumulate_path(
     return loss_sum
 
 
-def _manual_path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+def _manual_path(
+    model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: StopRequest | None
+) -> Tensor | None:
     """The reference: scale by hand, plain `backward()`, reduce over ranks with the last micro-batch only."""
     if accelerator.scaler is not None or not accelerator.sync_gradients:
         raise RecipeError("batch.scaling = manual needs precision bf16 or fp32, and an update that starts from zero")
     scale = accelerator.num_processes / targets.to(_sum_dtype(targets.device))
     loss_sum = torch.zeros_like(scale)
     for step, (inputs, labels) in enumerate(micro_batches, start=1):
+        if _abandoned(stop, is_last=step == len(micro_batches)):
+            return None
         with nullcontext() if step == len(micro_batches) else accelerator.no_sync(model):
             loss = model(inputs, labels)
             (loss * scale).backward()

@@ -27,11 +27,13 @@ def divide_the_loss_twice() -> None:
     """`loss / steps`, then `accelerator.backward`, which divides again."""
     original = recipe.update._accumulate_path
 
-    def path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+    def path(
+        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
+    ) -> Any:
         backward = accelerator.backward
         accelerator.backward = lambda loss: backward(loss / len(micro_batches))
         try:
-            return original(model, micro_batches, accelerator, targets)
+            return original(model, micro_batches, accelerator, targets, stop)
         finally:
             accelerator.backward = backward
 
@@ -41,7 +43,9 @@ def divide_the_loss_twice() -> None:
 def mean_of_means() -> None:
     """Each micro-batch's mean, averaged over the steps and ranks: right only where all hold equally many targets."""
 
-    def path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+    def path(
+        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
+    ) -> Any:
         accelerator.gradient_accumulation_steps = len(micro_batches)
         accelerator.step = 0
         means = []
@@ -68,7 +72,9 @@ def clip_each_micro_batch() -> None:
     """`clip_grad_norm_` inside the accumulation loop: it is no no-op there."""
     original = recipe.update._accumulate_path
 
-    def path(model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor) -> Tensor:
+    def path(
+        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
+    ) -> Any:
         backward = accelerator.backward
 
         def backward_and_clip(loss: Tensor) -> None:
@@ -77,7 +83,7 @@ def clip_each_micro_batch() -> None:
 
         accelerator.backward = backward_and_clip
         try:
-            return original(model, micro_batches, accelerator, targets)
+            return original(model, micro_batches, accelerator, targets, stop)
         finally:
             accelerator.backward = backward
 
@@ -139,6 +145,28 @@ def read_ahead_of_the_state() -> None:
     recipe.data.read_updates = read
 
 
+def infinite_gradient_on_rank_1() -> None:
+    """What a broken batch or a hardware fault does: in the updates of FAULTY_UPDATES, on the last rank alone."""
+    import os
+
+    original = recipe.update._accumulate_path
+    faulty = {int(update) for update in os.environ["FAULTY_UPDATES"].split(",")}
+    is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    count = iter(range(1, 10**6))
+
+    def path(
+        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
+    ) -> Any:
+        backward, is_faulty = accelerator.backward, next(count) in faulty and is_last_rank
+        accelerator.backward = lambda loss: backward(loss * float("inf") if is_faulty else loss)
+        try:
+            return original(model, micro_batches, accelerator, targets, stop)
+        finally:
+            accelerator.backward = backward
+
+    recipe.update._accumulate_path = path
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -149,6 +177,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         drop_the_tail_of_a_packing_batch,
         prepare_the_data_loader,
         read_ahead_of_the_state,
+        infinite_gradient_on_rank_1,
     )
 }
 

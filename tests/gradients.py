@@ -103,13 +103,15 @@ def differences(accelerator: Any, dtype: torch.dtype, masked: bool) -> dict[str,
             plan = UpdatePlan(count * LENGTH, LENGTH, lanes, accelerator.num_processes, size)
             micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask)
             for path in PATHS:
-                loss, targets = accumulate_gradient(
+                accumulated = accumulate_gradient(
                     model,
                     micro_batches,
                     accelerator=accelerator,
                     scaling=path,
                     target_tokens=None if masked else plan.tokens_per_update,
                 )
+                assert accumulated is not None
+                loss, targets = accumulated
                 assert int(targets) == int((~mask).sum())
                 apart = relative(flat_gradient(model), expected)
                 results[f"{count} blocks, micro-batch {size}, {path}"] = max(

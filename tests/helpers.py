@@ -89,5 +89,10 @@ def run_ranks(world_size: int, command: Sequence[str], timeout: float = 240) -> 
 
 
 def read_ledger(run_directory: Path) -> list[dict[str, Any]]:
-    """The entries of a run's ledger."""
+    """The entries of a run's ledger, one for each update; events are left out."""
+    return [line for line in read_ledger_lines(run_directory) if "event" not in line]
+
+
+def read_ledger_lines(run_directory: Path) -> list[dict[str, Any]]:
+    """Every line of a run's ledger."""
     return [json.loads(line) for line in (run_directory / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]

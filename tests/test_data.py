@@ -222,6 +222,7 @@ def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> 
         lanes = make_lanes(config, plan, 1, source, tokenizer)
         for lane, state in zip(lanes, updates[stop].lane_states, strict=True):
             lane.load_state_dict(state)
+        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane).blocks, updates[stop].blocks)
         np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane).blocks, updates[stop + 1].blocks)
 
 

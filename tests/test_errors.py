@@ -186,8 +186,8 @@ from pathlib import Path
 from recipe.errors import run_command
 import recipe.ledger, recipe.train
 class Full(recipe.ledger.Ledger):
-    def __init__(self, path, accelerator):
-        super().__init__(path, accelerator)
+    def __init__(self, path, *rest):
+        super().__init__(path, *rest)
         self._file = Path("/dev/full").open("w")
 recipe.ledger.Ledger = Full
 run_command(recipe.train.main)

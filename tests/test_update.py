@@ -78,6 +78,7 @@ def test_sgd_update_equals_one_big_batch(accelerator: Any, scaling: Scaling, max
             scaling=scaling,
             max_grad_norm=max_grad_norm,
         )
+        assert result is not None
         after = torch.cat([p.detach().flatten() for p in plain.parameters()])
         torch.testing.assert_close(
             after, before - 0.1 * factor * gradient, rtol=0, atol=1e-7

@@ -1,0 +1,231 @@
+"""A checkpoint: a plain Hugging Face model directory, `training/`, and a manifest that is written last.
+
+```
+step-000500/  model.safetensors config.json tokenizer.json ...   <- from_pretrained(dir) just works
+              training/*.safetensors training/state.json         <- optimizer, and where the run is
+              manifest.json                                      <- size and sha256 of every file above
+```
+
+Written into a temporary directory, synced, renamed; only then is an older one pruned. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipe.errors import RecipeError
+from recipe.export import PADDED, write_model
+from recipe.schedule import crosses
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "training/state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run is. Everything else follows from it.
+
+    Args:
+        update: updates done.
+        tokens: target tokens seen.
+        config: the whole configuration, nested.
+        blocks_sha256: hash of the blocks of that last update.
+        lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
+            leads exactly to the next update, and their hash proves that the data is what it was.
+        proof_loss: mean loss of lane 0's blocks of that last update, with the weights of this checkpoint.
+        format: version of this layout.
+    """
+
+    update: int
+    tokens: int
+    config: dict[str, Any]
+    blocks_sha256: str
+    lane_states: list[dict[str, Any]]
+    proof_loss: float
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of what training goes on changing: name -> tensor on the CPU."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Copy the weights of an unwrapped `CausalLanguageModel` and its optimizer's state. This is the whole stall of a save."""
+    gpt2: Any = model.gpt2
+    return Snapshot(
+        model={name: tensor.detach().to("cpu", copy=True) for name, tensor in gpt2.state_dict().items()},
+        optimizer={name: t.detach().to("cpu", copy=True) for name, t in _optimizer_tensors(model, optimizer).items()},
+    )
+
+
+def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_config: Any, tokenizer: Any) -> Path:
+    """Write `root/step-N`, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, a permission is missing, ...; what was there before is untouched.
+    """
+    final = root / f"step-{state.update:06d}"
+    temporary = root / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        (temporary / "training").mkdir(parents=True)
+        write_model(snapshot.model, gpt2_config, tokenizer, temporary)
+        _save_tensors(snapshot.optimizer, temporary / "training")
+        (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        files = {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            _sync(path)
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        for path in (temporary / MANIFEST, temporary / "training", temporary):
+            _sync(path)
+        if final.exists():  # one that did not verify, or this run would not be here
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """`step-N` directories, the newest first; anything else in `root` is none of our business."""
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def why_invalid(directory: Path) -> str | None:
+    """None where every file is what the manifest says, else the reason."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this recipe reads {FORMAT}"
+        for name, expected in manifest["files"].items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+        if STATE not in manifest["files"]:
+            return "it has no training state"
+    except FileNotFoundError:
+        return "it has no manifest, so it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return None
+
+
+def read_state(directory: Path) -> TrainingState:
+    """The training state of a verified checkpoint."""
+    return TrainingState(**json.loads((directory / STATE).read_text(encoding="utf-8")))
+
+
+def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load a verified checkpoint into an unwrapped `CausalLanguageModel` and its optimizer, in place, bit for bit.
+
+    Padding rows of the embedding are set to 0: they are not in the file, and have no influence on anything.
+
+    Raises:
+        RecipeError: other tensors than this model and optimizer have.
+    """
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    gpt2: Any = model.gpt2
+    loaded = load_file(directory / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in gpt2.named_parameters():
+            source = loaded.get(name)
+            if source is None or (source.shape != parameter.shape and name not in PADDED):
+                raise RecipeError(
+                    f"{directory} does not fit this model: {name} is {None if source is None else source.shape}"
+                )
+            assert source.dtype == torch.float32, f"{name} is {source.dtype}"
+            parameter[len(source) :] = 0
+            parameter[: len(source)] = source
+    tensors = _optimizer_tensors(model, optimizer)
+    if not tensors:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process: this rank reads for itself
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory / "training")), no_dist=True)
+    everything = _flat_optimizer_state(model, optimizer) | tensors
+    set_optimizer_state_dict(model, optimizer, everything, options=_flat())
+
+
+def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_tokens`; returns the removed."""
+    removed = []
+    for path in list_checkpoints(root)[max(keep, 1) :]:
+        tokens = int(path.name.removeprefix("step-")) * tokens_per_update
+        if keep_every_tokens is None or not crosses(tokens - tokens_per_update, tokens, keep_every_tokens):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def _flat() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def _flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(model, optimizer, options=_flat()))
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state's tensors by flat name; what is no tensor (rates, betas) is configuration. SGD has none."""
+    return {k: v for k, v in _flat_optimizer_state(model, optimizer).items() if isinstance(v, Tensor)}
+
+
+def _save_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    if not tensors:
+        return
+    # Under DDP every rank holds everything, so this one writes alone; save_distributed names the file by shard.
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

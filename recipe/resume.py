@@ -1,0 +1,206 @@
+"""From which checkpoint a run goes on, and the proof that it is the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe.budget import UpdatePlan
+from recipe.checkpoint import TrainingState, list_checkpoints, load_checkpoint, read_state, why_invalid
+from recipe.command_line import as_dictionary
+from recipe.config import Config
+from recipe.data import UpdateBlocks, next_update, to_tensors
+from recipe.errors import RecipeError
+from recipe.lanes import Lane
+from recipe.ledger import gather_hash
+from recipe.parity import TOLERANCE
+
+# What may change between the parts of a run: none of it enters the update. Everything else is the run.
+HARMLESS = (
+    "run.directory",
+    "run.max_updates",
+    "run.max_skipped_updates",
+    "run.parity_receipt",
+    "batch.micro_batch_size",
+    "batch.scaling",
+    "data.cache_directory",
+    "schedule.total_tokens",
+    "schedule.tokens_per_parameter",
+    "evaluation",
+    "checkpoint",
+    "log",
+    "precision",
+    "resume",
+)
+
+PROOF_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Args:
+        checkpoint: verified directory to go on from; None for a new run.
+        state: its training state.
+        skipped: (name, reason) of newer checkpoints that do not verify.
+        changes: dotted name -> [earlier value, value now] of harmless settings that changed.
+    """
+
+    checkpoint: Path | None = None
+    state: TrainingState | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    changes: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        return self.state.update if self.state else 0
+
+    def __str__(self) -> str:
+        lines = [f"skipped {name}: {reason}" for name, reason in self.skipped]
+        lines += [f"{name} was {old!r}, is {new!r}" for name, (old, new) in self.changes.items()]
+        return "\n".join([f"going on from {self.checkpoint}, after {self.update:,} updates", *lines])
+
+
+def find_start(config: Config) -> Start:
+    """Decide by `resume: auto|never|PATH`. Reads every byte of the checkpoint it takes.
+
+    Raises:
+        RecipeError: the checkpoint or the directory belongs to another run, or no checkpoint of several verifies.
+    """
+    directory = Path(config.run.directory)
+    if config.resume == "never":
+        return Start()
+    if config.resume == "auto":
+        candidates = list_checkpoints(directory / "checkpoints")
+        if not candidates:
+            _check_same_run(_earlier_config(directory), config, f"{directory} holds another run")
+            return Start()
+    else:
+        candidates = [Path(config.resume)]
+        if not candidates[0].is_dir():
+            raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, never, or a checkpoint's path")
+    skipped: list[tuple[str, str]] = []
+    for candidate in candidates:
+        reason = why_invalid(candidate)
+        if reason is None:
+            state = read_state(candidate)
+            changes = _check_same_run(state.config, config, f"{candidate} is of another run")
+            return Start(candidate, state, skipped, changes)
+        skipped.append((candidate.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
+    raise RecipeError(f"no checkpoint of {directory} can be used ({reasons}); --resume never starts again from nothing")
+
+
+def _earlier_config(directory: Path) -> dict[str, Any] | None:
+    import yaml
+
+    try:
+        values = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) and (directory / "ledger.jsonl").exists() else None
+
+
+def _check_same_run(earlier: dict[str, Any] | None, config: Config, what: str) -> dict[str, list[Any]]:
+    """Harmless changes from `earlier` to `config`; a change of the run itself is refused."""
+    if earlier is None:
+        return {}
+    changes = dict(_differences(earlier, as_dictionary(config)))
+    fatal = {name: values for name, values in changes.items() if not name.startswith(HARMLESS)}
+    if fatal:
+        shown = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in fatal.items())
+        raise RecipeError(f"{what}: {shown}; use another --run.directory, or --resume never to move it aside")
+    return changes
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, list[Any]]]:
+    found: list[tuple[str, list[Any]]] = []
+    for name in dict.fromkeys([*earlier, *now]):
+        old, new = earlier.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append((f"{prefix}{name}", [old, new]))
+    return found
+
+
+def cut_ledger(path: Path, update: int) -> int:
+    """Keep the lines of updates up to `update`, whole; returns how many were cut off. Atomic."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")
+    kept = [line for line in lines if (number := _update_of(line)) is not None and number <= update]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return sum(1 for line in lines if line) - len(kept)
+
+
+def _update_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return None  # empty, or half written when the power went
+
+
+def restore(
+    start: Start,
+    model: Any,
+    optimizer: Any,
+    lanes: Sequence[Lane],
+    *,
+    accelerator: Any,
+    plan: UpdatePlan,
+    precision: str,
+) -> None:
+    """Load weights, optimizer and lanes, and prove on the last update that they are those of the run. Collective.
+
+    The update's blocks are read again: their hash has to be the recorded one, and the loss of lane 0's blocks too.
+
+    Raises:
+        RecipeError: the text has changed, or the model is not the one that was saved.
+    """
+    assert start.checkpoint is not None
+    assert start.state is not None
+    state = start.state
+    load_checkpoint(start.checkpoint, accelerator.unwrap_model(model), optimizer.optimizer)
+    for lane in lanes:
+        lane.load_state_dict(state.lane_states[lane.index])
+    blocks = next_update(lanes, plan.blocks_per_lane)
+    if gather_hash(accelerator, plan, blocks) != state.blocks_sha256:
+        raise RecipeError(
+            f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
+            f"{start.checkpoint} was written; bring them back, or --resume never"
+        )
+    if accelerator.is_main_process:
+        loss = proof_loss(model, blocks, accelerator=accelerator, plan=plan)
+        tolerance = TOLERANCE["bf16" if "bf16" in (precision, state.config["precision"]) else "fp32"]
+        if not abs(loss / state.proof_loss - 1) <= tolerance:
+            raise RecipeError(
+                f"the model of {start.checkpoint} gives a loss of {loss:.6f} where {state.proof_loss:.6f} was recorded "
+                f"(relative tolerance {tolerance:.0e}): this installation does not compute the same function",
+                on_this_rank_only=True,
+            )
+
+
+def proof_loss(model: Any, blocks: UpdateBlocks, *, accelerator: Any, plan: UpdatePlan) -> float:
+    """Mean loss of the first blocks of lane 0, which rank 0 holds in every launch, one by one and without dropout."""
+    import torch
+
+    plain = accelerator.unwrap_model(model)
+    was_training = plain.training
+    plain.eval()
+    rows = blocks.blocks[: min(plan.blocks_per_lane, PROOF_BLOCKS)]
+    with torch.no_grad():
+        losses = [plain(*to_tensors(row[None], accelerator.device)).item() for row in rows]
+    plain.train(was_training)
+    return float(sum(losses) / (len(rows) * plan.sequence_length))

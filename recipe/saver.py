@@ -1,0 +1,155 @@
+"""Checkpoints are written in the background: training stands still only while the tensors are copied."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from recipe.checkpoint import Snapshot, TrainingState, prune, take_snapshot, write_checkpoint
+from recipe.command_line import as_dictionary
+from recipe.config import Config
+from recipe.console import Console
+from recipe.data import UpdateBlocks
+from recipe.errors import RecipeError
+from recipe.ledger import Ledger
+from recipe.plan import RunPlan
+from recipe.resume import proof_loss
+from recipe.schedule import crosses
+
+
+class CheckpointSaver:
+    """Decides on all ranks alike when a checkpoint is due, and writes it on rank 0, one at a time.
+
+    A save that fails (disk full, permission) is reported, and the next one is tried when it is due.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        model: prepared.
+        optimizer: prepared.
+        tokenizer: goes into every checkpoint.
+        accelerator: of the ranks.
+        ledger: receives an event for a save that failed.
+        console: receives a line for each save.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: RunPlan,
+        model: Any,
+        optimizer: Any,
+        tokenizer: Any,
+        *,
+        accelerator: Any,
+        ledger: Ledger,
+        console: Console,
+    ) -> None:
+        self.config, self.plan, self.tokenizer = config, plan, tokenizer
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.ledger, self.console = ledger, console
+        self.root = Path(config.run.directory) / "checkpoints"
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[int, str | None] | None = None  # of the thread: update, reason of the failure
+        self._ready: tuple[Snapshot, TrainingState] | None = None  # copied, to be written
+        self._unsaved: tuple[int, UpdateBlocks, str] | None = None
+        self._last_save = time.monotonic()
+
+    def snapshot(self, update: int, blocks: UpdateBlocks, blocks_sha256: str) -> float | None:
+        """Copy the whole state if a checkpoint is due after this update. Collective.
+
+        Returns: seconds that training stood still for it; None where none is due.
+        """
+        self._report()
+        self._unsaved = (update, blocks, blocks_sha256)
+        return self._copy() if self._is_due(update) else None
+
+    def write(self) -> None:
+        """Write what `snapshot` copied, in the background; called when the ledger has the update's line."""
+        if self._ready is None:
+            return
+        snapshot, state = self._ready
+        self._ready = None
+        self.ledger.sync()
+        self._thread = threading.Thread(target=self._write, args=(snapshot, state), name="checkpoint-writer")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Save the last update if it is not saved yet, and wait until it is on the disk. Collective.
+
+        Raises:
+            RecipeError: that could not be done.
+        """
+        if self._unsaved is not None:
+            self._copy()
+            self.write()
+        failure = self._report(wait=True)
+        if failure:
+            raise RecipeError(
+                f"the last checkpoint could not be written to {self.root}: {failure}; free the disk and start again: the "
+                "run goes on from the checkpoint before it",
+                on_this_rank_only=True,
+            )
+
+    def _is_due(self, update: int) -> bool:
+        settings, tokens_per_update = self.config.checkpoint, self.plan.update.tokens_per_update
+        after = update * tokens_per_update
+        if update == self.plan.planned_updates:
+            return True
+        if any(
+            crosses(after - tokens_per_update, after, every)
+            for every in (settings.every_tokens, settings.keep_every_tokens)
+            if every
+        ):
+            return True
+        if settings.every_minutes is None:
+            return False
+        from accelerate.utils import broadcast_object_list
+
+        is_late = [time.monotonic() - self._last_save >= 60 * settings.every_minutes]
+        return bool(broadcast_object_list(is_late)[0])  # by the clock of rank 0
+
+    def _copy(self) -> float:
+        from accelerate.utils import gather_object
+
+        assert self._unsaved is not None
+        started = time.perf_counter()
+        update, blocks, blocks_sha256 = self._unsaved
+        lane_states = gather_object(blocks.lane_states)  # ranks own lanes in order
+        if self.accelerator.is_main_process:
+            self._report(wait=True)
+            proof = proof_loss(self.model, blocks, accelerator=self.accelerator, plan=self.plan.update)
+            tokens = update * self.plan.update.tokens_per_update
+            state = TrainingState(update, tokens, as_dictionary(self.config), blocks_sha256, lane_states, proof)
+            self._ready = take_snapshot(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer), state
+        self._unsaved, self._last_save = None, time.monotonic()
+        return time.perf_counter() - started
+
+    def _write(self, snapshot: Snapshot, state: TrainingState) -> None:
+        keep = self.config.checkpoint
+        try:
+            gpt2_config = self.accelerator.unwrap_model(self.model).gpt2.config
+            write_checkpoint(self.root, snapshot, state, gpt2_config, self.tokenizer)
+            prune(self.root, keep.keep, keep.keep_every_tokens, self.plan.update.tokens_per_update)
+            self._outcome = state.update, None
+        except Exception as error:  # a full disk must not end a training that can outlive it
+            self._outcome = state.update, getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+    def _report(self, wait: bool = False) -> str | None:
+        """Say how the save under way has ended, if it has; the reason where it failed."""
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return None
+        self._thread.join()
+        self._thread = None
+        assert self._outcome is not None
+        update, reason = self._outcome
+        if reason is None:
+            self.console.say(f"checkpoint {self.root}/step-{update:06d}")
+        else:
+            self.console.say(
+                f"checkpoint after update {update:,} failed: {reason}; tried again when the next one is due"
+            )
+            self.ledger.event("checkpoint_failed", update, reason=reason)
+        return reason
