@@ -14,7 +14,8 @@ TOPOLOGY=NAME ./run.sh ...                 launch with accelerate_configs/NAME.y
 PYTHON=python3.12 ./run.sh                 the interpreter that .venv is made with (3.10 or newer)
 
 Set-up makes .venv and installs the pinned set of pyproject.toml; with nothing changed it installs nothing.
-Exit code: 0 done, 2 a setting or an input that cannot be used (one line says which), else a failure.
+The same command in the same run directory goes on where the run was stopped.
+Exit code: 0 done, 2 a setting or an input that cannot be used (one line says which), else stopped or failed.
 TEXT
 }
 
@@ -59,6 +60,7 @@ train() {
     WORLD_SIZE=${BASH_REMATCH[1]} .venv/bin/python -m recipe.plan --config "$preset" "$@" >/dev/null
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python -c \
         'import os, sys; print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "${BASH_REMATCH[1]}")}
+    trap '' INT # Ctrl-C is for the training, which saves and ends; the launcher only waits for it
     exec .venv/bin/accelerate launch --quiet --config_file "$settings" recipe/train.py --config "$preset" "$@"
 }
 
@@ -72,6 +74,9 @@ test)
     .venv/bin/mypy
     exec .venv/bin/python -m pytest "$@"
     ;;
-"" | --*) train configs/quickstart.yaml "$@" ;;
+"") # again after it is complete trains it again; after it was stopped it goes on
+    if [[ -d runs/quickstart/final ]]; then train configs/quickstart.yaml --resume never; else train configs/quickstart.yaml; fi
+    ;;
+--*) train configs/quickstart.yaml "$@" ;;
 *) train "$@" ;;
 esac
