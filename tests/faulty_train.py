@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,21 @@ def infinite_gradient_on_rank_1() -> None:
     recipe.update._accumulate_path = path
 
 
+def slow_checkpoint_writer() -> None:
+    """No fault, but it takes a while: so that a kill at random often hits a checkpoint that is being written."""
+    import time
+
+    import recipe.checkpoint
+
+    original = recipe.checkpoint._sync
+
+    def sync(path: Path) -> None:
+        time.sleep(0.02)
+        original(path)
+
+    recipe.checkpoint._sync = sync
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -178,6 +194,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         prepare_the_data_loader,
         read_ahead_of_the_state,
         infinite_gradient_on_rank_1,
+        slow_checkpoint_writer,
     )
 }
 

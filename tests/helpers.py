@@ -60,25 +60,31 @@ def train(
     return run([sys.executable, *script, *arguments], timeout=240, cwd=ROOT, **more)
 
 
-def run_ranks(world_size: int, command: Sequence[str], timeout: float = 240) -> None:
-    """Run `python command` in `world_size` processes that form a gloo group; all of them have to succeed."""
+def start_ranks(world_size: int, command: Sequence[str], **more: str) -> list[subprocess.Popen[str]]:
+    """Start `python command` in `world_size` processes that form a gloo group; rank 0 first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = []
     for rank in range(world_size):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
+        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(
             subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
-                env=environment(**(ranks | master if world_size > 1 else {})),
+                env=environment(**(group if world_size > 1 else {}), **more),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
+    return processes
+
+
+def run_ranks(world_size: int, command: Sequence[str], timeout: float = 240) -> None:
+    """Run `python command` in `world_size` processes to their end; all of them have to succeed."""
+    processes = start_ranks(world_size, command)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:

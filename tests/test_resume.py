@@ -323,3 +323,11 @@ def test_a_second_signal_leaves_at_once(root: Path) -> None:
         time.sleep(0.01)
     assert process.returncode == 143
     process.communicate()
+
+
+def test_chaos_in_short(tmp_path: Path) -> None:
+    """Two interruptions of a two-rank run; `python -m tests.chaos --runs 30` is the long one."""
+    from tests.chaos import chaos
+
+    happened = chaos(2, seed=5, root=tmp_path)
+    assert sum(count for what, count in happened.items() if what.startswith("SIG")) == 2
