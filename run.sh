@@ -15,7 +15,7 @@ PYTHON=python3.12 ./run.sh                 the interpreter that .venv is made wi
 
 Set-up makes .venv and installs the pinned set of pyproject.toml; with nothing changed it installs nothing.
 The same command in the same run directory goes on where the run was stopped.
-Exit code: 0 done, 2 a setting or an input that cannot be used (one line says which), else stopped or failed.
+Exit code: 0 done, 2 a setting that cannot be used (one line says which), else stopped or failed.
 TEXT
 }
 
@@ -27,19 +27,22 @@ fail() {
 # setup EXTRAS: .venv with the pinned set and, for the tests, their tools. The stamp is written last, so that an
 # interrupted installation is taken up again.
 setup() {
-    local extras=$1 python=${PYTHON:-python3} stamp=.venv/installed-$1
-    [[ -f $stamp && $(<"$stamp") == "$(<pyproject.toml)" ]] && return
+    local extras=$1 python=${PYTHON:-python3} stamp
+    for stamp in .venv/installed-"$extras" .venv/installed-pinned,test; do # the tests' set holds the other
+        [[ -f $stamp && $(<"$stamp") == "$(<pyproject.toml)" ]] && return
+    done
     command -v "$python" >/dev/null || fail "$python not found: install Python 3.10 or newer, or set PYTHON"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$("$python" --version) is too old: Python 3.10 or newer is needed; set PYTHON"
-    if [[ ! -x .venv/bin/python ]]; then
+    if [[ ! -x .venv/bin/pip ]]; then
+        rm -rf .venv # what an attempt without ensurepip leaves has no pip
         "$python" -m venv .venv || fail "$python has no venv module (on Debian: apt install python3-venv)"
     fi
     echo "installing into .venv (1.5 GB without CUDA) ..." >&2
     [[ $(<pyproject.toml) =~ torch==[0-9.]+ ]] # torch first and pinned: whatever asks for any torch finds it there
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${BASH_REMATCH[0]}"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-    cp pyproject.toml "$stamp"
+    cp pyproject.toml .venv/installed-"$extras"
 }
 
 train() {

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from recipe.config import Config, validate
+from recipe.config import Config, flat_fields, validate, value_of
 from recipe.errors import RecipeError
 
 
@@ -38,6 +38,7 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
         description=description,
         usage="%(prog)s [--config FILE] [--SECTION.FIELD VALUE ...]",
         exit_on_error=False,
+        allow_abbrev=False,  # a later setting could change what a shortened flag means
     )
     parser.add_argument("--config", action="config", help="YAML file: a preset, or the config.yaml of an earlier run.")
     parser.add_class_arguments(config_class)
@@ -61,7 +62,11 @@ def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[An
         raise RecipeError(_explain(str(error), [name for name, _ in flat_fields(config_class)])) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"--config: not a text file ({error.reason} at byte {error.start})") from None
-    values = parser.instantiate(namespace)
+    try:
+        values = parser.instantiate(namespace)
+    except TypeError:
+        sections = [f.name for f in fields(config_class) if not hasattr(namespace[f.name], "keys")]
+        raise RecipeError(f"--config: each section has to be a mapping of settings; look at {sections}") from None
     return config_class(**{f.name: values.pop(f.name) for f in fields(config_class)}), values
 
 
@@ -87,23 +92,9 @@ def flat_dictionary(config: Config) -> dict[str, str | int | float | bool]:
     """Dotted names to plain values, as trackers take them; lists and null as text."""
     values = {}
     for name, _ in flat_fields(Config):
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = value_of(config, name)
         values[name] = value if isinstance(value, str | int | float | bool) else str(value)
     return values
-
-
-def flat_fields(config_class: type) -> list[tuple[str, Any]]:
-    """(dotted name, field) of every value of a configuration class."""
-    names: list[tuple[str, Any]] = []
-    for f in fields(config_class):
-        section = f.default_factory if callable(f.default_factory) else None
-        if section is not None and hasattr(section, "__dataclass_fields__"):
-            names += [(f"{f.name}.{name}", inner) for name, inner in flat_fields(section)]  # type: ignore[arg-type]
-        else:
-            names.append((f.name, f))
-    return names
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:
@@ -116,7 +107,9 @@ def _join_lists(arguments: Sequence[str]) -> list[str]:
             values = []
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
-            is_list = len(values) == 1 and values[0].startswith("[")
+            if not values:
+                raise RecipeError(f"{argument} needs a value")
+            is_list = len(values) == 1 and values[0].startswith(('["', "['", "[]"))
             argument = f"{argument}={values[0] if is_list else json.dumps(values)}"
         joined.append(argument)
     return joined

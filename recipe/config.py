@@ -6,9 +6,9 @@ The values here are what the `gpt2-*` presets share; a preset holds only what di
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from recipe.errors import RecipeError
 from recipe.text_files import expand_text_files
@@ -30,7 +30,7 @@ class RunConfig:
     """Seed of the initialisation, the document order and dropout."""
     parity_receipt: bool = False
     """Before training, compute the first update's gradient with two other micro-batch sizes and with the other scaling path,
-    and refuse to go on if they differ. Costs three updates and two copies of the gradient."""
+    and refuse to go on if they differ. Costs four updates' arithmetic and two copies of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ class EvaluationConfig:
     every_tokens: int = 262_144_000
     """Evaluate whenever this many more tokens have been seen, and before and after the run."""
     tokens: int = 131_072
-    """Size of the validation set, rounded to whole documents."""
+    """Size of the validation set, rounded up to whole documents."""
     prompt: str = ""
     """Text that the generated sample continues. Empty: starts a new document."""
     sample_tokens: int = 128
-    """Length of the generated sample."""
+    """Length of the generated sample; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,11 @@ def validate(config: Config) -> None:
     Raises:
         RecipeError: naming the setting, its value, and a valid one.
     """
-    _check_bounds(config)
-    model, data, schedule = config.model, config.data, config.schedule
+    for name, setting in flat_fields(type(config)):
+        if value_of(config, name) is None and "None" not in str(setting.type):
+            raise RecipeError(f"{name} = null: it needs a value ({setting.type})")
+    check_bounds(config, _BOUNDS)
+    model, data = config.model, config.data
     if model.n_embd % model.n_head:
         raise RecipeError(
             f"model.n_head = {model.n_head} does not divide model.n_embd = {model.n_embd}: choose n_head among "
@@ -219,11 +222,14 @@ def validate(config: Config) -> None:
             f"data.sequence_length = {data.sequence_length} is longer than model.n_positions = {model.n_positions}: "
             f"set --model.n_positions {data.sequence_length} or more, or --data.sequence_length {model.n_positions} or less"
         )
-    if schedule.total_tokens is not None and schedule.warmup_tokens >= schedule.total_tokens:
+    if config.schedule.final_learning_rate_fraction > 1:
         raise RecipeError(
-            f"schedule.warmup_tokens = {schedule.warmup_tokens:,} leaves nothing of schedule.total_tokens = "
-            f"{schedule.total_tokens:,}: set --schedule.warmup_tokens to less"
+            f"schedule.final_learning_rate_fraction = {config.schedule.final_learning_rate_fraction}: must be at most 1"
         )
+    if config.run.seed >= 2**32:
+        raise RecipeError(f"run.seed = {config.run.seed}: must be below 2**32 = {2**32}")
+    if not config.run.directory.strip():
+        raise RecipeError("run.directory is empty: give the directory that the run is written to")
     if data.tokenizer is None and model.vocab_size < 257:
         raise RecipeError(
             f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "
@@ -241,7 +247,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "batch.tokens_per_update": (1, False),
     "batch.micro_batch_size": (1, False),
     "batch.lanes": (1, False),
-    "data.sequence_length": (1, False),
+    "data.sequence_length": (2, False),
     "data.shuffle_window": (1, False),
     "data.validation_one_in": (0, False),
     "model.n_layer": (1, False),
@@ -273,17 +279,36 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
 _BELOW_ONE = ("model.dropout", "optimizer.beta1", "optimizer.beta2")
 
 
-def _check_bounds(config: Config) -> None:
-    for name, (smallest, exclusive) in _BOUNDS.items():
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
+def check_bounds(config: Any, bounds: dict[str, tuple[float, bool]]) -> None:
+    """Check numbers against (smallest valid value, is it exclusive), by dotted name.
+
+    Raises:
+        RecipeError: naming the setting, its value and its bound.
+    """
+    for name, (smallest, exclusive) in bounds.items():
+        value = value_of(config, name)
         if value is None:
             continue
         if not (value > smallest if exclusive else value >= smallest):
             raise RecipeError(f"{name} = {value}: must be {'greater than' if exclusive else 'at least'} {smallest:g}")
         if name in _BELOW_ONE and value >= 1:
             raise RecipeError(f"{name} = {value}: must be below 1")
-    if config.schedule.final_learning_rate_fraction > 1:
-        raise RecipeError(
-            f"schedule.final_learning_rate_fraction = {config.schedule.final_learning_rate_fraction}: must be at most 1"
-        )
+
+
+def value_of(config: Any, name: str) -> Any:
+    """The value of a dotted name."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def flat_fields(config_class: type) -> list[tuple[str, Any]]:
+    """(dotted name, dataclass field) of every value of a configuration class."""
+    names: list[tuple[str, Any]] = []
+    for f in fields(config_class):
+        section = f.default_factory if isinstance(f.default_factory, type) else None
+        if section is not None and is_dataclass(section):
+            names += [(f"{f.name}.{name}", inner) for name, inner in flat_fields(section)]
+        else:
+            names.append((f.name, f))
+    return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import queue
 import threading
@@ -73,47 +74,57 @@ def next_update(lanes: Sequence[Lane], blocks_per_lane: int) -> UpdateBlocks:
     return UpdateBlocks(blocks, hash_blocks(blocks), states, wait_seconds=0.0)
 
 
-def read_updates(lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
+class UpdateReader:
     """The blocks of `updates` updates, read, tokenized and packed in a background thread that starts now.
 
-    At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its own, however
-    far the thread has read. Errors of the thread are raised here.
+    At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its own, however far the thread
+    has read. Errors of the thread are raised by `next`.
     """
-    ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
-    stopped = threading.Event()
 
-    def put(item: UpdateBlocks | BaseException) -> None:
-        while not stopped.is_set():
+    def __init__(self, lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> None:
+        self._ready: queue.Queue[UpdateBlocks | BaseException | None] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read, args=(lanes, blocks_per_lane, updates), name="data-reader", daemon=True
+        )
+        # However the process ends, the thread must not be inside the tokenizer then; one that waits for a network may be left.
+        atexit.register(self.close)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[UpdateBlocks]:
+        return self
+
+    def __next__(self) -> UpdateBlocks:
+        started = time.perf_counter()
+        item = self._ready.get()
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return replace(item, wait_seconds=time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Stop reading; wait for the thread, but not for a network that does not answer."""
+        self._stopped.set()
+        self._thread.join(timeout=2)
+        atexit.unregister(self.close)
+
+    def _read(self, lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> None:
+        try:
+            for _ in range(updates):
+                self._put(next_update(lanes, blocks_per_lane))
+                if self._stopped.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: UpdateBlocks | BaseException | None) -> None:
+        while not self._stopped.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                return self._ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
-
-    def read() -> None:
-        try:
-            for _ in range(updates):
-                put(next_update(lanes, blocks_per_lane))
-                if stopped.is_set():
-                    return
-        except BaseException as error:
-            put(error)
-
-    reader = threading.Thread(target=read, name="data-reader", daemon=True)
-    reader.start()
-
-    def deliver() -> Iterator[UpdateBlocks]:
-        try:
-            for _ in range(updates):
-                started = time.perf_counter()
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield replace(item, wait_seconds=time.perf_counter() - started)
-        finally:
-            stopped.set()
-            reader.join()
-
-    return deliver()
 
 
 def hash_blocks(blocks: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from recipe.command_line import make_parser, parse
-from recipe.config import BatchConfig, Config, DataConfig
+from recipe.config import BatchConfig, Config, DataConfig, check_bounds
 from recipe.errors import RecipeError, run_command
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def evaluate(
 class EvaluateConfig:
     """Evaluate a finished model on text."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(validation_one_in=0))
+    data: DataConfig = field(default_factory=DataConfig)
     """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and length are the model's."""
     tokens: int | None = None
     """Stop after this many tokens, rounded to whole documents. Null: all of the text."""
@@ -103,6 +103,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="Directory of a finished model, or its name on the Hub.")
     config, rest = parse(parser, EvaluateConfig, sys.argv[1:])
+    check_bounds(config, {"tokens": (1, False), "micro_batch_size": (1, False), "data.sequence_length": (2, False)})
 
     from accelerate import Accelerator
 
@@ -115,7 +116,8 @@ def main() -> None:
     gpt2, tokenizer = load_pretrained(rest["model"])
     length = min(config.data.sequence_length, gpt2.config.n_positions)
     with tempfile.TemporaryDirectory() as cache:
-        data = replace(config.data, cache_directory=config.data.cache_directory or cache)
+        one_in = 0 if config.data.text_files else config.data.validation_one_in
+        data = replace(config.data, cache_directory=config.data.cache_directory or cache, validation_one_in=one_in)
         source = open_source(Config(data=data, batch=BatchConfig(lanes=1)))
         documents = source.training_documents() if data.text_files else source.validation_documents()
         validation = pack_validation(documents, tokenizer, length, config.tokens or math.inf)

@@ -64,6 +64,10 @@ def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, dire
         top_k=50,
     )
     exported.save_pretrained(directory)
+    for path in directory.glob(
+        "*.safetensors"
+    ):  # safetensors makes them private; whoever may read config.json may read these
+        path.chmod((directory / "config.json").stat().st_mode & 0o777)
     tokenizer.save_pretrained(directory)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.command_line import make_parser, parse
+from recipe.config import check_bounds
 from recipe.errors import run_command
 
 
@@ -47,7 +48,7 @@ def generate(gpt2: Any, tokenizer: Any, config: GenerateConfig) -> str:
     )
     inputs = torch.tensor([ids], device=gpt2.device)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed % 2**63)
         output = gpt2.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=generation)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
@@ -57,6 +58,9 @@ def main() -> None:
     parser = make_parser(GenerateConfig, "python -m recipe.generate", "Print a sample from a model.")
     parser.add_argument("model", help="Directory of a finished model, or its name on the Hub.")
     config, rest = parse(parser, GenerateConfig, sys.argv[1:])
+    check_bounds(
+        config, {"max_new_tokens": (1, False), "temperature": (0, False), "top_k": (0, False), "seed": (0, False)}
+    )
 
     from recipe.export import load_pretrained
 

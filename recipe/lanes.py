@@ -164,10 +164,14 @@ class Lane:
             try:
                 row = next(rows, None)
             except Exception as error:
-                raise unreadable(f"shard {shard} of {self.source.name}", error) from error
+                raise unreadable(f"shard {shard} of {self.source.name}", error, on_this_rank_only=True) from error
             if row is None:
                 return
-            text = self.source.text(row)
+            try:
+                text = self.source.text(row)
+            except RecipeError as error:
+                error.on_this_rank_only = True
+                raise
             if not self.source.is_held_out(text):
                 yield text, reader.state_dict
 

@@ -23,7 +23,14 @@ def announced_world_size() -> int:
         RecipeError: `accelerate launch` was asked for several processes but started one, as it does with
             `--cpu --num_processes 2` (huggingface/accelerate#2741): each would train alone on all of the data.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        world_size = 0
+    if world_size < 1:
+        raise RecipeError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']!r} is no number of ranks: launch with accelerate or torchrun"
+        )
     asked = _processes_asked_for(_parent_command_line())
     if world_size == 1 and asked > 1:
         raise RecipeError(
@@ -42,6 +49,11 @@ def start_accelerator(config: Config, precision: str) -> Any:
     missing = [tracker for tracker in config.log.trackers if importlib.util.find_spec(tracker) is None]
     if missing:
         raise RecipeError(f"log.trackers: {missing[0]} is not installed: pip install {missing[0]}, or leave it out")
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise RecipeError(
+                f"{name} is not supported yet: launch with a DDP file of accelerate_configs/, such as gpu_8.yaml"
+            )
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
@@ -138,8 +150,10 @@ def _processes_asked_for(command: Sequence[str]) -> int:
         )
     if options.get("num_processes", "").isdigit():
         return int(options["num_processes"])
+    from accelerate.commands.config.config_args import default_config_file
+
     try:
-        settings = yaml.safe_load(Path(options["config_file"]).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(options.get("config_file", default_config_file)).read_text(encoding="utf-8"))
         return int(settings.get("num_processes", 1))
-    except (KeyError, OSError, ValueError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return 1

@@ -171,7 +171,9 @@ def entry_of(
         peak: peak FLOP/s of one device, None where unknown.
     """
     cut, device = plan.update, accelerator.device
-    measured = torch.tensor([[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=torch.float32, device=device)
+    measured = torch.tensor(
+        [[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=result.loss.dtype, device=device
+    )  # float64, where the device has it
     wait_seconds, peak_bytes = accelerator.gather(measured).max(dim=0).values.tolist()
     loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
     step_seconds = time.perf_counter() - started
@@ -223,8 +225,7 @@ _PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
+    "B200": 2250e12,  # also GB200, as H200 is GH200
     "A100": 312e12,
     "L40S": 362e12,
     "A10G": 70e12,

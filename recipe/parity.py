@@ -53,13 +53,12 @@ class ParityReceipt:
 def parity_receipt(
     model: nn.Module, blocks: np.ndarray, plan: UpdatePlan, *, accelerator: Any, scaling: Scaling, precision: str
 ) -> ParityReceipt:
-    """Compute the gradient of this rank's `blocks` four ways, without dropout; gradients are cleared afterwards.
+    """Compute the gradient of this rank's `blocks` in up to four ways, without dropout; gradients are cleared afterwards.
 
     Raises:
         RecipeError: a difference above the tolerance: the update would depend on how it is cut up.
     """
     other: Scaling = "manual" if scaling == "accumulate" else "accumulate"
-    first, second = _other_micro_batch_sizes(plan.micro_batch_size)
     was_training = model.training
     model.eval()
 
@@ -77,7 +76,8 @@ def parity_receipt(
     reference_name, reference = gradient(plan.micro_batch_size, scaling)
     norm = torch.stack([g.norm() for g in reference]).norm()
     differences = []
-    for size, path in ((first, scaling), (second, scaling), (plan.micro_batch_size, other)):
+    others = [(size, scaling) for size in _other_micro_batch_sizes(plan)]
+    for size, path in (*others, (plan.micro_batch_size, other)):
         name, gradients = gradient(size, path)
         apart = torch.stack([(a - b).norm() for a, b in zip(gradients, reference, strict=True)]).norm()
         differences.append((name, float(apart / norm)))
@@ -88,8 +88,18 @@ def parity_receipt(
     return receipt
 
 
-def _other_micro_batch_sizes(size: int) -> tuple[int, int]:
-    """Two other sizes, smaller where there are any, so that they fit in memory, and ragged where possible."""
-    candidates = [size - 1, size // 2, size + 1, size + 2]
-    first, second, *_ = dict.fromkeys(c for c in candidates if c >= 1 and c != size)
-    return first, second
+def _other_micro_batch_sizes(plan: UpdatePlan) -> list[int]:
+    """Up to two sizes that cut the update otherwise: smaller ones first, since they fit in memory, and ragged ones."""
+    configured = plan.micro_batch_size
+    steps = {plan.gradient_accumulation_steps}
+    sizes = []
+    for size in (
+        configured - 1,
+        configured // 2,
+        *range(1, configured),
+        *range(configured + 1, plan.largest_share + 1),
+    ):
+        if size >= 1 and (other := replace(plan, micro_batch_size=size).gradient_accumulation_steps) not in steps:
+            steps.add(other)
+            sizes.append(size)
+    return sizes[:2]

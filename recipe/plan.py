@@ -114,7 +114,10 @@ def _size(size_bytes: int) -> str:
 
 def main() -> None:
     """Print the plan for WORLD_SIZE ranks (default 1)."""
-    print(make_plan(load_config(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1"))))
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not world_size.isdigit() or int(world_size) < 1:
+        raise RecipeError(f"WORLD_SIZE = {world_size!r} is no number of ranks")
+    print(make_plan(load_config(sys.argv[1:]), int(world_size)))
 
 
 if __name__ == "__main__":

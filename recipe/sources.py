@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from recipe.text_files import expand_text_files, text_file_format
 SHARDS_PER_LANE = 16
 # One standard-library file in this many is held out, whatever data.validation_one_in says for other sources.
 STANDARD_LIBRARY_VALIDATION_ONE_IN = 50
+# Local files are streamed in place where the largest lane holds at most this many times the bytes of the smallest.
+LARGEST_LANE_RATIO = 2
 _NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -91,10 +94,12 @@ class Source:
             raise unreadable(self.name, error) from error
 
 
-def unreadable(name: str, error: Exception) -> RecipeError:
+def unreadable(name: str, error: Exception, *, on_this_rank_only: bool = False) -> RecipeError:
     """The error for a source that `datasets` could not read; its own exceptions come from many libraries."""
     reason = str(error.__cause__ or error).strip().splitlines()
-    return RecipeError(f"cannot read {name}: {reason[0] if reason else type(error).__name__}", on_this_rank_only=True)
+    return RecipeError(
+        f"cannot read {name}: {reason[0] if reason else type(error).__name__}", on_this_rank_only=on_this_rank_only
+    )
 
 
 def open_source(config: Config) -> Source:
@@ -103,10 +108,13 @@ def open_source(config: Config) -> Source:
     Raises:
         RecipeError: a source that cannot be opened, or has fewer shards or documents than lanes.
     """
+    data = config.data
+    if data.text_files or data.dataset == STANDARD_LIBRARY:
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: nothing is counted for local files
     import datasets
 
     datasets.disable_progress_bars()
-    data = config.data
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it has to say is in our one line
     if data.text_files:
         paths = expand_text_files(data.text_files)
         name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
@@ -140,12 +148,18 @@ def standard_library_files() -> tuple[Path, list[Path]]:
 
 
 def _local_files(paths: list[str], config: Config) -> Any:
-    """Streamed in place where the files have shards enough for the lanes, else memory-mapped and split by rows."""
+    """Streamed in place where the files have shards enough for the lanes, and lanes would get about as much text each.
+
+    Otherwise a memory-mapped copy is split by rows: each lane gives the same number of blocks to an update, so the text of a
+    lane that holds little would be repeated as often as the others hold more.
+    """
     kind = text_file_format(paths[0])
     assert kind is not None, paths[0]
     streamed = _load(kind, paths, config).reshard()
     lanes = config.batch.lanes
-    if streamed.num_shards >= lanes:
+    lane_bytes = [sum(Path(path).stat().st_size for path in paths[lane::lanes]) for lane in range(lanes)]
+    is_even = len(paths) < lanes or max(lane_bytes) <= LARGEST_LANE_RATIO * min(lane_bytes)
+    if streamed.num_shards >= lanes and is_even:
         return streamed
     rows = _load(kind, paths, config, streaming=False)
     return rows.to_iterable_dataset(num_shards=min(len(rows), lanes * SHARDS_PER_LANE)) if len(rows) else streamed

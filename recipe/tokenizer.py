@@ -42,6 +42,11 @@ def load_tokenizer(config: Config, source: Source) -> Any:
             f"data.tokenizer = {name!r} cannot be used ({len(tokenizer)} tokens, fast: {tokenizer.is_fast}, end-of-text "
             f"token: {tokenizer.eos_token}): it has to be a fast tokenizer with a vocabulary and an end-of-text token"
         )
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= len(tokenizer):
+        raise RecipeError(
+            f"data.tokenizer = {name!r} has {len(tokenizer)} tokens but ids up to {highest}: its ids have a hole"
+        )
     tokenizer.model_max_length = config.n_positions
     return tokenizer
 
@@ -107,13 +112,16 @@ def document_encoder(tokenizer: Any) -> Any:
 
 
 def _save_atomically(tokenizer: Any, directory: Path) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tokenizer-", dir=directory.parent))
+    except OSError as error:
+        raise RecipeError(f"cannot write {directory.parent}: {error.strerror}; set --data.cache_directory") from None
     try:
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, directory)
-    except OSError:
-        if not directory.is_dir():
-            raise
+    except Exception as error:  # tokenizers raises its own
+        if not directory.is_dir():  # another process may have been faster
+            raise RecipeError(f"cannot write {directory}: {error}; set --data.cache_directory") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

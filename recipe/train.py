@@ -32,7 +32,7 @@ def train(config: Config) -> None:
     stop = StopRequest()
 
     from recipe.console import Console
-    from recipe.data import make_lanes, next_update, pack_validation, read_updates, split_into_micro_batches
+    from recipe.data import UpdateReader, make_lanes, next_update, pack_validation, split_into_micro_batches
     from recipe.evaluate import evaluate
     from recipe.export import export_model
     from recipe.generate import GenerateConfig, generate
@@ -86,7 +86,7 @@ def train(config: Config) -> None:
         receipt = parity_receipt(
             model, first, cut, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
         )
-    updates = read_updates(lanes, cut.blocks_per_lane, plan.planned_updates - start.update)
+    updates = UpdateReader(lanes, cut.blocks_per_lane, plan.planned_updates - start.update)
 
     # From here on the files in the directory are this run's.
     if previous := on_main(accelerator, lambda: begin_run(config, start)):
@@ -163,7 +163,8 @@ def train(config: Config) -> None:
         sampling = GenerateConfig(config.evaluation.prompt, config.evaluation.sample_tokens, seed=config.run.seed)
         if before and after:
             console.section("validation", f"  before  {before}\n  after   {after}")
-        console.section("sample", generate(gpt2, tokenizer, sampling))
+        if config.evaluation.sample_tokens:
+            console.section("sample", generate(gpt2, tokenizer, sampling))
         if receipt:
             console.section("parity receipt", receipt)
         console.section("finished model", usage(directory / "final"))

@@ -19,12 +19,12 @@ import torch
 from recipe.budget import UpdatePlan
 from recipe.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
 from recipe.data import (
+    UpdateReader,
     combine_hashes,
     hash_blocks,
     make_lanes,
     next_update,
     pack_validation,
-    read_updates,
     split_into_micro_batches,
 )
 from recipe.errors import RecipeError
@@ -217,7 +217,7 @@ def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> 
     source = open_source(config)
     tokenizer = load_tokenizer(config, source)
     plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 2, 3)
-    updates = list(read_updates(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12))
+    updates = list(UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12))
     for stop in (0, 4, 10):
         lanes = make_lanes(config, plan, 1, source, tokenizer)
         for lane, state in zip(lanes, updates[stop].lane_states, strict=True):

@@ -169,8 +169,7 @@ def test_help_lists_every_setting_and_imports_no_torch() -> None:
     script = "import sys; sys.argv[1:] = ['--help']\ntry:\n import recipe.train; recipe.train.main()\n"
     done = run([sys.executable, "-c", script + "except SystemExit: print('torch' in sys.modules)"])
     assert done.returncode == 0, done.stderr
-    from recipe.command_line import flat_fields
-    from recipe.config import Config
+    from recipe.config import Config, flat_fields
 
     for name, _ in flat_fields(Config):
         assert f"--{name}" in done.stdout

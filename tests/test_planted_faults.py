@@ -77,7 +77,7 @@ def test_a_state_ahead_of_consumption_is_noticed(
     plant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plant("read_ahead_of_the_state")
-    monkeypatch.setattr(test_data, "read_updates", importlib.import_module("recipe.data").read_updates)
+    monkeypatch.setattr(test_data, "UpdateReader", importlib.import_module("recipe.data").UpdateReader)
     with pytest.raises(AssertionError):
         test_data.test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path)
 
