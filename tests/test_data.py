@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -210,6 +211,28 @@ def test_state_is_exact_at_every_block_of_three_epochs_over_three_resumes(tmp_pa
             state = json.dumps(again.state_dict())
 
 
+def test_a_reader_that_is_never_read_is_stopped(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
+    source = open_source(config)
+    plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 1, 3)
+    reader = UpdateReader(make_lanes(config, plan, 0, source, load_tokenizer(config, source)), 2, 10**9)
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "data-reader"]
+
+
+def test_an_error_while_reading_reaches_the_training(tmp_path: Path) -> None:
+    class Broken:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def next_blocks(self, count: int) -> np.ndarray:
+            raise RecipeError("cannot read on")
+
+    with pytest.raises(RecipeError, match="cannot read on"):
+        next(UpdateReader([Broken()], 1, 5))  # type: ignore[list-item]
+
+
 def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> None:
     """The background thread reads ahead; what a checkpoint would hold must not."""
     write_texts(tmp_path)
@@ -280,6 +303,17 @@ def test_a_path_with_pattern_characters_is_a_path(tmp_path: Path) -> None:
     write_jsonl(directory / "b?.jsonl", ["some text", "more text"])
     source = open_source(config_for(tmp_path, f"{tmp_path}/a[[]1] */*.jsonl", lanes=2))
     check_conservation([lane_of(source, i, 2) for i in range(2)], ["some text", "more text"])
+
+
+def test_files_of_very_different_sizes_are_split_by_rows(tmp_path: Path) -> None:
+    """A lane of one small file would repeat it as often as the other lane reads a document."""
+    texts = write_texts(tmp_path / "txt")
+    write_jsonl(tmp_path / "a.jsonl", ["tiny"])
+    write_jsonl(tmp_path / "b.jsonl", texts)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/*.jsonl", lanes=2))
+    lanes = [lane_of(source, i, 2) for i in range(2)]
+    assert [len(texts_of(lane)) for lane in lanes] in ([12, 13], [13, 12])
+    check_conservation(lanes, [*texts, "tiny"])
 
 
 def test_bytes_that_are_not_utf_8_become_replacement_characters(tmp_path: Path) -> None:

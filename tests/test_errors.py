@@ -17,6 +17,12 @@ ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 SETTINGS = {
     "unknown key": (["--batch.tokns", "3"], ["batch.tokns is not a setting", "batch.tokens_per_update"]),
     "unknown section": (["--modle.n_layer", "3"], ["modle.n_layer is not a setting", "model.n_layer"]),
+    "shortened key": (["--batch.lane", "4"], ["batch.lane is not a setting", "batch.lanes"]),
+    "null": (["--config", "BROKEN/null.yaml"], ["batch.tokens_per_update = null", "int"]),
+    "section is no mapping": (["--config", "BROKEN/section.yaml"], ["run"]),
+    "list without a value": (["--data.text_files"], ["--data.text_files needs a value"]),
+    "seed too large": (["--run.seed", "5000000000"], ["run.seed = 5000000000", "2**32"]),
+    "no directory": (["--run.directory", ""], ["run.directory is empty"]),
     "wrong type": (["--batch.lanes", "many"], ["--batch.lanes", "expected int", "many"]),
     "wrong choice": (["--precision", "fp8"], ["--precision", "'auto', 'bf16', 'fp32'", "fp8"]),
     "no value": (["--batch.lanes"], ["--batch.lanes", "expected one argument"]),
@@ -57,6 +63,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "EMPTY/b.txt").write_text("")
     (root / "BROKEN/preset.yaml").write_text("batch: [\n")
     (root / "BROKEN/binary.yaml").write_bytes(os.urandom(64) + b"\xff\xfe")
+    (root / "BROKEN/null.yaml").write_text("batch:\n  tokens_per_update: null\n")
+    (root / "BROKEN/section.yaml").write_text("run: 5\n")
     (root / "BROKEN/unknown.yaml").write_text("batch:\n  tokens: 5\n")
     write_texts(root / "TEXTS", count=3)
     return {path.name: path for path in root.iterdir()}
@@ -146,6 +154,33 @@ run_command(recipe.train.main)
 """
     done = train(*TINY, "--run.directory", str(tmp_path), script=("-c", script))
     assert_one_line(done, ["the launcher started 1 ranks but this one sees 2"])
+
+
+@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED"])
+def test_sharded_launches_are_refused(what: str, tmp_path: Path) -> None:
+    done = train(*TINY, "--run.directory", str(tmp_path), **{f"ACCELERATE_USE_{what}": "true"})
+    assert_one_line(done, ["not supported yet", "gpu_8.yaml"])
+
+
+def test_a_local_run_looks_no_host_up(tmp_path: Path) -> None:
+    """Not even to count a download: the tests' own HF_HUB_OFFLINE is taken away."""
+    write_texts(tmp_path / "texts", count=8)
+    script = """
+import socket, os
+del os.environ["HF_HUB_OFFLINE"]
+asked = []
+original = socket.getaddrinfo
+socket.getaddrinfo = lambda host, *rest, **more: asked.append(host) or original(host, *rest, **more)
+from recipe.errors import run_command
+import recipe.train
+run_command(recipe.train.main)
+print("asked for", [host for host in asked if host not in (None, "localhost", "127.0.0.1", socket.gethostname())])
+"""
+    given = ["--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt"]
+    done = train(*TINY, *given, "--run.max_updates", "2", "--evaluation.sample_tokens", "0", script=("-c", script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("asked for []")
+    assert "\nsample\n" not in done.stdout, "asked for no sample"
 
 
 def test_a_directory_without_a_model_is_one_line(tmp_path: Path) -> None:

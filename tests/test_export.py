@@ -126,6 +126,16 @@ def test_an_export_that_cannot_be_written_is_one_line_and_leaves_the_old_one(
     assert generate(load_pretrained(str(tmp_path / "final"))[0], tokenizer, again)
 
 
+def test_a_tokenizer_with_a_hole_in_its_ids_is_refused(gpt2_vocabulary: Path, tmp_path: Path) -> None:
+    vocabulary = json.loads((gpt2_vocabulary / "vocab.json").read_text(encoding="utf-8"))
+    moved = {token: number + 30 * (number > 50_000) for token, number in vocabulary.items()}
+    shutil.copytree(gpt2_vocabulary, tmp_path / "hole")
+    (tmp_path / "hole/vocab.json").write_text(json.dumps(moved), encoding="utf-8")
+    config = Config(data=DataConfig(tokenizer=str(tmp_path / "hole")))
+    with pytest.raises(RecipeError, match="its ids have a hole"):
+        load_tokenizer(config, None)  # type: ignore[arg-type]
+
+
 def test_an_empty_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers can build a tokenizer of one token from files it did not find."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}), encoding="utf-8")
