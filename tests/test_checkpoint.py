@@ -1,0 +1,176 @@
+"""A checkpoint is there whole or not at all, whatever fails while it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import recipe.checkpoint as checkpoint
+from recipe.checkpoint import (
+    MANIFEST,
+    STATE,
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    take_snapshot,
+    why_invalid,
+    write_checkpoint,
+)
+from recipe.config import Config, ModelConfig, OptimizerConfig
+from recipe.errors import RecipeError
+from recipe.model import CausalLanguageModel, build_model, build_optimizer
+from recipe.tokenizer import train_tokenizer
+
+Trained = tuple[CausalLanguageModel, torch.optim.Optimizer, Any]
+
+
+def state_of(update: int) -> TrainingState:
+    return TrainingState(update, update * 100, {"run": {"seed": 1}}, "ab" * 32, [{"epoch": 0}], 5.5)
+
+
+def trained(name: str = "adamw", seed: int = 1) -> Trained:
+    """A tiny padded model that has taken three steps, its optimizer, and a tokenizer."""
+    tokenizer = train_tokenizer(["some text to train on"], 280)
+    shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=16)
+    model = build_model(Config(model=shape), len(tokenizer), 0)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        tokens = torch.randint(len(tokenizer), (2, 17), generator=generator)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, tokenizer
+
+
+def write(root: Path, update: int, trained: Trained) -> Path:
+    model, optimizer, tokenizer = trained
+    gpt2: Any = model.gpt2
+    return write_checkpoint(root, take_snapshot(model, optimizer), state_of(update), gpt2.config, tokenizer)
+
+
+def everything(model: CausalLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights without their padding, and the optimizer's state."""
+    snapshot = take_snapshot(model, optimizer)
+    rows = {k: v[: model.vocabulary] if k in checkpoint.PADDED else v for k, v in snapshot.model.items()}
+    return rows | snapshot.optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(name: str, tmp_path: Path) -> None:
+    saved = trained(name)
+    path = write(tmp_path, 7, saved)
+    assert why_invalid(path) is None
+    assert read_state(path) == state_of(7)
+    model, optimizer, _ = trained(name, seed=2)
+    load_checkpoint(path, model, optimizer)
+    expected, found = everything(*saved[:2]), everything(model, optimizer)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not {p.suffix for p in path.rglob("*") if p.is_file()} - {".json", ".safetensors"}, "nothing else is written"
+
+
+def test_the_next_update_is_the_same_after_loading(tmp_path: Path) -> None:
+    """The padding rows are not in the file; the update after it must not see that."""
+    saved = trained()
+    path = write(tmp_path, 7, saved)
+    other = trained(seed=2)
+    load_checkpoint(path, *other[:2])
+    for model, optimizer, _ in (saved, other):
+        tokens = torch.arange(34).reshape(2, 17)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    expected, found = everything(*saved[:2]), everything(*other[:2])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
+    """Let the `point`-th call of anything that touches the disk fail."""
+    calls = iter(range(10**6))
+
+    def failing(original: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls) == point:
+                raise OSError(28, "No space left on device")
+            return original(*args, **options)
+
+        return call
+
+    for name in ("_sync", "_sha256", "_save_tensors", "write_model"):
+        monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
+    monkeypatch.setattr(os, "replace", failing(os.replace))
+
+
+def test_a_failure_at_any_point_leaves_the_older_checkpoint_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = trained()
+    older = write(tmp_path, 5, saved)
+    failed = 0
+    for point in range(100):
+        with monkeypatch.context() as patched:
+            failures(patched, point)
+            try:
+                write(tmp_path, 6, saved)
+            except OSError:
+                failed += 1
+            else:
+                break
+        whole = [path.name for path in list_checkpoints(tmp_path) if why_invalid(path) is None]
+        assert older.name in whole
+        assert [path.name for path in tmp_path.iterdir()] == [path.name for path in list_checkpoints(tmp_path)]
+        assert why_invalid(tmp_path / "step-000006") is None or not (tmp_path / "step-000006").exists()
+        shutil.rmtree(tmp_path / "step-000006", ignore_errors=True)  # there where only the last sync failed
+    assert failed > 15, "there are that many points"
+    assert why_invalid(tmp_path / "step-000006") is None
+
+
+def test_the_manifest_is_written_last_and_synced_before_the_name_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted order, manifest unsynced or directory renamed first, would show here."""
+    events: list[str] = []
+    sync, replace = checkpoint._sync, os.replace
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"rename {Path(b).name}"), replace(a, b)))
+    path = write(tmp_path, 5, trained())
+    renamed = events.index("rename step-000005")
+    names = {p.name for p in path.rglob("*") if p.is_file()}
+    assert names <= set(events[:renamed])
+    assert max(events.index(name) for name in names - {MANIFEST}) < events.index(MANIFEST) < renamed
+    assert events[renamed - 1] == ".tmp-step-000005", "the directory itself"
+    assert events[renamed + 1 :] == [tmp_path.name], "and the one its name is in"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda path: (path / MANIFEST).unlink(), "never finished"),
+        (lambda path: (path / MANIFEST).write_text("{"), "cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "cannot be read"),
+        (lambda path: (path / MANIFEST).write_text(json.dumps({"format": 9})), "format is 9"),
+        (lambda path: (path / STATE).unlink(), "training/state.json is missing"),
+        (lambda path: os.truncate(path / "model.safetensors", 99), "has 99 bytes instead of"),
+        (lambda path: (path / "config.json").write_bytes((path / "config.json").read_bytes()[::-1]), "has changed"),
+    ],
+)
+def test_a_damaged_checkpoint_is_known(harm: Any, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path, 5, trained())
+    harm(path)
+    assert reason in str(why_invalid(path))
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, 5, trained())
+    shape = ModelConfig(n_layer=2, n_embd=64, n_head=2, vocab_size=320, n_positions=16)
+    model = build_model(Config(model=shape), 280, 0)
+    with pytest.raises(RecipeError, match="does not fit this model"):
+        load_checkpoint(path, model, build_optimizer(model, OptimizerConfig()))
