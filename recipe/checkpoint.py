@@ -156,9 +156,11 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     with torch.no_grad():
         for name, parameter in gpt2.named_parameters():
             source = loaded.get(name)
-            if source is None or (source.shape != parameter.shape and name not in PADDED):
+            rows = len(source) if source is not None and name in PADDED else len(parameter)
+            if source is None or source.shape != parameter[:rows].shape:
+                found = "missing" if source is None else tuple(source.shape)
                 raise RecipeError(
-                    f"{directory} does not fit this model: {name} is {None if source is None else source.shape}"
+                    f"{directory} does not fit this model: {name} is {found}, not {tuple(parameter.shape)}"
                 )
             assert source.dtype == torch.float32, f"{name} is {source.dtype}"
             parameter[len(source) :] = 0

@@ -139,8 +139,17 @@ def test_the_manifest_is_written_last_and_synced_before_the_name_appears(
     """A planted order, manifest unsynced or directory renamed first, would show here."""
     events: list[str] = []
     sync, replace = checkpoint._sync, os.replace
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (events.append(path.name), sync(path)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"rename {Path(b).name}"), replace(a, b)))
+
+    def noted_sync(path: Path) -> None:
+        events.append(path.name)
+        sync(path)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        events.append(f"rename {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr(checkpoint, "_sync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     path = write(tmp_path, 5, trained())
     renamed = events.index("rename step-000005")
     names = {p.name for p in path.rglob("*") if p.is_file()}
