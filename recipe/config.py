@@ -72,6 +72,8 @@ class DataConfig:
     """Documents that a lane shuffles among themselves; shards are shuffled too."""
     validation_one_in: int = 100
     """Hold out one document in this many, chosen by hash, for validation. 0: none."""
+    retry_seconds: float = 600.0
+    """How long a Hub dataset that cannot be read is tried again, with growing pauses, before the run saves itself and stops."""
     cache_directory: str | None = None
     """Trained tokenizers and memory-mapped copies of local files. Null: cache/ in the run directory."""
 
@@ -250,6 +252,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "data.sequence_length": (2, False),
     "data.shuffle_window": (1, False),
     "data.validation_one_in": (0, False),
+    "data.retry_seconds": (0, False),
     "model.n_layer": (1, False),
     "model.n_embd": (1, False),
     "model.n_head": (1, False),

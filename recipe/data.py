@@ -17,9 +17,11 @@ import torch
 
 from recipe.budget import UpdatePlan
 from recipe.config import Config
+from recipe.errors import RecipeError
 from recipe.lanes import Lane
 from recipe.loss import IGNORED_TARGET
 from recipe.sources import Source
+from recipe.stop import StopRequest
 from recipe.tokenizer import document_encoder
 from recipe.update import MicroBatch
 
@@ -78,11 +80,27 @@ class UpdateReader:
     """The blocks of `updates` updates, read, tokenized and packed in a background thread that starts now.
 
     At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its own, however far the thread
-    has read. Errors of the thread are raised by `next`.
+    has read.
+
+    Args:
+        lanes: of this rank.
+        blocks_per_lane: of each in an update.
+        updates: how many to read.
+        stop: a request to stop ends the waiting for data.
+        rank: that says an error.
     """
 
-    def __init__(self, lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> None:
-        self._ready: queue.Queue[UpdateBlocks | BaseException | None] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        blocks_per_lane: int,
+        updates: int,
+        *,
+        stop: StopRequest | None = None,
+        rank: int = 0,
+    ) -> None:
+        self._stop, self._rank = stop, rank
+        self._ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._read, args=(lanes, blocks_per_lane, updates), name="data-reader", daemon=True
@@ -91,14 +109,23 @@ class UpdateReader:
         atexit.register(self.close)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[UpdateBlocks]:
-        return self
+    def next_update(self) -> UpdateBlocks | None:
+        """The next update's blocks; None where the run is asked to stop instead, or has to, since they cannot be read.
 
-    def __next__(self) -> UpdateBlocks:
+        Raises:
+            RecipeError: they cannot be read, and there is no `stop` to ask.
+        """
         started = time.perf_counter()
-        item = self._ready.get()
-        if item is None:
-            raise StopIteration
+        while True:
+            try:
+                item = self._ready.get(timeout=0.2)
+                break
+            except queue.Empty:
+                if self._stop is not None and self._stop.signal:
+                    return None
+        if isinstance(item, RecipeError) and self._stop is not None:
+            self._stop.give_up(item, self._rank)
+            return None
         if isinstance(item, BaseException):
             raise item
         return replace(item, wait_seconds=time.perf_counter() - started)
@@ -115,11 +142,10 @@ class UpdateReader:
                 self._put(next_update(lanes, blocks_per_lane))
                 if self._stopped.is_set():
                     return
-            self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: UpdateBlocks | BaseException | None) -> None:
+    def _put(self, item: UpdateBlocks | BaseException) -> None:
         while not self._stopped.is_set():
             try:
                 return self._ready.put(item, timeout=0.1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
 DIVERGED_EXIT_CODE = 3
+DATA_EXIT_CODE = 4
 INTERRUPTED_EXIT_CODE = 130
 
 

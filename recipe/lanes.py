@@ -8,6 +8,7 @@ used. Nothing that has been read is ever part of the state, so nothing can be lo
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from recipe.errors import RecipeError
 from recipe.sources import Source, unreadable
 
 DOCUMENTS_PER_ENCODE = 16
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -156,24 +159,28 @@ class Lane:
         self, shard: int, state: dict[str, Any] | None
     ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """(document, function that gives the reader's state after it) for each training document of a shard."""
-        reader = self.source.shard(shard)
-        if state is not None:
-            reader.load_state_dict(state)
-        rows = iter(reader)
+        pause, deadline = FIRST_PAUSE_SECONDS, None
         while True:
+            reader = self.source.shard(shard)
+            if state is not None:
+                reader.load_state_dict(state)
             try:
-                row = next(rows, None)
-            except Exception as error:
-                raise unreadable(f"shard {shard} of {self.source.name}", error, on_this_rank_only=True) from error
-            if row is None:
+                for row in reader:
+                    pause, deadline = FIRST_PAUSE_SECONDS, None
+                    state = reader.state_dict()
+                    text = self.source.text(row)
+                    if not self.source.is_held_out(text):
+                        yield text, reader.state_dict
                 return
-            try:
-                text = self.source.text(row)
             except RecipeError as error:
                 error.on_this_rank_only = True
                 raise
-            if not self.source.is_held_out(text):
-                yield text, reader.state_dict
+            except Exception as error:  # of any library under datasets: go on after the last document that was read
+                deadline = deadline or time.monotonic() + self.source.retry_seconds
+                if time.monotonic() + pause > deadline:
+                    raise unreadable(f"shard {shard} of {self.source.name}", error, on_this_rank_only=True) from error
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _chance(self, *key: object) -> bytes:
         """A hash that orders things by chance: the same for the same (seed, lane, key), on any machine."""

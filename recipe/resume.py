@@ -28,6 +28,7 @@ HARMLESS = (
     "batch.micro_batch_size",
     "batch.scaling",
     "data.cache_directory",
+    "data.retry_seconds",
     "schedule.total_tokens",
     "schedule.tokens_per_parameter",
     "evaluation",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import STANDARD_LIBRARY, Config
-from recipe.errors import RecipeError
+from recipe.errors import DATA_EXIT_CODE, USER_ERROR_EXIT_CODE, RecipeError
 from recipe.text_files import expand_text_files, text_file_format
 
 # A local file that cannot be split is copied into this many shards per lane, so that shard order shuffles something.
@@ -34,6 +34,7 @@ class Source:
         text_column: the column that holds the document.
         validation_one_in: documents of `training` held out by hash of their text, one in this many; 0 for none.
         validation: streaming dataset of held-out documents, where they are not in `training`.
+        retry_seconds: how long reading is tried again where it fails; 0 for local files.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Source:
     text_column: str
     validation_one_in: int = 0
     validation: Any = None
+    retry_seconds: float = 0.0
 
     @property
     def num_shards(self) -> int:
@@ -98,7 +100,9 @@ def unreadable(name: str, error: Exception, *, on_this_rank_only: bool = False) 
     """The error for a source that `datasets` could not read; its own exceptions come from many libraries."""
     reason = str(error.__cause__ or error).strip().splitlines()
     return RecipeError(
-        f"cannot read {name}: {reason[0] if reason else type(error).__name__}", on_this_rank_only=on_this_rank_only
+        f"cannot read {name}: {reason[0] if reason else type(error).__name__}",
+        on_this_rank_only=on_this_rank_only,
+        exit_code=DATA_EXIT_CODE if on_this_rank_only else USER_ERROR_EXIT_CODE,
     )
 
 
@@ -128,7 +132,9 @@ def open_source(config: Config) -> Source:
         source = Source(STANDARD_LIBRARY, training, "text", validation=validation)
     else:
         training = _hub_dataset(config)
-        source = Source(data.dataset, training, data.text_column, data.validation_one_in)
+        source = Source(
+            data.dataset, training, data.text_column, data.validation_one_in, retry_seconds=data.retry_seconds
+        )
     if source.num_shards < config.batch.lanes:
         unit = "documents" if data.text_files else "shards"
         raise RecipeError(

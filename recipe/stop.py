@@ -1,13 +1,17 @@
-"""Asking a run to stop: SIGINT, SIGTERM or SIGUSR1 on any rank, agreed over all of them."""
+"""Asking a run to stop: SIGINT, SIGTERM, SIGUSR1 or data that cannot be read, on any rank, agreed over all of them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
+from recipe.errors import RecipeError
+
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_GAVE_UP = 1000  # beyond any signal's number; the rest is an exit code
 
 
 class StopRequest:
@@ -42,10 +46,20 @@ class StopRequest:
             self.signal = int(flag)
         return self.signal > 0
 
+    def give_up(self, error: RecipeError, rank: int) -> None:
+        """Ask to stop because this rank cannot go on; the others learn of it when they agree."""
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        self.signal = _GAVE_UP + error.exit_code
+
+    @property
+    def reason(self) -> str:
+        """What stopped the run."""
+        return f"signal {self.signal}" if self.signal < _GAVE_UP else "an error"
+
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it."""
-        return 128 + self.signal
+        """128 + the signal's number, as shells have it, or that of the error."""
+        return 128 + self.signal if self.signal < _GAVE_UP else self.signal - _GAVE_UP
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number in self._seen:

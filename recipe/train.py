@@ -86,7 +86,7 @@ def train(config: Config) -> None:
         receipt = parity_receipt(
             model, first, cut, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
         )
-    updates = UpdateReader(lanes, cut.blocks_per_lane, plan.planned_updates - start.update)
+    updates = UpdateReader(lanes, cut.blocks_per_lane, plan.planned_updates - start.update, stop=stop, rank=rank)
 
     # From here on the files in the directory are this run's.
     if previous := on_main(accelerator, lambda: begin_run(config, start)):
@@ -119,7 +119,10 @@ def train(config: Config) -> None:
     is_stopped = False
     for update in range(start.update + 1, plan.planned_updates + 1):
         started = time.perf_counter()
-        blocks = next(updates)
+        blocks = updates.next_update()
+        if blocks is None:
+            is_stopped = stop.agreed()
+            break
         tokens = update * cut.tokens_per_update
         rate = learning_rate(tokens, plan.total_tokens, config.optimizer, config.schedule)
         for group in optimizer.param_groups:
@@ -153,7 +156,7 @@ def train(config: Config) -> None:
     console.finish()
     saver.finish()
     if is_stopped:
-        console.say(f"stopped by signal {stop.signal}; the same command goes on from here")
+        console.say(f"stopped by {stop.reason}; the same command goes on from here")
         sys.exit(stop.exit_code)
 
     if accelerator.is_main_process:

@@ -20,7 +20,7 @@ from recipe.checkpoint import list_checkpoints, why_invalid
 from tests.helpers import TINY, read_ledger_lines, start_ranks, write_texts
 
 RANKS = 2
-UPDATES_PER_INTERRUPTION = 25
+UPDATES_PER_INTERRUPTION = 60  # more than a run does in the moment it is given
 
 
 def arguments(directory: Path, updates: int) -> list[str]:
@@ -47,7 +47,7 @@ def interrupt(processes: list[subprocess.Popen[str]], chance: random.Random) -> 
     for line in lines:
         if line.startswith("update"):
             break
-    time.sleep(chance.uniform(0, 1.0))
+    time.sleep(chance.uniform(0, 0.6))
     how = chance.choice(
         ["SIGKILL to all", "SIGKILL to all", "SIGKILL to rank 1", "SIGTERM to all", "SIGTERM to rank 0"]
     )
@@ -92,6 +92,7 @@ def chaos(interruptions: int, seed: int, root: Path) -> Counter[str]:
         processes = start_ranks(RANKS, command, PYTHONUNBUFFERED="1")
         how = interrupt(processes, chance)
         codes = finish(processes)
+        assert codes[0] != 0, "the run was over before all interruptions: raise UPDATES_PER_INTERRUPTION"
         cut = len(list((root / "chaos/checkpoints").glob(".tmp-*")))
         happened.update([how, damage(root / "chaos", chance)])
         happened["killed while a checkpoint was being written"] += cut > 0

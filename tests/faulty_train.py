@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import recipe.data
 import recipe.lanes
 import recipe.schedule
 import recipe.update
-from recipe.data import UpdateBlocks, hash_blocks
+from recipe.data import UpdateBlocks, UpdateReader, hash_blocks
 from recipe.lanes import Lane
 from recipe.update import MicroBatch
 
@@ -109,41 +108,51 @@ def drop_the_tail_of_a_packing_batch() -> None:
 
 def prepare_the_data_loader() -> None:
     """Pass blocks that are this rank's share already through `accelerator.prepare`, which shares them out again."""
-    original = recipe.data.UpdateReader
 
     class Blocks(torch.utils.data.IterableDataset):
-        def __init__(self, updates: Iterator[UpdateBlocks]) -> None:
-            self.updates = updates
+        def __init__(self, read: Callable[[], UpdateBlocks | None]) -> None:
+            self.read = read
 
         def __iter__(self) -> Iterator[Tensor]:
-            for update in self.updates:
+            while (update := self.read()) is not None:
                 yield from torch.from_numpy(update.blocks.copy())
 
-    def read(lanes: Any, blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
-        from accelerate import Accelerator
+    start, original = UpdateReader.__init__, UpdateReader.next_update
 
-        share = len(lanes) * blocks_per_lane
-        source = original(lanes, blocks_per_lane, updates * 8)
-        loader = Accelerator(cpu=True).prepare(torch.utils.data.DataLoader(Blocks(source), batch_size=share))
-        for batch in loader:
-            blocks = batch.numpy().astype(np.int32)
-            yield UpdateBlocks(blocks, hash_blocks(blocks), [], 0.0)
+    def init(self: Any, lanes: Any, blocks_per_lane: int, updates: int, **more: Any) -> None:
+        self.share = len(lanes) * blocks_per_lane
+        start(self, lanes, blocks_per_lane, updates * 8, **more)
 
-    setattr(recipe.data, "UpdateReader", read)  # noqa: B010 (a function in the place of the class)
+    def next_update(self: Any) -> UpdateBlocks | None:
+        if not hasattr(self, "batches"):
+            from accelerate import Accelerator
+
+            loader = torch.utils.data.DataLoader(Blocks(lambda: original(self)), batch_size=self.share)
+            self.batches = iter(Accelerator(cpu=True).prepare(loader))
+        blocks = next(self.batches).numpy().astype(np.int32)
+        return UpdateBlocks(blocks, hash_blocks(blocks), [], 0.0)
+
+    setattr(UpdateReader, "__init__", init)  # noqa: B010
+    setattr(UpdateReader, "next_update", next_update)  # noqa: B010
 
 
 def read_ahead_of_the_state() -> None:
-    """The state of the lanes as it is when it is asked for, not as it was after the update that is trained on."""
-    original = recipe.data.UpdateReader
+    """The state of the lanes as it is when it is asked for, not as it was before the update that is trained on."""
+    import time
 
-    def read(lanes: Any, blocks_per_lane: int, updates: int) -> Iterator[UpdateBlocks]:
-        import time
+    start, original = UpdateReader.__init__, UpdateReader.next_update
 
-        for update in original(lanes, blocks_per_lane, updates):
-            time.sleep(0.05)  # the background thread goes on
-            yield replace(update, lane_states=[lane.state_dict() for lane in lanes])
+    def init(self: Any, lanes: Any, *rest: Any, **more: Any) -> None:
+        self.lanes = lanes
+        start(self, lanes, *rest, **more)
 
-    setattr(recipe.data, "UpdateReader", read)  # noqa: B010 (a function in the place of the class)
+    def next_update(self: Any) -> UpdateBlocks | None:
+        update = original(self)
+        time.sleep(0.05)  # the background thread goes on
+        return replace(update, lane_states=[lane.state_dict() for lane in self.lanes]) if update else None
+
+    setattr(UpdateReader, "__init__", init)  # noqa: B010
+    setattr(UpdateReader, "next_update", next_update)  # noqa: B010
 
 
 def infinite_gradient_on_rank_1() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import recipe.lanes as lanes_module
 from recipe.budget import UpdatePlan
 from recipe.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
 from recipe.data import (
@@ -230,7 +232,7 @@ def test_an_error_while_reading_reaches_the_training(tmp_path: Path) -> None:
             raise RecipeError("cannot read on")
 
     with pytest.raises(RecipeError, match="cannot read on"):
-        next(UpdateReader([Broken()], 1, 5))  # type: ignore[list-item]
+        UpdateReader([Broken()], 1, 5).next_update()  # type: ignore[list-item]
 
 
 def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> None:
@@ -240,7 +242,8 @@ def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> 
     source = open_source(config)
     tokenizer = load_tokenizer(config, source)
     plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 2, 3)
-    updates = list(UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12))
+    reader = UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12)
+    updates = [update for _ in range(12) if (update := reader.next_update()) is not None]
     for stop in (0, 4, 10):
         lanes = make_lanes(config, plan, 1, source, tokenizer)
         for lane, state in zip(lanes, updates[stop].lane_states, strict=True):
@@ -360,6 +363,50 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"this is no parquet")
     config = config_for(tmp_path, f"{tmp_path}/broken.parquet")
     expect_error(["cannot read", "broken.parquet"], lambda: lane_of(open_source(config)).next_blocks(1))
+
+
+class FlakyReader:
+    """A shard whose reading fails now and then, as a connection does: before the first row, or after any."""
+
+    def __init__(self, reader: Any, chance: random.Random) -> None:
+        self.reader, self.chance = reader, chance
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reader.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.reader.state_dict())
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.chance.random() < 0.3:
+            raise ConnectionResetError("peer is gone")
+        for row in self.reader:
+            yield row
+            if self.chance.random() < 0.1:
+                raise OSError("503 Service Unavailable")
+
+
+@pytest.mark.parametrize("memory_mapped", [False, True])
+def test_a_reader_that_fails_now_and_then_gives_each_document_once(
+    tmp_path: Path, memory_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = write_texts(tmp_path)
+    if memory_mapped:
+        write_jsonl(tmp_path / "all.jsonl", texts)
+    source = open_source(
+        config_for(tmp_path, f"{tmp_path}/all.jsonl" if memory_mapped else f"{tmp_path}/*.txt", lanes=2)
+    )
+    chance, original = random.Random(3), Source.shard
+    patient = replace(source, retry_seconds=60)
+    expected = [read_epoch(lane_of(source, i, 2)) for i in range(2)]
+    monkeypatch.setattr(lanes_module, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(Source, "shard", lambda self, index: FlakyReader(original(self, index), chance))
+    for lane in range(2):
+        np.testing.assert_array_equal(read_epoch(lane_of(patient, lane, 2)), expected[lane])
+    impatient = replace(source, retry_seconds=0)
+    with pytest.raises(RecipeError, match=r"cannot read shard \d+ of .*: (peer is gone|503)") as caught:
+        read_epoch(lane_of(impatient, 0, 2))
+    assert caught.value.exit_code == 4
 
 
 def test_held_out_documents_are_never_trained_on(tmp_path: Path) -> None:

@@ -21,11 +21,14 @@ PATCHED = ("recipe.update", "recipe.schedule", "recipe.data")
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Plant a fault in this process; everything it replaced is put back."""
+    from recipe.data import UpdateReader
     from recipe.lanes import Lane
 
     for module in map(importlib.import_module, PATCHED):
         keep(monkeypatch, module)
     monkeypatch.setattr(Lane, "_read_documents", Lane._read_documents)
+    for name in ("__init__", "next_update"):
+        monkeypatch.setattr(UpdateReader, name, getattr(UpdateReader, name))
     return lambda name: FAULTS[name]()
 
 
@@ -73,11 +76,8 @@ def test_a_dropped_tail_is_noticed(plant: Callable[[str], None], tmp_path: Path)
         test_data.test_no_token_is_dropped_and_each_document_ends_once(tmp_path, 3)
 
 
-def test_a_state_ahead_of_consumption_is_noticed(
-    plant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_state_ahead_of_consumption_is_noticed(plant: Callable[[str], None], tmp_path: Path) -> None:
     plant("read_ahead_of_the_state")
-    monkeypatch.setattr(test_data, "UpdateReader", importlib.import_module("recipe.data").UpdateReader)
     with pytest.raises(AssertionError):
         test_data.test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path)
 
