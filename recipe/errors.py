@@ -28,24 +28,35 @@ class RecipeError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`; turn a `RecipeError` into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
+    """Call `main`; turn a `RecipeError` into one line on stderr and its exit code, and Ctrl-C into exit code 130.
 
     Of several ranks that hit the same error only rank 0 prints it.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank, ranks = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1")
+    exit_code = 0
     try:
         main()
     except RecipeError as error:
         if rank == 0 or error.on_this_rank_only:
             where = f" (rank {rank})" if error.on_this_rank_only and rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        exit_code = error.exit_code
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+        exit_code = INTERRUPTED_EXIT_CODE
+    except SystemExit as request:
+        exit_code = request.code if isinstance(request.code, int) else int(request.code is not None)
     except RuntimeError as error:
         if "Connection closed by peer" not in str(error):
             raise
         print(f"error (rank {rank}): another rank has ended; its message says why", file=sys.stderr, flush=True)
-        sys.exit(1)
+        exit_code = 1
+    if ranks != "1":
+        # Now and then a thread of gloo wants the interpreter while that is being taken down, and aborts a rank whose work is
+        # done ("terminate called without an active exception"): one in some fifty runs. Everything is closed here, so leave.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    if exit_code:
+        sys.exit(exit_code)
