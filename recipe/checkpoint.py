@@ -165,14 +165,14 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
             assert source.dtype == torch.float32, f"{name} is {source.dtype}"
             parameter[len(source) :] = 0
             parameter[: len(source)] = source
-    tensors = _optimizer_tensors(model, optimizer)
+    everything = _flat_optimizer_state(model, optimizer)
+    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
     if not tensors:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process: this rank reads for itself
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory / "training")), no_dist=True)
-    everything = _flat_optimizer_state(model, optimizer) | tensors
-    set_optimizer_state_dict(model, optimizer, everything, options=_flat())
+    set_optimizer_state_dict(model, optimizer, everything | tensors, options=_flat())
 
 
 def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:

@@ -142,7 +142,7 @@ class Lane:
                     has_text = has_text or bool(text)
                     if len(texts) == self.shuffle_window:
                         yield window, texts
-                        window, texts = Position(window.epoch, window.window + 1, place, state_after()), []
+                        window, texts = Position(window.epoch, window.window + 1, place, state_after), []
                 reader = None
             if texts:
                 yield window, texts
@@ -155,10 +155,8 @@ class Lane:
                 )
             window, has_text = Position(window.epoch + 1), False
 
-    def _read_shard(
-        self, shard: int, state: dict[str, Any] | None
-    ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        """(document, function that gives the reader's state after it) for each training document of a shard."""
+    def _read_shard(self, shard: int, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(document, the reader's state after it) for each training document of a shard."""
         pause, deadline = FIRST_PAUSE_SECONDS, None
         while True:
             reader = self.source.shard(shard)
@@ -170,7 +168,7 @@ class Lane:
                     state = reader.state_dict()
                     text = self.source.text(row)
                     if not self.source.is_held_out(text):
-                        yield text, reader.state_dict
+                        yield text, state
                 return
             except RecipeError as error:
                 error.on_this_rank_only = True

@@ -22,22 +22,29 @@ from recipe.data import UpdateBlocks, UpdateReader, hash_blocks
 from recipe.lanes import Lane
 from recipe.update import MicroBatch
 
+Backward = Callable[[Tensor], None]
 
-def divide_the_loss_twice() -> None:
-    """`loss / steps`, then `accelerator.backward`, which divides again."""
+
+def change_backward(change: Callable[[Backward, nn.Module, int], Backward]) -> None:
+    """In each update let `change(accelerator.backward, model, steps)` stand for `accelerator.backward`."""
     original = recipe.update._accumulate_path
 
     def path(
         model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
     ) -> Any:
         backward = accelerator.backward
-        accelerator.backward = lambda loss: backward(loss / len(micro_batches))
+        accelerator.backward = change(backward, model, len(micro_batches))
         try:
             return original(model, micro_batches, accelerator, targets, stop)
         finally:
             accelerator.backward = backward
 
     recipe.update._accumulate_path = path
+
+
+def divide_the_loss_twice() -> None:
+    """`loss / steps`, then `accelerator.backward`, which divides again."""
+    change_backward(lambda backward, model, steps: lambda loss: backward(loss / steps))
 
 
 def mean_of_means() -> None:
@@ -70,24 +77,15 @@ def tick_the_schedule_per_rank() -> None:
 
 def clip_each_micro_batch() -> None:
     """`clip_grad_norm_` inside the accumulation loop: it is no no-op there."""
-    original = recipe.update._accumulate_path
 
-    def path(
-        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
-    ) -> Any:
-        backward = accelerator.backward
-
+    def clipping(backward: Backward, model: nn.Module, steps: int) -> Backward:
         def backward_and_clip(loss: Tensor) -> None:
             backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
 
-        accelerator.backward = backward_and_clip
-        try:
-            return original(model, micro_batches, accelerator, targets, stop)
-        finally:
-            accelerator.backward = backward
+        return backward_and_clip
 
-    recipe.update._accumulate_path = path
+    change_backward(clipping)
 
 
 def drop_the_tail_of_a_packing_batch() -> None:
@@ -159,22 +157,15 @@ def infinite_gradient_on_rank_1() -> None:
     """What a broken batch or a hardware fault does: in the updates of FAULTY_UPDATES, on the last rank alone."""
     import os
 
-    original = recipe.update._accumulate_path
     faulty = {int(update) for update in os.environ["FAULTY_UPDATES"].split(",")}
     is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
     count = iter(range(1, 10**6))
 
-    def path(
-        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
-    ) -> Any:
-        backward, is_faulty = accelerator.backward, next(count) in faulty and is_last_rank
-        accelerator.backward = lambda loss: backward(loss * float("inf") if is_faulty else loss)
-        try:
-            return original(model, micro_batches, accelerator, targets, stop)
-        finally:
-            accelerator.backward = backward
+    def infinite(backward: Backward, model: nn.Module, steps: int) -> Backward:
+        is_faulty = next(count) in faulty and is_last_rank
+        return lambda loss: backward(loss * float("inf") if is_faulty else loss)
 
-    recipe.update._accumulate_path = path
+    change_backward(infinite)
 
 
 def slow_checkpoint_writer() -> None:
