@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class TrainingState:
         lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
             leads exactly to the next update, and their hash proves that the data is what it was.
         proof_loss: mean loss of lane 0's blocks of that last update, with the weights of this checkpoint.
+        skipped_draws: draws (see `recipe.data.draw_of`) that rollbacks have left out.
+        recent: [loss, gradient norm] of the updates that a spike is compared with.
         format: version of this layout.
     """
 
@@ -54,6 +56,8 @@ class TrainingState:
     blocks_sha256: str
     lane_states: list[dict[str, Any]]
     proof_loss: float
+    skipped_draws: list[int] = field(default_factory=list)
+    recent: list[list[float]] = field(default_factory=list)
     format: int = FORMAT
 
 

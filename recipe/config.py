@@ -24,8 +24,6 @@ class RunConfig:
     """Directory of this run: config.yaml, ledger.jsonl, final/."""
     max_updates: int | None = None
     """Stop after this many updates; the schedules stay those of the whole run. Null: all of them."""
-    max_skipped_updates: int = 5
-    """Stop after this many updates in a row whose loss or gradient was not finite; each of them is skipped."""
     seed: int = 1234
     """Seed of the initialisation, the document order and dropout."""
     parity_receipt: bool = False
@@ -137,6 +135,26 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class StabilityConfig:
+    """What to do about updates that are not finite, and about spikes of the loss or the gradient."""
+
+    max_skipped_updates: int = 5
+    """Stop after this many updates in a row whose loss or gradient was not finite; each of them is skipped."""
+    on_spike: Literal["continue", "stop", "rollback"] = "continue"
+    """continue: note it in the ledger. stop: end the run, with the checkpoints before it. rollback: return to the last
+    checkpoint and leave out the blocks that led to the spike."""
+    spike_window: int = 128
+    """A spike is told by comparison with this many updates before it."""
+    spike_score: float = 7.0
+    """A spike is a loss or gradient norm this many robust standard deviations (1.4826 median absolute deviations) above the
+    window's median."""
+    rollback_updates: int = 4
+    """rollback: leave out the blocks of this many updates, that of the spike the last."""
+    max_rollbacks: int = 3
+    """rollback: stop after this many returns to the same checkpoint."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Validation loss, in nats per token and bits per byte, and the sample at the end."""
 
@@ -182,6 +200,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -244,7 +263,6 @@ def validate(config: Config) -> None:
 # (smallest valid value, is it exclusive) of every number, by dotted name.
 _BOUNDS: dict[str, tuple[float, bool]] = {
     "run.max_updates": (1, False),
-    "run.max_skipped_updates": (1, False),
     "run.seed": (0, False),
     "batch.tokens_per_update": (1, False),
     "batch.micro_batch_size": (1, False),
@@ -271,6 +289,11 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "schedule.tokens_per_parameter": (0, True),
     "schedule.warmup_tokens": (0, False),
     "schedule.final_learning_rate_fraction": (0, False),
+    "stability.max_skipped_updates": (1, False),
+    "stability.spike_window": (4, False),
+    "stability.spike_score": (0, True),
+    "stability.rollback_updates": (1, False),
+    "stability.max_rollbacks": (1, False),
     "checkpoint.every_tokens": (1, False),
     "checkpoint.every_minutes": (0, True),
     "checkpoint.keep": (1, False),

@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -39,12 +39,25 @@ class UpdateBlocks:
         lane_states: state of each of the rank's lanes before this update: a checkpoint holds these, and reading the update
             again leads to the next one.
         wait_seconds: time the caller waited for it.
+        skipped_draws: what has been left out, or will be.
     """
 
     blocks: np.ndarray
     sha256: np.ndarray
     lane_states: list[dict[str, Any]]
     wait_seconds: float
+    skipped_draws: tuple[int, ...] = ()
+
+
+def draw_of(update: int, skipped_draws: Iterable[int]) -> int:
+    """Which draw an update trains on. What the lanes give at once for an update is a draw; all count from 1.
+
+    They are the same number until a rollback leaves a draw out for good.
+    """
+    draw = update
+    for skipped in sorted(skipped_draws):
+        draw += skipped <= draw
+    return draw
 
 
 def make_lanes(config: Config, plan: UpdatePlan, rank: int, source: Source, tokenizer: Any) -> list[Lane]:
@@ -86,6 +99,8 @@ class UpdateReader:
         lanes: of this rank.
         blocks_per_lane: of each in an update.
         updates: how many to read.
+        done: updates before the first.
+        skipped_draws: draws to leave out.
         stop: a request to stop ends the waiting for data.
         rank: that says an error.
     """
@@ -96,6 +111,8 @@ class UpdateReader:
         blocks_per_lane: int,
         updates: int,
         *,
+        done: int = 0,
+        skipped_draws: Sequence[int] = (),
         stop: StopRequest | None = None,
         rank: int = 0,
     ) -> None:
@@ -103,7 +120,10 @@ class UpdateReader:
         self._ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
-            target=self._read, args=(lanes, blocks_per_lane, updates), name="data-reader", daemon=True
+            target=self._read,
+            args=(lanes, blocks_per_lane, done, updates, tuple(skipped_draws)),
+            name="data-reader",
+            daemon=True,
         )
         # However the process ends, the thread must not be inside the tokenizer then; one that waits for a network may be left.
         atexit.register(self.close)
@@ -136,10 +156,14 @@ class UpdateReader:
         self._thread.join(timeout=2)
         atexit.unregister(self.close)
 
-    def _read(self, lanes: Sequence[Lane], blocks_per_lane: int, updates: int) -> None:
+    def _read(
+        self, lanes: Sequence[Lane], blocks_per_lane: int, done: int, updates: int, skipped_draws: tuple[int, ...]
+    ) -> None:
         try:
-            for _ in range(updates):
-                self._put(next_update(lanes, blocks_per_lane))
+            for draw in range(draw_of(done, skipped_draws) + 1, draw_of(done + updates, skipped_draws) + 1):
+                blocks = next_update(lanes, blocks_per_lane)
+                if draw not in skipped_draws:
+                    self._put(replace(blocks, skipped_draws=skipped_draws))
                 if self._stopped.is_set():
                     return
         except BaseException as error:
@@ -164,16 +188,18 @@ def combine_hashes(hashes: np.ndarray) -> str:
     return sha256(b"".join(sorted(row.tobytes() for row in hashes))).hexdigest()
 
 
-def split_into_micro_batches(blocks: np.ndarray, plan: UpdatePlan, rank: int, device: torch.device) -> list[MicroBatch]:
-    """Inputs and targets of each micro-batch of the plan; a rank with fewer blocks than steps gets fully masked rows."""
+def split_into_micro_batches(
+    blocks: np.ndarray, plan: UpdatePlan, rank: int, device: torch.device, *, masked_row_last: bool = False
+) -> list[MicroBatch]:
+    """Inputs and targets of each micro-batch of the plan; a rank with fewer blocks than steps gets fully masked rows.
+
+    With `masked_row_last` one more follows, of one masked row.
+    """
     first = plan.blocks_of_rank(rank).start
-    micro_batches = []
-    for block_range in plan.micro_batches(rank):
-        rows = blocks[block_range.start - first : block_range.stop - first]
-        if not len(rows):
-            rows = np.full((1, plan.sequence_length + 1), _PADDING, dtype=np.int32)
-        micro_batches.append(to_tensors(rows, device))
-    return micro_batches
+    masked_row = np.full((1, plan.sequence_length + 1), _PADDING, dtype=np.int32)
+    rows = [blocks[block.start - first : block.stop - first] for block in plan.micro_batches(rank)]
+    rows += [masked_row] if masked_row_last else []
+    return [to_tensors(some if len(some) else masked_row, device) for some in rows]
 
 
 def to_tensors(blocks: np.ndarray, device: torch.device) -> MicroBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 USER_ERROR_EXIT_CODE = 2
@@ -48,13 +49,20 @@ def run_command(main: Callable[[], None]) -> None:
     except SystemExit as request:
         exit_code = request.code if isinstance(request.code, int) else int(request.code is not None)
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):
+        if "by peer" in str(error):  # gloo: connection closed, or reset
+            message, exit_code = "another rank has ended; its message says why", 1
+        elif "out of memory" in str(error) or "can't allocate memory" in str(error):
+            message, exit_code = f"out of memory: {str(error).splitlines()[0]}", USER_ERROR_EXIT_CODE
+        else:
             raise
-        print(f"error (rank {rank}): another rank has ended; its message says why", file=sys.stderr, flush=True)
-        exit_code = 1
+        print(f"error (rank {rank}): {message}", file=sys.stderr, flush=True)
     if ranks != "1":
         # Now and then a thread of gloo wants the interpreter while that is being taken down, and aborts a rank whose work is
-        # done ("terminate called without an active exception"): one in some fifty runs. Everything is closed here, so leave.
+        # done ("terminate called without an active exception"): one in some fifty runs. So finish what is being written and
+        # leave.
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

@@ -17,7 +17,6 @@ import torch
 from recipe.budget import UpdatePlan
 from recipe.data import UpdateBlocks, combine_hashes
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
-from recipe.plan import RunPlan
 from recipe.update import UpdateResult
 
 
@@ -127,6 +126,13 @@ class Ledger:
         """Write a line for something else that happened after `update` updates: a resume, a skipped update, ..."""
         self._append({"event": event, "update": update, **values})
 
+    def cut(self, update: int) -> None:
+        """Go back to where it was after `update` updates."""
+        if self._file is not None:
+            self._file.close()
+            cut_ledger(self.path, update)
+            self._file = self.path.open("a", encoding="utf-8")
+
     def sync(self) -> None:
         """Force what was written to the disk, before a checkpoint that follows it."""
         if self._file is not None:
@@ -147,13 +153,43 @@ class Ledger:
             self._file.close()
 
 
+def read_events(path: Path, event: str, update: int) -> list[dict[str, Any]]:
+    """The events of one kind after at most `update` updates; none where there is no ledger."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    parsed = [json.loads(line) for line in lines if b'"event"' in line and _update_of(line) is not None]
+    return [values for values in parsed if values.get("event") == event and values["update"] <= update]
+
+
+def cut_ledger(path: Path, update: int) -> int:
+    """Keep the lines of updates up to `update`, whole; returns how many were cut off. Atomic."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")
+    kept = [line for line in lines if (number := _update_of(line)) is not None and number <= update]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return sum(1 for line in lines if line) - len(kept)
+
+
+def _update_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return None  # empty, or half written when the power went
+
+
 def entry_of(
     update: int,
     result: UpdateResult,
     blocks: UpdateBlocks,
     *,
     accelerator: Any,
-    plan: RunPlan,
+    cut: UpdatePlan,
+    flops_per_token: int,
     learning_rate: float,
     started: float,
     peak: float | None,
@@ -165,12 +201,13 @@ def entry_of(
         result: of `run_update`.
         blocks: this rank's blocks of the update.
         accelerator: gathers over the ranks.
-        plan: of the run.
+        cut: the division of this update.
+        flops_per_token: of the model.
         learning_rate: of this update.
         started: `time.perf_counter()` before the update waited for its data.
         peak: peak FLOP/s of one device, None where unknown.
     """
-    cut, device = plan.update, accelerator.device
+    device = accelerator.device
     measured = torch.tensor(
         [[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=result.loss.dtype, device=device
     )  # float64, where the device has it
@@ -192,7 +229,7 @@ def entry_of(
         step_seconds=step_seconds,
         data_wait_seconds=wait_seconds,
         tokens_per_second=tokens_per_second,
-        mfu=plan.flops_per_token * tokens_per_second / (peak * cut.world_size) if peak else None,
+        mfu=flops_per_token * tokens_per_second / (peak * cut.world_size) if peak else None,
         peak_memory_bytes=int(peak_bytes),
     )
 

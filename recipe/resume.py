@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,17 @@ from recipe.budget import UpdatePlan
 from recipe.checkpoint import TrainingState, list_checkpoints, load_checkpoint, read_state, why_invalid
 from recipe.command_line import as_dictionary
 from recipe.config import Config
-from recipe.data import UpdateBlocks, next_update, to_tensors
-from recipe.errors import RecipeError
+from recipe.data import UpdateBlocks, draw_of, next_update, to_tensors
+from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.lanes import Lane
-from recipe.ledger import gather_hash
+from recipe.ledger import Ledger, gather_hash, read_events
 from recipe.parity import TOLERANCE
+from recipe.spikes import Spike
 
 # What may change between the parts of a run: none of it enters the update. Everything else is the run.
 HARMLESS = (
     "run.directory",
     "run.max_updates",
-    "run.max_skipped_updates",
     "run.parity_receipt",
     "batch.micro_batch_size",
     "batch.scaling",
@@ -31,6 +29,7 @@ HARMLESS = (
     "data.retry_seconds",
     "schedule.total_tokens",
     "schedule.tokens_per_parameter",
+    "stability",
     "evaluation",
     "checkpoint",
     "log",
@@ -50,17 +49,24 @@ class Start:
         state: its training state.
         skipped: (name, reason) of newer checkpoints that do not verify.
         changes: dotted name -> [earlier value, value now] of harmless settings that changed.
+        skipped_draws: draws (see `recipe.data.draw_of`) that rollbacks have left out, before the checkpoint or after it.
     """
 
     checkpoint: Path | None = None
     state: TrainingState | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     changes: dict[str, list[Any]] = field(default_factory=dict)
+    skipped_draws: tuple[int, ...] = ()
 
     @property
     def update(self) -> int:
         """Updates done."""
         return self.state.update if self.state else 0
+
+    @property
+    def recent(self) -> list[list[float]]:
+        """[loss, gradient norm] of the updates before."""
+        return self.state.recent if self.state else []
 
     def __str__(self) -> str:
         lines = [f"skipped {name}: {reason}" for name, reason in self.skipped]
@@ -92,7 +98,9 @@ def find_start(config: Config) -> Start:
         if reason is None:
             state = read_state(candidate)
             changes = _check_same_run(state.config, config, f"{candidate} is of another run")
-            return Start(candidate, state, skipped, changes)
+            rollbacks = read_events(candidate.parent.parent / "ledger.jsonl", "rollback", state.update)  # of its run
+            draws = {*state.skipped_draws, *(draw for event in rollbacks for draw in event["skipped_draws"])}
+            return Start(candidate, state, skipped, changes, tuple(sorted(draws)))
         skipped.append((candidate.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
     raise RecipeError(f"no checkpoint of {directory} can be used ({reasons}); --resume never starts again from nothing")
@@ -131,26 +139,56 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "")
     return found
 
 
-def cut_ledger(path: Path, update: int) -> int:
-    """Keep the lines of updates up to `update`, whole; returns how many were cut off. Atomic."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().split(b"\n")
-    kept = [line for line in lines if (number := _update_of(line)) is not None and number <= update]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return sum(1 for line in lines if line) - len(kept)
+def roll_back(config: Config, spike: Spike, update: int, skipped_draws: Sequence[int], ledger: Ledger) -> Start:
+    """Go back to the newest checkpoint, and leave out the blocks of the updates that led to a spike. On rank 0.
+
+    It is in the ledger, on the disk, before anything goes on, so that a run that is stopped then resumes in the same way.
+
+    Args:
+        config: of the run.
+        spike: what was seen.
+        update: in which update.
+        skipped_draws: draws left out so far.
+        ledger: is cut back, and receives the event.
+
+    Raises:
+        RecipeError: there is no checkpoint, or going back to this one has not helped `max_rollbacks` times.
+    """
+    settings = config.stability
+    if not list_checkpoints(Path(config.run.directory) / "checkpoints"):
+        raise spiked(update, spike, "there is no checkpoint to return to yet: lower --checkpoint.every_tokens, or")
+    start = find_start(replace(config, resume="auto"))
+    earlier = [event for event in read_events(ledger.path, "rollback", start.update) if event["update"] == start.update]
+    if len(earlier) >= settings.max_rollbacks:
+        raise spiked(update, spike, f"{len(earlier)} returns to {start.checkpoint} have not helped:")
+    first = max(start.update, update - settings.rollback_updates) + 1
+    guilty = {draw_of(number, skipped_draws) for number in range(first, update + 1)}
+    left_out = sorted({*skipped_draws, *guilty} - {*start.skipped_draws})
+    ledger.cut(start.update)
+    ledger.event("rollback", start.update, spike_update=update, skipped_draws=left_out, **asdict(spike))
+    ledger.sync()
+    return replace(start, skipped_draws=tuple(sorted({*start.skipped_draws, *left_out})))
 
 
-def _update_of(line: bytes) -> int | None:
-    try:
-        return int(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):
-        return None  # empty, or half written when the power went
+def on_spike(config: Config, spike: Spike, update: int, ledger: Ledger) -> None:
+    """Note a spike in the ledger, and end the run where `stability.on_spike` says so.
+
+    Raises:
+        RecipeError: it does.
+    """
+    ledger.event("spike", update, **asdict(spike))
+    if config.stability.on_spike == "stop":
+        raise spiked(update, spike, "stability.on_spike = stop:")
+
+
+def spiked(update: int, spike: Spike, why: str) -> RecipeError:
+    """The error that ends a run at a spike."""
+    return RecipeError(
+        f"update {update}: {spike}; {why} the same command with --stability.on_spike rollback leaves out the blocks that led "
+        "to it, with continue it goes on from the last checkpoint regardless; or lower --optimizer.learning_rate in another "
+        "--run.directory",
+        exit_code=DIVERGED_EXIT_CODE,
+    )
 
 
 def restore(

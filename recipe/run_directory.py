@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 from recipe.command_line import write_config
 from recipe.config import Config
 from recipe.errors import RecipeError
+from recipe.ledger import cut_ledger
 from recipe.plan import RunPlan
-from recipe.resume import Start, cut_ledger
+from recipe.resume import Start
 
 if TYPE_CHECKING:
     from recipe.evaluate import Evaluation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,18 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._outcome: tuple[int, str | None] | None = None  # of the thread: update, reason of the failure
         self._ready: tuple[Snapshot, TrainingState] | None = None  # copied, to be written
-        self._unsaved: tuple[int, UpdateBlocks, str] | None = None
+        self._unsaved: tuple[int, UpdateBlocks, str, list[list[float]]] | None = None
         self._last_save = time.monotonic()
 
-    def snapshot(self, update: int, blocks: UpdateBlocks, blocks_sha256: str) -> float | None:
+    def snapshot(
+        self, update: int, blocks: UpdateBlocks, blocks_sha256: str, recent: Iterable[list[float]] = ()
+    ) -> float | None:
         """Copy the whole state if a checkpoint is due after this update. Collective.
 
         Returns: seconds that training stood still for it; None where none is due.
         """
-        self._report()
-        self._unsaved = (update, blocks, blocks_sha256)
+        self.report()
+        self._unsaved = (update, blocks, blocks_sha256, list(recent))
         return self._copy() if self._is_due(update) else None
 
     def write(self) -> None:
@@ -76,6 +79,11 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=self._write, args=(snapshot, state), name="checkpoint-writer")
         self._thread.start()
 
+    def settle(self) -> None:
+        """Wait for the save under way, and forget the last update: the run goes back to a checkpoint."""
+        self.report(wait=True)
+        self._unsaved = None
+
     def finish(self) -> None:
         """Save the last update if it is not saved yet, and wait until it is on the disk. Collective.
 
@@ -85,7 +93,7 @@ class CheckpointSaver:
         if self._unsaved is not None:
             self._copy()
             self.write()
-        failure = self._report(wait=True)
+        failure = self.report(wait=True)
         if failure:
             raise RecipeError(
                 f"the last checkpoint could not be written to {self.root}: {failure}; free the disk and start again: the "
@@ -116,13 +124,22 @@ class CheckpointSaver:
 
         assert self._unsaved is not None
         started = time.perf_counter()
-        update, blocks, blocks_sha256 = self._unsaved
+        update, blocks, blocks_sha256, recent = self._unsaved
         lane_states = gather_object(blocks.lane_states)  # ranks own lanes in order
         if self.accelerator.is_main_process:
-            self._report(wait=True)
+            self.report(wait=True)
             proof = proof_loss(self.model, blocks, accelerator=self.accelerator, plan=self.plan.update)
             tokens = update * self.plan.update.tokens_per_update
-            state = TrainingState(update, tokens, as_dictionary(self.config), blocks_sha256, lane_states, proof)
+            state = TrainingState(
+                update=update,
+                tokens=tokens,
+                config=as_dictionary(self.config),
+                blocks_sha256=blocks_sha256,
+                lane_states=lane_states,
+                proof_loss=proof,
+                skipped_draws=list(blocks.skipped_draws),
+                recent=recent,
+            )
             self._ready = take_snapshot(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer), state
         self._unsaved, self._last_save = None, time.monotonic()
         return time.perf_counter() - started
@@ -137,7 +154,7 @@ class CheckpointSaver:
         except Exception as error:  # a full disk must not end a training that can outlive it
             self._outcome = state.update, getattr(error, "strerror", None) or str(error) or type(error).__name__
 
-    def _report(self, wait: bool = False) -> str | None:
+    def report(self, wait: bool = False) -> str | None:
         """Say how the save under way has ended, if it has; the reason where it failed."""
         if self._thread is None or (self._thread.is_alive() and not wait):
             return None

@@ -1,4 +1,7 @@
-"""Asking a run to stop: SIGINT, SIGTERM, SIGUSR1 or data that cannot be read, on any rank, agreed over all of them."""
+"""What ranks agree on once per update: to stop, or that one of them ran out of memory. Either abandons the open update.
+
+A request to stop is SIGINT, SIGTERM, SIGUSR1, or an error after which a rank cannot go on.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,16 @@ class StopRequest:
     """Remembers that a signal came. The same signal a second time leaves at once, with nothing saved.
 
     Launchers follow a Ctrl-C with a SIGTERM of their own, so another signal is not a second one.
+
+    Attributes:
+        agreements: times that the ranks have agreed.
+        rank_out_of_memory: 1 + the rank that ran out of memory in this update; 0 where none did.
     """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.rank_out_of_memory = 0
+        self.agreements = 0
         self._group: Any = None
         self._ranks = 1
         self._seen: set[int] = set()
@@ -37,18 +46,20 @@ class StopRequest:
             self._group = torch.distributed.new_group(backend="gloo")
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective: each rank calls it once for each update or evaluation."""
+        """Whether to abandon the open update, or the evaluation. Collective: each rank calls it once for each of them."""
+        self.agreements += 1
         if self._ranks > 1:
             import torch
 
-            flag = torch.tensor(self.signal)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
-            self.signal = int(flag)
-        return self.signal > 0
+            flags = torch.tensor([self.signal, self.rank_out_of_memory])
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
+            self.signal, self.rank_out_of_memory = flags.tolist()
+        return self.signal > 0 or self.rank_out_of_memory > 0
 
-    def give_up(self, error: RecipeError, rank: int) -> None:
+    def give_up(self, error: RecipeError, rank: int, is_said: bool = True) -> None:
         """Ask to stop because this rank cannot go on; the others learn of it when they agree."""
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        if is_said:
+            print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         self.signal = _GAVE_UP + error.exit_code
 
     @property

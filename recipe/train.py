@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from recipe.plan import make_plan
 
 if TYPE_CHECKING:
     from recipe.evaluate import Evaluation
+    from recipe.resume import Start
 
 
 def main() -> None:
@@ -32,19 +34,20 @@ def train(config: Config) -> None:
     stop = StopRequest()
 
     from recipe.console import Console
-    from recipe.data import UpdateReader, make_lanes, next_update, pack_validation, split_into_micro_batches
+    from recipe.data import UpdateReader, make_lanes, next_update, pack_validation
     from recipe.evaluate import evaluate
-    from recipe.export import export_model
-    from recipe.generate import GenerateConfig, generate
+    from recipe.finish import finish_run
     from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
     from recipe.ledger import Ledger, entry_of, peak_flops
+    from recipe.memory import FittingMicroBatches
     from recipe.model import build_model, build_optimizer, seed_dropout
     from recipe.parity import parity_receipt
-    from recipe.resume import find_start, restore
-    from recipe.run_directory import begin_run, claim_run_directory, usage, write_summary
+    from recipe.resume import find_start, on_spike, restore, roll_back
+    from recipe.run_directory import begin_run, claim_run_directory, usage
     from recipe.saver import CheckpointSaver
     from recipe.schedule import crosses, learning_rate
     from recipe.sources import open_source
+    from recipe.spikes import SpikeDetector
     from recipe.tokenizer import load_tokenizer
     from recipe.update import run_update
 
@@ -72,27 +75,36 @@ def train(config: Config) -> None:
     validation = pack_validation(
         source.validation_documents(), tokenizer, cut.sequence_length, config.evaluation.tokens
     )
-    lanes = make_lanes(config, cut, rank, source, tokenizer)
 
     # Model and optimizer: the only two things accelerate prepares.
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+
+    def read_from(start: Start) -> UpdateReader:
+        """Put model, optimizer and lanes where `start` is, and begin to read what comes after it."""
+        lanes = make_lanes(config, cut, rank, source, tokenizer)
+        if start.checkpoint:
+            console.say(f"\n{start}")
+            restore(start, model, optimizer, lanes, accelerator=accelerator, plan=cut, precision=precision)
+        left = plan.planned_updates - start.update
+        skipped = start.skipped_draws
+        return UpdateReader(
+            lanes, cut.blocks_per_lane, left, done=start.update, skipped_draws=skipped, stop=stop, rank=rank
+        )
+
     receipt = None
-    if start.checkpoint:
-        console.say(f"\n{start}")
-        restore(start, model, optimizer, lanes, accelerator=accelerator, plan=cut, precision=precision)
-    elif config.run.parity_receipt:
+    if config.run.parity_receipt and not start.checkpoint:
         first = next_update(make_lanes(config, cut, rank, source, tokenizer), cut.blocks_per_lane).blocks
         receipt = parity_receipt(
             model, first, cut, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
         )
-    updates = UpdateReader(lanes, cut.blocks_per_lane, plan.planned_updates - start.update, stop=stop, rank=rank)
+    updates = read_from(start)
 
     # From here on the files in the directory are this run's.
     if previous := on_main(accelerator, lambda: begin_run(config, start)):
         console.say(f"the earlier run in {directory} is now in {previous}")
     accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
-    ledger = Ledger(directory / "ledger.jsonl", accelerator, config.run.max_skipped_updates)
+    ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
     saver = CheckpointSaver(
         config, plan, model, optimizer, tokenizer, accelerator=accelerator, ledger=ledger, console=console
     )
@@ -100,11 +112,14 @@ def train(config: Config) -> None:
         ledger.event(
             "resume", start.update, checkpoint=str(start.checkpoint), changes=start.changes, skipped=start.skipped
         )
+    memory = FittingMicroBatches(cut, rank, accelerator.device, stop=stop, ledger=ledger, console=console)
+    spikes = SpikeDetector(config.stability, start.recent)
 
     def validate(update: int) -> Evaluation | None:
         if validation is None:
             return None
-        evaluation = evaluate(model, validation, accelerator=accelerator, rows=config.batch.micro_batch_size, stop=stop)
+        rows = memory.cut.micro_batch_size
+        evaluation = evaluate(model, validation, accelerator=accelerator, rows=rows, stop=stop)
         if evaluation:
             console.say(f"validation after {update:,} updates: {evaluation}")
         return evaluation
@@ -116,8 +131,9 @@ def train(config: Config) -> None:
     model.train()
     peak = peak_flops(accelerator.device, precision)
     console.start(start.update)
-    is_stopped = False
-    for update in range(start.update + 1, plan.planned_updates + 1):
+    update, is_stopped = start.update, False
+    while update < plan.planned_updates:
+        update += 1
         started = time.perf_counter()
         blocks = updates.next_update()
         if blocks is None:
@@ -127,29 +143,50 @@ def train(config: Config) -> None:
         rate = learning_rate(tokens, plan.total_tokens, config.optimizer, config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        seed_dropout(config.run.seed, update, rank)
-        result = run_update(
-            model,
-            optimizer,
-            split_into_micro_batches(blocks.blocks, cut, rank, accelerator.device),
-            accelerator=accelerator,
-            scaling=config.batch.scaling,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            target_tokens=cut.tokens_per_update,  # packed blocks have no masked target
-            stop=stop,
-        )
+        result = None
+        while result is None and not is_stopped:
+            seed_dropout(config.run.seed, update, rank)
+            result = run_update(
+                model,
+                optimizer,
+                memory.split(blocks.blocks),
+                accelerator=accelerator,
+                scaling=config.batch.scaling,
+                max_grad_norm=config.optimizer.max_grad_norm,
+                target_tokens=cut.tokens_per_update,  # packed blocks have no masked target
+                stop=stop,
+            )
+            is_stopped = result is None and not memory.shrink(update)  # else the same update again
         if result is None:
-            is_stopped = True  # this update is abandoned; the one before it is saved below
-            break
+            break  # this update is abandoned; the one before it is saved below
         entry = entry_of(
-            update, result, blocks, accelerator=accelerator, plan=plan, learning_rate=rate, started=started, peak=peak
+            update,
+            result,
+            blocks,
+            accelerator=accelerator,
+            cut=memory.cut,
+            flops_per_token=plan.flops_per_token,
+            learning_rate=rate,
+            started=started,
+            peak=peak,
         )
+        spike = spikes.look_at(entry.loss, entry.grad_norm)
+        if spike:
+            console.say(f"update {update:,}: {spike}")
+            on_spike(config, spike, update, ledger)
+        if spike and config.stability.on_spike == "rollback":
+            updates.close()
+            saver.settle()
+            start = on_main(accelerator, partial(roll_back, config, spike, update, blocks.skipped_draws, ledger))
+            updates, spikes = read_from(start), SpikeDetector(config.stability, start.recent)
+            update = start.update
+            continue
         is_last = update == plan.planned_updates
         if is_last or crosses(tokens - cut.tokens_per_update, tokens, config.evaluation.every_tokens):
             after = validate(update)
             if after:
                 entry = replace(entry, validation_loss=after.loss, bits_per_byte=after.bits_per_byte)
-        stall_seconds = saver.snapshot(update, blocks, entry.blocks_sha256)
+        stall_seconds = saver.snapshot(update, blocks, entry.blocks_sha256, spikes.recent)
         ledger.write(replace(entry, checkpoint_stall_seconds=stall_seconds))
         saver.write()
         console.progress(entry)
@@ -160,17 +197,7 @@ def train(config: Config) -> None:
         sys.exit(stop.exit_code)
 
     if accelerator.is_main_process:
-        gpt2 = accelerator.unwrap_model(model).gpt2.eval()
-        export_model(gpt2, tokenizer, directory / "final")
-        write_summary(directory / "summary.json", plan, precision, before, after, receipt)
-        sampling = GenerateConfig(config.evaluation.prompt, config.evaluation.sample_tokens, seed=config.run.seed)
-        if before and after:
-            console.section("validation", f"  before  {before}\n  after   {after}")
-        if config.evaluation.sample_tokens:
-            console.section("sample", generate(gpt2, tokenizer, sampling))
-        if receipt:
-            console.section("parity receipt", receipt)
-        console.section("finished model", usage(directory / "final"))
+        finish_run(config, plan, accelerator.unwrap_model(model), tokenizer, console, precision, before, after, receipt)
     accelerator.end_training()
 
 

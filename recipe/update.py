@@ -70,13 +70,16 @@ def run_update(
             at the cost of one integer all-reduce.
         stop: looked at between micro-batches.
 
-    Returns: the statistics, or None where a rank was asked to stop: the open update is then abandoned on all ranks.
+    Returns: the statistics, or None where a rank was asked to stop or ran out of memory: the open update is then abandoned on
+    all ranks, and can be run again.
     """
     accumulated = accumulate_gradient(
         model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=target_tokens, stop=stop
     )
     if accumulated is None:
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(
+            set_to_none=True
+        )  # the prepared optimizer's zero_grad does nothing in the middle of an accumulation
         return None
     loss, targets = accumulated
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf")).detach()
@@ -99,11 +102,30 @@ def accumulate_gradient(
     """Leave the gradient of the update's loss in `.grad` of every parameter, the same on all ranks.
 
     Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d), or None where
-    a rank was asked to stop.
+    a rank was asked to stop or ran out of memory.
+
+    Raises:
+        RecipeError: out of memory while the ranks add up their gradients: it is too late to agree then.
     """
     targets = _count_targets(micro_batches, accelerator, target_tokens)
     path = _accumulate_path if scaling == "accumulate" else _manual_path
-    loss_sum = path(model, micro_batches, accelerator, targets, stop)
+    agreements = stop.agreements if stop else 0
+    try:
+        loss_sum = path(model, micro_batches, accelerator, targets, stop)
+    except RuntimeError as error:
+        if stop is None or not is_out_of_memory(error):
+            raise
+        has_agreed = stop.agreements > agreements
+        if has_agreed and accelerator.num_processes > 1:
+            raise RecipeError(
+                f"rank {accelerator.process_index} ran out of memory while the ranks added up their gradients: the same "
+                "command goes on from the last checkpoint; give it a smaller --batch.micro_batch_size",
+                on_this_rank_only=True,
+            ) from None
+        stop.rank_out_of_memory = accelerator.process_index + 1
+        if not has_agreed:
+            stop.agreed()
+        return None
     return None if loss_sum is None else (accelerator.reduce(loss_sum, reduction="sum") / targets, targets)
 
 
@@ -114,6 +136,13 @@ def _abandoned(stop: StopRequest | None, is_last: bool) -> bool:
     was asked to stop, at once: it then waits there for the others to come to theirs.
     """
     return stop is not None and (is_last or stop.signal > 0) and stop.agreed()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator has failed, of a GPU or of the CPU."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known: int | None) -> Tensor:

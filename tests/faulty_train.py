@@ -168,6 +168,52 @@ def infinite_gradient_on_rank_1() -> None:
     change_backward(infinite)
 
 
+def small_memory() -> None:
+    """The allocator of the last rank fails for more than FAULTY_ROWS blocks at once, in FAULTY_PASS forward or backward, from
+    update FAULTY_FROM on: with the error that torch's own allocator gives for too large a request."""
+    import os
+
+    import recipe.model
+
+    rows, where = int(os.environ["FAULTY_ROWS"]), os.environ["FAULTY_PASS"]
+    first = int(os.environ.get("FAULTY_FROM", "1"))
+    is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    original, run_update = recipe.model.CausalLanguageModel.forward, recipe.update.run_update
+    update = [0]
+
+    def exhaust(gradient: Tensor) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def forward(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = original(self, inputs, targets)
+        if is_last_rank and len(inputs) > rows and torch.is_grad_enabled() and update[0] >= first:
+            if where == "forward":
+                exhaust(loss)
+            loss.register_hook(exhaust)
+        return loss
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        update[0] += 1
+        return run_update(*arguments, **options)
+
+    recipe.model.CausalLanguageModel.forward = forward  # type: ignore[method-assign]
+    recipe.update.run_update = count
+
+
+def forget_to_restore_dropout() -> None:
+    """Dropout goes on from wherever the process's random state is."""
+    import recipe.model
+
+    recipe.model.seed_dropout = lambda seed, update, rank: None
+
+
+def forget_skipped_draws() -> None:
+    """A rollback that only the process knows of."""
+    import recipe.resume
+
+    recipe.resume.read_events = lambda path, event, update: []
+
+
 def slow_checkpoint_writer() -> None:
     """No fault, but it takes a while: so that a kill at random often hits a checkpoint that is being written."""
     import time
@@ -194,6 +240,9 @@ FAULTS: dict[str, Callable[[], None]] = {
         prepare_the_data_loader,
         read_ahead_of_the_state,
         infinite_gradient_on_rank_1,
+        small_memory,
+        forget_to_restore_dropout,
+        forget_skipped_draws,
         slow_checkpoint_writer,
     )
 }

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipe.checkpoint import list_checkpoints, prune, why_invalid
-from recipe.resume import cut_ledger
+from recipe.ledger import cut_ledger
 from tests.helpers import ROOT, TINY, environment, read_ledger, read_ledger_lines, run, train, write_texts
 from tests.test_train import launcher
 
