@@ -5,6 +5,7 @@ Each fault is one that people make with this stack. tests/test_planted_faults.py
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import recipe.checkpoint
 import recipe.lanes
 import recipe.schedule
 import recipe.update
@@ -214,11 +216,29 @@ def forget_skipped_draws() -> None:
     recipe.resume.read_events = lambda path, event, update: []
 
 
+def prune_before_writing() -> None:
+    """Make room for a checkpoint before it is there, as accelerate's `total_limit` does."""
+    import recipe.saver
+
+    original = recipe.saver.write_checkpoint
+
+    def write(root: Path, *arguments: Any) -> Path:
+        for path in recipe.checkpoint.list_checkpoints(root):
+            shutil.rmtree(path)
+        return original(root, *arguments)
+
+    setattr(recipe.saver, "write_checkpoint", write)  # noqa: B010
+
+
+def forget_the_manifests_sync() -> None:
+    """The directory gets its name while the manifest may still be in memory only."""
+    original = recipe.checkpoint._sync
+    recipe.checkpoint._sync = lambda path: None if path.name == recipe.checkpoint.MANIFEST else original(path)
+
+
 def slow_checkpoint_writer() -> None:
     """No fault, but it takes a while: so that a kill at random often hits a checkpoint that is being written."""
     import time
-
-    import recipe.checkpoint
 
     original = recipe.checkpoint._sync
 
@@ -243,6 +263,8 @@ FAULTS: dict[str, Callable[[], None]] = {
         small_memory,
         forget_to_restore_dropout,
         forget_skipped_draws,
+        prune_before_writing,
+        forget_the_manifests_sync,
         slow_checkpoint_writer,
     )
 }

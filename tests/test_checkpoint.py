@@ -136,19 +136,19 @@ def test_a_failure_at_any_point_leaves_the_older_checkpoint_and_no_half_one(
 def test_the_manifest_is_written_last_and_synced_before_the_name_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A planted order, manifest unsynced or directory renamed first, would show here."""
+    """As the operating system sees it."""
     events: list[str] = []
-    sync, replace = checkpoint._sync, os.replace
+    sync, replace = os.fsync, os.replace
 
-    def noted_sync(path: Path) -> None:
-        events.append(path.name)
-        sync(path)
+    def noted_sync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
 
     def noted_replace(old: Path, new: Path) -> None:
         events.append(f"rename {Path(new).name}")
         replace(old, new)
 
-    monkeypatch.setattr(checkpoint, "_sync", noted_sync)
+    monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "replace", noted_replace)
     path = write(tmp_path, 5, trained())
     renamed = events.index("rename step-000005")

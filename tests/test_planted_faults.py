@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests import faulty_train, test_data, test_train, test_update
+from tests import faulty_train, test_checkpoint, test_data, test_resume, test_train, test_update
 from tests.faulty_train import FAULTS
 from tests.helpers import read_ledger, run, train, write_texts
 
-PATCHED = ("recipe.update", "recipe.schedule", "recipe.data")
+PATCHED = ("recipe.update", "recipe.schedule", "recipe.data", "recipe.checkpoint")
 
 
 @pytest.fixture
@@ -110,3 +110,29 @@ def test_a_prepared_data_loader_is_noticed(faulty_ledgers: dict[str, list[dict[s
     assert faulty[0]["blocks_sha256"] != healthy[0]["blocks_sha256"]
     with pytest.raises(AssertionError):
         test_train.assert_same_updates(healthy, faulty)
+
+
+def test_a_manifest_that_is_not_synced_is_noticed(
+    plant: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("forget_the_manifests_sync")
+    with pytest.raises(AssertionError):
+        test_checkpoint.test_the_manifest_is_written_last_and_synced_before_the_name_appears(tmp_path, monkeypatch)
+
+
+def test_pruning_before_the_new_checkpoint_is_there_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path / "texts", count=16, largest=1200)
+    monkeypatch.setattr(test_resume, "SCRIPT", ["tests/faulty_train.py", "prune_before_writing"])
+    with pytest.raises(IndexError):  # no checkpoint is left
+        test_resume.test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkpoint(tmp_path)
+
+
+def test_dropout_that_is_not_restored_is_noticed(tmp_path: Path) -> None:
+    """A resumed run is compared with one that was not stopped, both with the fault."""
+    write_texts(tmp_path / "texts", count=16, largest=1200)
+    script = (faulty_train.__file__, "forget_to_restore_dropout")
+    for directory, updates in (("whole", 8), ("resumed", 4), ("resumed", 8)):
+        done = train(*test_resume.arguments(tmp_path / directory, "--run.max_updates", str(updates)), script=script)
+        assert done.returncode == 0, done.stderr
+    with pytest.raises(AssertionError):
+        test_resume.assert_same_run(tmp_path / "whole", tmp_path / "resumed")

@@ -21,6 +21,7 @@ from recipe.ledger import cut_ledger
 from tests.helpers import ROOT, TINY, environment, read_ledger, read_ledger_lines, run, train, write_texts
 from tests.test_train import launcher
 
+SCRIPT = ["recipe/train.py"]
 UPDATES = 24
 TIMES = ("step_seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
 
@@ -72,7 +73,7 @@ def assert_same_run(whole: Path, other: Path) -> None:
 def start(directory: Path, *more: str, **variables: str) -> subprocess.Popen[str]:
     """Start a run in the background; its output can be read line by line."""
     return subprocess.Popen(
-        [sys.executable, "recipe/train.py", *arguments(directory, *more)],
+        [sys.executable, *SCRIPT, *arguments(directory, *more)],
         cwd=ROOT,
         env=environment(PYTHONUNBUFFERED="1", **variables),
         stdout=subprocess.PIPE,
@@ -238,7 +239,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints(root: Path) 
 
 def test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkpoint(root: Path) -> None:
     directory = root / "stays-full"
-    process = start(directory, "--run.max_updates", "14")
+    process = start(directory, "--run.max_updates", "14", "--checkpoint.keep", "1")
     wait_for(process, "step-000004")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, SMALL_DISK)
     _, errors = process.communicate(timeout=120)
