@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import signal
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from tests.helpers import TINY, read_ledger_lines, start_ranks, write_texts
 
 RANKS = 2
 UPDATES_PER_INTERRUPTION = 60  # more than a run does in the moment it is given
+SMALL_DISK_BYTES = 20_000
 
 
 def arguments(directory: Path, updates: int) -> list[str]:
@@ -41,18 +43,21 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 60) -> list[
 
 
 def interrupt(processes: list[subprocess.Popen[str]], chance: random.Random) -> str:
-    """Let the run go on for a moment after its first update, then kill all ranks or one, or ask it to stop."""
+    """Let the run go on for a moment after its first update, then kill all ranks or one, ask it to stop, or fill the disk."""
     lines = processes[0].stdout
     assert lines is not None
     for line in lines:
         if line.startswith("update"):
             break
-    time.sleep(chance.uniform(0, 0.6))
     how = chance.choice(
-        ["SIGKILL to all", "SIGKILL to all", "SIGKILL to rank 1", "SIGTERM to all", "SIGTERM to rank 0"]
+        [*["SIGKILL to all"] * 3, "SIGKILL to rank 1", "SIGTERM to all", "SIGTERM to rank 0", "disk full"]
     )
+    if how == "disk full":  # for files of more bytes than this, which the checkpoint's are; ends in SIGKILL
+        resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, SMALL_DISK_BYTES))
+        how = "SIGKILL to all, disk full"
+    time.sleep(chance.uniform(0, 0.6))
     number = signal.SIGKILL if "KILL" in how else signal.SIGTERM
-    targets = {"all": processes, "rank 0": processes[:1], "rank 1": processes[1:]}[how.split(" to ")[1]]
+    targets = {"all": processes, "rank 0": processes[:1], "rank 1": processes[1:]}[how.split(" to ")[1].split(",")[0]]
     for process in targets:
         if process.poll() is None:
             process.send_signal(number)
@@ -97,7 +102,7 @@ def chaos(interruptions: int, seed: int, root: Path) -> Counter[str]:
         happened.update([how, damage(root / "chaos", chance)])
         happened["killed while a checkpoint was being written"] += cut > 0
         done = [line["update"] for line in read_ledger_lines(root / "chaos")]
-        print(f"{number + 1:>3} {how:<18} exit {codes}, {done[-1] if done else 0} of {updates} updates", flush=True)
+        print(f"{number + 1:>3} {how:<25} exit {codes}, {done[-1] if done else 0} of {updates} updates", flush=True)
     last = start_ranks(RANKS, command)
     assert finish(last, timeout=600) == [0] * RANKS
     assert_same_run(root / "whole", root / "chaos")
