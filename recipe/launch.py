@@ -12,6 +12,7 @@ import torch
 
 from recipe.config import Config
 from recipe.errors import RecipeError
+from recipe.plan import world_size_of_launcher
 
 Result = TypeVar("Result")
 
@@ -23,14 +24,7 @@ def announced_world_size() -> int:
         RecipeError: `accelerate launch` was asked for several processes but started one, as it does with
             `--cpu --num_processes 2` (huggingface/accelerate#2741): each would train alone on all of the data.
     """
-    try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        world_size = 0
-    if world_size < 1:
-        raise RecipeError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']!r} is no number of ranks: launch with accelerate or torchrun"
-        )
+    world_size = world_size_of_launcher()
     asked = _processes_asked_for(_parent_command_line())
     if world_size == 1 and asked > 1:
         raise RecipeError(

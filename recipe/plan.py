@@ -112,12 +112,21 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e3:.0f} kB" if size_bytes else "0"
 
 
+def world_size_of_launcher() -> int:
+    """WORLD_SIZE, which launchers set; 1 without one.
+
+    Raises:
+        RecipeError: it is no number of ranks.
+    """
+    announced = os.environ.get("WORLD_SIZE", "1")
+    if not announced.isdigit() or int(announced) < 1:
+        raise RecipeError(f"WORLD_SIZE = {announced!r} is no number of ranks: launch with accelerate or torchrun")
+    return int(announced)
+
+
 def main() -> None:
     """Print the plan for WORLD_SIZE ranks (default 1)."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if not world_size.isdigit() or int(world_size) < 1:
-        raise RecipeError(f"WORLD_SIZE = {world_size!r} is no number of ranks")
-    print(make_plan(load_config(sys.argv[1:]), int(world_size)))
+    print(make_plan(load_config(sys.argv[1:]), world_size_of_launcher()))
 
 
 if __name__ == "__main__":
