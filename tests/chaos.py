@@ -21,7 +21,8 @@ from recipe.checkpoint import list_checkpoints, why_invalid
 from tests.helpers import TINY, read_ledger_lines, start_ranks, write_texts
 
 RANKS = 2
-UPDATES_PER_INTERRUPTION = 60  # more than a run does in the moment it is given
+UPDATES_BETWEEN = 20  # interruptions, at most
+UPDATES_PER_INTERRUPTION = 2 * UPDATES_BETWEEN  # so that the run is not over before the last of them
 SMALL_DISK_BYTES = 20_000
 
 
@@ -42,8 +43,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 60) -> list[
     return [process.returncode for process in processes]
 
 
-def interrupt(processes: list[subprocess.Popen[str]], chance: random.Random) -> str:
-    """Let the run go on for a moment after its first update, then kill all ranks or one, ask it to stop, or fill the disk."""
+def interrupt(processes: list[subprocess.Popen[str]], ledger: Path, chance: random.Random) -> str:
+    """Let the run do some updates, then kill all ranks or one, ask it to stop, or fill the disk."""
     lines = processes[0].stdout
     assert lines is not None
     for line in lines:
@@ -55,7 +56,10 @@ def interrupt(processes: list[subprocess.Popen[str]], chance: random.Random) -> 
     if how == "disk full":  # for files of more bytes than this, which the checkpoint's are; ends in SIGKILL
         resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, SMALL_DISK_BYTES))
         how = "SIGKILL to all, disk full"
-    time.sleep(chance.uniform(0, 0.6))
+    enough = ledger.read_bytes().count(b"\n") + chance.randrange(UPDATES_BETWEEN)
+    while ledger.read_bytes().count(b"\n") < enough and processes[0].poll() is None:
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, 0.1))
     number = signal.SIGKILL if "KILL" in how else signal.SIGTERM
     targets = {"all": processes, "rank 0": processes[:1], "rank 1": processes[1:]}[how.split(" to ")[1].split(",")[0]]
     for process in targets:
@@ -95,7 +99,7 @@ def chaos(interruptions: int, seed: int, root: Path) -> Counter[str]:
     command = ["tests/faulty_train.py", "slow_checkpoint_writer", *arguments(root / "chaos", updates)]
     for number in range(interruptions):
         processes = start_ranks(RANKS, command, PYTHONUNBUFFERED="1")
-        how = interrupt(processes, chance)
+        how = interrupt(processes, root / "chaos/ledger.jsonl", chance)
         codes = finish(processes)
         assert codes[0] != 0, "the run was over before all interruptions: raise UPDATES_PER_INTERRUPTION"
         cut = len(list((root / "chaos/checkpoints").glob(".tmp-*")))
