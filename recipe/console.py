@@ -54,13 +54,13 @@ class Console:
         values = f"loss {entry.loss:.4f}, {entry.tokens_per_second:,.0f} tokens/s, lr {entry.learning_rate:.2e}"
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
-            self._bar.update()
+            self._bar.update(entry.update - self._bar.n)  # back, after a rollback
         elif (
             entry.update == self._first + 1
             or entry.update % max(1, self.updates // PLAIN_LINES) == 0
             or entry.update == self.updates
         ):
-            done = entry.update - self._first
+            done = max(entry.update - self._first, 1)
             left = (time.perf_counter() - self._started) / done * (self.updates - entry.update)
             minutes, seconds = divmod(round(left), 60)
             self.say(f"update {entry.update:>6,}/{self.updates:,}  {values}, {minutes}:{seconds:02d} left")
