@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,17 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     set_optimizer_state_dict(model, optimizer, everything | tensors, options=_flat())
 
 
-def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_tokens`; returns the removed."""
+def prune(
+    root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int, held: Collection[str] = ()
+) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints, those at multiples of `keep_every_tokens`, and those named in `held`.
+
+    Returns: the removed.
+    """
     removed = []
     for path in list_checkpoints(root)[max(keep, 1) :]:
+        if path.name in held:
+            continue
         tokens = int(path.name.removeprefix("step-")) * tokens_per_update
         if keep_every_tokens is None or not crosses(tokens - tokens_per_update, tokens, keep_every_tokens):
             shutil.rmtree(path, ignore_errors=True)

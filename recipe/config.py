@@ -6,6 +6,7 @@ The values here are what the `gpt2-*` presets share; a preset holds only what di
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,6 +192,30 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class PushConfig:
+    """What goes to the Hub, and where. The login is that of HF_TOKEN or `hf auth login`; there is no setting for a token."""
+
+    repo_id: str | None = None
+    """Model repository `user/name`, made where there is none. Null: nothing is pushed."""
+    private: bool = True
+    """Make the repository private, and refuse one that is public."""
+    revisions: bool = True
+    """Tag each pushed checkpoint `step-N`, so that it stays when main moves on."""
+    training_state: bool = False
+    """Push what resuming needs with each checkpoint: about three times the size."""
+
+
+@dataclass(frozen=True)
+class HubConfig(PushConfig):
+    """Checkpoints and the finished model, pushed to the Hub in the background."""
+
+    every_tokens: int | None = None
+    """Push the next checkpoint whenever this many more tokens have been seen. Null: every checkpoint."""
+    wait_seconds: float = 600.0
+    """How long the end of the run waits for what is not pushed yet."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of the recipe."""
 
@@ -203,13 +228,14 @@ class Config:
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
     """Arithmetic of the matrix products: bf16 autocast over fp32 parameters, or fp32. auto: what the device is good at."""
 
     resume: str = "auto"
     """auto: go on from the newest checkpoint of the run directory that verifies, if there is one. never: start again, and
-    move what is there to previous/. Otherwise the path of a checkpoint."""
+    move what is there to previous/. Otherwise a checkpoint: its path, or hf://user/name@revision."""
 
     @property
     def n_positions(self) -> int:
@@ -256,8 +282,20 @@ def validate(config: Config) -> None:
             f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "
             "which needs 256 bytes and the end-of-text token: set --model.vocab_size 257 or more"
         )
+    if config.hub.repo_id is not None:
+        check_repo_id("hub.repo_id", config.hub.repo_id)
     if data.text_files:
         expand_text_files(data.text_files)
+
+
+def check_repo_id(name: str, repo_id: str | None) -> None:
+    """Check the form of a repository's name on the Hub.
+
+    Raises:
+        RecipeError: naming the setting and the form.
+    """
+    if repo_id is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise RecipeError(f"{name} = {repo_id!r}: give the name of a model repository, user/name")
 
 
 # (smallest valid value, is it exclusive) of every number, by dotted name.
@@ -298,6 +336,8 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "checkpoint.every_minutes": (0, True),
     "checkpoint.keep": (1, False),
     "checkpoint.keep_every_tokens": (1, False),
+    "hub.every_tokens": (1, False),
+    "hub.wait_seconds": (0, False),
     "evaluation.every_tokens": (1, False),
     "evaluation.tokens": (1, False),
     "evaluation.sample_tokens": (0, False),

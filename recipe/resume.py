@@ -13,6 +13,7 @@ from recipe.command_line import as_dictionary
 from recipe.config import Config
 from recipe.data import UpdateBlocks, draw_of, next_update, to_tensors
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
+from recipe.hub import download_checkpoint
 from recipe.lanes import Lane
 from recipe.ledger import Ledger, gather_hash, read_events
 from recipe.parity import TOLERANCE
@@ -32,6 +33,7 @@ HARMLESS = (
     "stability",
     "evaluation",
     "checkpoint",
+    "hub",
     "log",
     "precision",
     "resume",
@@ -75,7 +77,7 @@ class Start:
 
 
 def find_start(config: Config) -> Start:
-    """Decide by `resume: auto|never|PATH`. Reads every byte of the checkpoint it takes.
+    """Decide by `resume: auto|never|PATH|hf://user/name@revision`. Reads every byte of the checkpoint it takes.
 
     Raises:
         RecipeError: the checkpoint or the directory belongs to another run, or no checkpoint of several verifies.
@@ -88,6 +90,8 @@ def find_start(config: Config) -> Start:
         if not candidates:
             _check_same_run(_earlier_config(directory), config, f"{directory} holds another run")
             return Start()
+    elif config.resume.startswith("hf://"):
+        candidates = [download_checkpoint(config.resume, config.cache_directory / "hub")]
     else:
         candidates = [Path(config.resume)]
         if not candidates[0].is_dir():

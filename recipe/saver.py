@@ -16,6 +16,7 @@ from recipe.data import UpdateBlocks
 from recipe.errors import RecipeError
 from recipe.ledger import Ledger
 from recipe.plan import RunPlan
+from recipe.pusher import Pusher
 from recipe.resume import proof_loss
 from recipe.schedule import crosses
 
@@ -31,6 +32,7 @@ class CheckpointSaver:
         model: prepared.
         optimizer: prepared.
         tokenizer: goes into every checkpoint.
+        pusher: is given every finished checkpoint.
         accelerator: of the ranks.
         ledger: receives an event for a save that failed.
         console: receives a line for each save.
@@ -43,6 +45,7 @@ class CheckpointSaver:
         model: Any,
         optimizer: Any,
         tokenizer: Any,
+        pusher: Pusher,
         *,
         accelerator: Any,
         ledger: Ledger,
@@ -50,7 +53,7 @@ class CheckpointSaver:
     ) -> None:
         self.config, self.plan, self.tokenizer = config, plan, tokenizer
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.ledger, self.console = ledger, console
+        self.ledger, self.console, self.pusher = ledger, console, pusher
         self.root = Path(config.run.directory) / "checkpoints"
         self._thread: threading.Thread | None = None
         self._outcome: tuple[int, str | None] | None = None  # of the thread: update, reason of the failure
@@ -66,6 +69,7 @@ class CheckpointSaver:
         Returns: seconds that training stood still for it; None where none is due.
         """
         self.report()
+        self.pusher.poll()
         self._unsaved = (update, blocks, blocks_sha256, list(recent))
         return self._copy() if self._is_due(update) else None
 
@@ -76,7 +80,8 @@ class CheckpointSaver:
         snapshot, state = self._ready
         self._ready = None
         self.ledger.sync()
-        self._thread = threading.Thread(target=self._write, args=(snapshot, state), name="checkpoint-writer")
+        held = self.pusher.held
+        self._thread = threading.Thread(target=self._write, args=(snapshot, state, held), name="checkpoint-writer")
         self._thread.start()
 
     def settle(self) -> None:
@@ -144,12 +149,12 @@ class CheckpointSaver:
         self._unsaved, self._last_save = None, time.monotonic()
         return time.perf_counter() - started
 
-    def _write(self, snapshot: Snapshot, state: TrainingState) -> None:
+    def _write(self, snapshot: Snapshot, state: TrainingState, held: set[str]) -> None:
         keep = self.config.checkpoint
         try:
             gpt2_config = self.accelerator.unwrap_model(self.model).gpt2.config
             write_checkpoint(self.root, snapshot, state, gpt2_config, self.tokenizer)
-            prune(self.root, keep.keep, keep.keep_every_tokens, self.plan.update.tokens_per_update)
+            prune(self.root, keep.keep, keep.keep_every_tokens, self.plan.update.tokens_per_update, held)
             self._outcome = state.update, None
         except Exception as error:  # a full disk must not end a training that can outlive it
             self._outcome = state.update, getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -164,6 +169,7 @@ class CheckpointSaver:
         update, reason = self._outcome
         if reason is None:
             self.console.say(f"checkpoint {self.root}/step-{update:06d}")
+            self.pusher.checkpoint(update, self.root / f"step-{update:06d}")
         else:
             self.console.say(
                 f"checkpoint after update {update:,} failed: {reason}; tried again when the next one is due"

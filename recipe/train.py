@@ -42,6 +42,7 @@ def train(config: Config) -> None:
     from recipe.memory import FittingMicroBatches
     from recipe.model import build_model, build_optimizer, seed_dropout
     from recipe.parity import parity_receipt
+    from recipe.pusher import Pusher, check_hub
     from recipe.resume import find_start, on_spike, restore, roll_back
     from recipe.run_directory import begin_run, claim_run_directory, usage
     from recipe.saver import CheckpointSaver
@@ -67,6 +68,7 @@ def train(config: Config) -> None:
     if start.update >= plan.planned_updates and (directory / "final").is_dir():
         console.section("this run is complete; --resume never trains it again", usage(directory / "final"))
         return accelerator.end_training()
+    on_main(accelerator, lambda: check_hub(config, console))
 
     # Data: documents -> tokenizer -> lanes; each rank opens only its own lanes.
     source = open_source(config)
@@ -105,8 +107,9 @@ def train(config: Config) -> None:
         console.say(f"the earlier run in {directory} is now in {previous}")
     accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
     ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
+    pusher = Pusher(config, ledger, console, is_main=accelerator.is_main_process)
     saver = CheckpointSaver(
-        config, plan, model, optimizer, tokenizer, accelerator=accelerator, ledger=ledger, console=console
+        config, plan, model, optimizer, tokenizer, pusher, accelerator=accelerator, ledger=ledger, console=console
     )
     if start.checkpoint:
         ledger.event(
@@ -194,11 +197,14 @@ def train(config: Config) -> None:
     saver.finish()
     if is_stopped:
         console.say(f"stopped by {stop.reason}; the same command goes on from here")
+        pusher.finish(stop)
         sys.exit(stop.exit_code)
 
     if accelerator.is_main_process:
         finish_run(config, plan, accelerator.unwrap_model(model), tokenizer, console, precision, before, after, receipt)
     accelerator.end_training()
+    pusher.finished_model(plan.planned_updates, directory / "final")
+    pusher.finish(stop)  # no rank waits for this one any more
 
 
 if __name__ == "__main__":
