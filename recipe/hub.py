@@ -45,10 +45,7 @@ def check_access(settings: PushConfig, report: Report) -> str:
     try:
         return _persist(attempt, report)
     except RecipeError as error:
-        raise RecipeError(
-            f"hub.repo_id = {settings.repo_id!r} cannot be pushed to: {error}; log in with HF_TOKEN or `hf auth login` and a "
-            "token that may write there, or leave hub.repo_id out"
-        ) from None
+        raise RecipeError(f"hub.repo_id = {settings.repo_id!r} cannot be pushed to: {error}") from None
 
 
 def revision_of(directory: Path, settings: PushConfig) -> str:
@@ -66,7 +63,7 @@ def push_directory(directory: Path, settings: PushConfig, report: Report) -> str
 
     Returns: the commit.
     Raises:
-        RecipeError: it was refused, or failed for `RETRY_SECONDS`.
+        RecipeError: it was refused, or failed again and again for `RETRY_SECONDS`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -115,9 +112,7 @@ def download_checkpoint(reference: str, cache: Path) -> Path:
             )
         return Path(snapshot_download(uri.id, revision=info.sha, cache_dir=cache))
     except Exception as error:
-        raise RecipeError(
-            f"resume = {reference!r}: {explain(error)}; give hf://user/name@revision, with a login where it is private"
-        ) from None
+        raise RecipeError(f"resume = {reference!r}: {explain(error)}; give hf://user/name@revision") from None
 
 
 def explain(error: Exception) -> str:
@@ -128,6 +123,8 @@ def explain(error: Exception) -> str:
     if response is not None:
         what = getattr(error, "server_message", None) or response.reason_phrase
         text = f"HTTP {response.status_code} to {response.request.method} {response.request.url.path}: {what}"
+        if response.status_code in (401, 403):
+            text += "; log in with HF_TOKEN or `hf auth login`, and a token that may do this"
     return redact(" ".join(text.split())[:300])
 
 
@@ -159,12 +156,13 @@ def _open_repository(api: Any, settings: PushConfig) -> Any:
 
 def _persist(action: Callable[[], Result], report: Report) -> Result:
     """The result of `action`, which is tried again with growing pauses where a later attempt may succeed."""
-    pause, deadline = FIRST_PAUSE_SECONDS, time.monotonic() + RETRY_SECONDS
+    pause, deadline = FIRST_PAUSE_SECONDS, None
     while True:
         try:
             return action()
         except Exception as error:
             reason = explain(error)
+            deadline = deadline or time.monotonic() + RETRY_SECONDS  # from the first failure: an upload may take long
             if not _may_pass(error) or time.monotonic() + pause > deadline:
                 raise RecipeError(reason) from error
         report(reason)
