@@ -99,7 +99,7 @@ class Pusher:
             return
         answer = self._call.wait(0)
         if answer is None and time.monotonic() - self._call.started > LONGEST_PUSH_SECONDS:
-            answer = RecipeError(f"not done after {LONGEST_PUSH_SECONDS:,.0f} s ({self._call.trouble})")
+            answer = RecipeError(f"not done after {LONGEST_PUSH_SECONDS:g} s ({self._call.trouble})")
         if answer is not None:
             self._end(answer)
 

@@ -47,6 +47,7 @@ SETTINGS = {
         ["batch.tokens is not a setting", "tokens_per_update"],
     ),
     "preset is a directory": (["--config", "configs"], ["--config", "configs"]),
+    "no name of a repository": (["--hub.repo_id", "model"], ["hub.repo_id = 'model'", "user/name"]),
     "run directory is a file": (["--run.directory", "run.sh/x"], ["run.directory", "run.sh/x", "Not a directory"]),
 }
 

@@ -304,6 +304,39 @@ recipe.hub.push_directory(Path(sys.argv[1]), recipe.hub.PushConfig("user/model")
     assert repository.messages == ["mine", "Push step-000001"]
 
 
+def test_a_push_is_given_up_when_it_takes_too_long_and_at_a_signal(hub: HubServer, tmp_path: Path) -> None:
+    """The Hub hangs. The first push is ended while training goes on, the second when a signal comes in the wait at the end."""
+    hub.faults = [Fault(".", None)]
+    script = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+import recipe.pusher
+from recipe.command_line import load_config
+from recipe.console import Console
+from recipe.ledger import Ledger
+from recipe.stop import StopRequest
+recipe.pusher.LONGEST_PUSH_SECONDS = 0.1
+run, stop = Path(sys.argv[1]), StopRequest()
+config = load_config(["--run.directory", str(run), "--hub.repo_id", "user/model"])
+ledger = Ledger(run / "ledger.jsonl", SimpleNamespace(is_main_process=True), 1)
+pusher = recipe.pusher.Pusher(config, ledger, Console(True, 2), is_main=True)
+pusher.checkpoint(1, run / "step-000001")
+pusher.checkpoint(2, run / "step-000002")
+while not (run / "ledger.jsonl").read_text():
+    pusher.poll()
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+pusher.finish(stop)
+"""
+    done = train(str(tmp_path), script=("-c", script), **hub.environment(HF_HOME=str(tmp_path / "home")))
+    assert done.returncode == 0, done.stderr
+    failed = [(line["revision"], line["reason"]) for line in events_of(tmp_path, "push_failed")]
+    assert failed == [
+        ("step-000001", "not done after 0.1 s (no answer)"),
+        ("step-000002", "not done when signal 15 ended the wait (no answer)"),
+    ]
+
+
 def test_no_push_outlives_its_run(hub: HubServer, tmp_path: Path) -> None:
     """However that ends: here without a goodbye, while the Hub hangs."""
     hub.faults = [Fault(".", None)]
