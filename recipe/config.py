@@ -15,6 +15,7 @@ from recipe.errors import RecipeError
 from recipe.text_files import expand_text_files
 
 STANDARD_LIBRARY = "python-standard-library"
+MOST_RETRY_SECONDS = 1200
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class DataConfig:
     revision: str | None = None
     """Commit, branch or tag of the Hub dataset."""
     text_files: tuple[str, ...] = ()
-    """Local files or globs (.txt: a document per file; .jsonl, .jsonl.gz, .jsonl.zst, .parquet: a document per row).
-    When given they are used instead of `dataset`."""
+    """Local files or globs, or http:// and https:// addresses, which are streamed (.txt: a document per file; .jsonl,
+    .jsonl.gz, .jsonl.zst, .parquet: a document per row). When given they are used instead of `dataset`."""
     text_column: str = "text"
     """Column that holds the document."""
     sequence_length: int = 2048
@@ -72,7 +73,8 @@ class DataConfig:
     validation_one_in: int = 100
     """Hold out one document in this many, chosen by hash, for validation. 0: none."""
     retry_seconds: float = 600.0
-    """How long a Hub dataset that cannot be read is tried again, with growing pauses, before the run saves itself and stops."""
+    """How long streamed text that cannot be read is tried again, with growing pauses, before the run saves itself and stops. At
+    most 1,200, since the other ranks wait for the one that tries."""
     cache_directory: str | None = None
     """Trained tokenizers and memory-mapped copies of local files. Null: cache/ in the run directory."""
 
@@ -284,6 +286,11 @@ def validate(config: Config) -> None:
         )
     if config.hub.repo_id is not None:
         check_repo_id("hub.repo_id", config.hub.repo_id)
+    if data.retry_seconds > MOST_RETRY_SECONDS:
+        raise RecipeError(
+            f"data.retry_seconds = {data.retry_seconds:g}: must be at most {MOST_RETRY_SECONDS}, since the other ranks wait "
+            "for the one that tries, for half an hour"
+        )
     if data.text_files:
         expand_text_files(data.text_files)
 

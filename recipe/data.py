@@ -17,10 +17,10 @@ import torch
 
 from recipe.budget import UpdatePlan
 from recipe.config import Config
+from recipe.documents import Source
 from recipe.errors import RecipeError
 from recipe.lanes import Lane
 from recipe.loss import IGNORED_TARGET
-from recipe.sources import Source
 from recipe.stop import StopRequest
 from recipe.tokenizer import document_encoder
 from recipe.update import MicroBatch

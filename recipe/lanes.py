@@ -8,7 +8,6 @@ used. Nothing that has been read is ever part of the state, so nothing can be lo
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from recipe.documents import Source
 from recipe.errors import RecipeError
-from recipe.sources import Source, unreadable
 
 DOCUMENTS_PER_ENCODE = 16
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class Lane:
             texts: list[str] = []
             reader = window.reader
             for place in range(window.shard, len(order)):
-                for text, state_after in self._read_shard(order[place], reader):
+                for text, state_after in self.source.read_shard(order[place], reader):
                     texts.append(text)
                     has_text = has_text or bool(text)
                     if len(texts) == self.shuffle_window:
@@ -154,31 +151,6 @@ class Lane:
                     on_this_rank_only=True,
                 )
             window, has_text = Position(window.epoch + 1), False
-
-    def _read_shard(self, shard: int, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(document, the reader's state after it) for each training document of a shard."""
-        pause, deadline = FIRST_PAUSE_SECONDS, None
-        while True:
-            reader = self.source.shard(shard)
-            if state is not None:
-                reader.load_state_dict(state)
-            try:
-                for row in reader:
-                    pause, deadline = FIRST_PAUSE_SECONDS, None
-                    state = reader.state_dict()
-                    text = self.source.text(row)
-                    if not self.source.is_held_out(text):
-                        yield text, state
-                return
-            except RecipeError as error:
-                error.on_this_rank_only = True
-                raise
-            except Exception as error:  # of any library under datasets: go on after the last document that was read
-                deadline = deadline or time.monotonic() + self.source.retry_seconds
-                if time.monotonic() + pause > deadline:
-                    raise unreadable(f"shard {shard} of {self.source.name}", error, on_this_rank_only=True) from error
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _chance(self, *key: object) -> bytes:
         """A hash that orders things by chance: the same for the same (seed, lane, key), on any machine."""

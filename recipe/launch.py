@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,13 +50,15 @@ def start_accelerator(config: Config, precision: str) -> Any:
                 f"{name} is not supported yet: launch with a DDP file of accelerate_configs/, such as gpu_8.yaml"
             )
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     accelerator = Accelerator(
         cpu=device_type() == "cpu",
         mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
         # The plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument; no dataloader is prepared.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        # As long as gloo waits: NCCL's 10 minutes would be over while one rank tries again to read (data.retry_seconds).
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
         log_with=list(config.log.trackers) or None,
         project_dir=config.run.directory,
     )

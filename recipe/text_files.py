@@ -1,4 +1,4 @@
-"""Which local files are text that can be trained on. Imports no torch."""
+"""Which files are text that can be trained on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ TEXT_FILE_FORMATS = {
 }
 
 
+def is_remote(path: str) -> bool:
+    """True for an address, which is streamed."""
+    return path.startswith(("http://", "https://"))
+
+
 def text_file_format(path: str) -> str | None:
-    """The `datasets` builder for a file name, or None: {.txt: text, .jsonl[.gz|.zst]: json, .parquet: parquet}."""
-    return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if path.endswith(ending)), None)
+    """The `datasets` builder for a file's name or address, or None: {.txt: text, .jsonl[.gz|.zst]: json, .parquet: parquet}."""
+    name = path.partition("?")[0] if is_remote(path) else path
+    return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if name.endswith(ending)), None)
 
 
 def expand_text_files(patterns: Sequence[str]) -> list[str]:
-    """Sorted paths that the files and globs in `patterns` name, all of one format.
+    """Sorted paths and addresses that `patterns` name, all of one format; a local one may be a glob.
 
     Raises:
         RecipeError: a pattern that matches nothing, a file of an unknown format, or files of two formats.
     """
     paths: list[str] = []
     for pattern in patterns:
+        if is_remote(pattern):
+            paths.append(pattern)
+            continue
         found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
         if not found:
             raise RecipeError(f"data.text_files: no file matches {pattern!r} (looked from {Path.cwd()})")
@@ -46,6 +55,6 @@ def expand_text_files(patterns: Sequence[str]) -> list[str]:
         raise RecipeError(
             f"data.text_files: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}"
         )
-    if not any(Path(path).stat().st_size for path in paths):
+    if not any(is_remote(path) or Path(path).stat().st_size for path in paths):
         raise RecipeError(f"data.text_files: no text, all {len(paths)} files that match are empty")
     return paths

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import Config
+from recipe.documents import Source
 from recipe.errors import RecipeError
-from recipe.sources import Source
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64_000_000

@@ -60,7 +60,9 @@ def train(
     return run([sys.executable, *script, *arguments], timeout=240, cwd=ROOT, **more)
 
 
-def start_ranks(world_size: int, command: Sequence[str], **more: str) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    world_size: int, command: Sequence[str], *, stderr: int = subprocess.STDOUT, **more: str
+) -> list[subprocess.Popen[str]]:
     """Start `python command` in `world_size` processes that form a gloo group; rank 0 first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,7 +77,7 @@ def start_ranks(world_size: int, command: Sequence[str], **more: str) -> list[su
                 cwd=ROOT,
                 env=environment(**(group if world_size > 1 else {}), **more),
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stderr=stderr,
                 text=True,
             )
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import threading
@@ -12,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-import recipe.lanes as lanes_module
+import recipe.documents as documents_module
 from recipe.budget import UpdatePlan
 from recipe.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
 from recipe.data import (
@@ -30,10 +30,11 @@ from recipe.data import (
     pack_validation,
     split_into_micro_batches,
 )
+from recipe.documents import Source
 from recipe.errors import RecipeError
 from recipe.lanes import Lane
 from recipe.loss import IGNORED_TARGET
-from recipe.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, Source, open_source, standard_library_files
+from recipe.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
 from recipe.tokenizer import END_OF_TEXT, document_encoder, load_tokenizer, train_tokenizer
 from tests.helpers import write_texts
 
@@ -108,14 +109,9 @@ def test_no_token_is_dropped_and_each_document_ends_once(tmp_path: Path, lanes: 
 
 
 def write_jsonl(path: Path, texts: Sequence[str | None]) -> None:
-    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
-    if path.name.endswith(".gz"):
-        lines = gzip.compress(lines)
-    elif path.name.endswith(".zst"):
-        import zstandard
-
-        lines = zstandard.compress(lines)
-    path.write_bytes(lines)
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    with fsspec.open(str(path), "wt", compression="infer", encoding="utf-8") as file:
+        file.write(lines)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -131,6 +127,21 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, ending: str, lane
     source = open_source(config_for(tmp_path, str(path), lanes=lanes))
     assert source.num_shards >= lanes
     check_conservation([lane_of(source, i, lanes) for i in range(lanes)], texts)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_file_that_is_cut_off_is_an_error(tmp_path: Path, compression: str) -> None:
+    """Behind a whole line and a whole compressed block, where it looks like an end."""
+    path = tmp_path / f"all.jsonl.{'gz' if compression == 'gzip' else 'zst'}"
+    with fsspec.open(str(path), "wb", compression=compression) as file:
+        file.write(b'{"text": "one"}\n' * 10)
+        file.flush()
+        size = path.stat().st_size
+        file.write(b'{"text": "two"}\n' * 10)
+    path.write_bytes(path.read_bytes()[:size])
+    expect_error(
+        ["cannot read", "ended before"], lambda: texts_of(lane_of(open_source(config_for(tmp_path, str(path)))))
+    )
 
 
 def test_parquet_is_split_by_row_group_without_a_copy(tmp_path: Path) -> None:
@@ -399,7 +410,7 @@ def test_a_reader_that_fails_now_and_then_gives_each_document_once(
     chance, original = random.Random(3), Source.shard
     patient = replace(source, retry_seconds=60)
     expected = [read_epoch(lane_of(source, i, 2)) for i in range(2)]
-    monkeypatch.setattr(lanes_module, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(documents_module, "FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(Source, "shard", lambda self, index: FlakyReader(original(self, index), chance))
     for lane in range(2):
         np.testing.assert_array_equal(read_epoch(lane_of(patient, lane, 2)), expected[lane])

@@ -36,6 +36,11 @@ SETTINGS = {
     "longer than positions": (["--model.n_positions", "32"], ["sequence_length = 64", "n_positions = 32"]),
     "heads do not divide": (["--model.n_head", "5"], ["n_head = 5", "n_embd = 32", "[1, 2, 4, 8, 16, 32]"]),
     "below its bound": (["--batch.micro_batch_size", "0"], ["batch.micro_batch_size = 0", "at least 1"]),
+    "waiting too long": (["--data.retry_seconds", "3600"], ["data.retry_seconds = 3600", "at most 1200"]),
+    "unknown format of an address": (
+        ["--data.text_files", "http://host/a.csv?b=.jsonl"],
+        ["a.csv?b=.jsonl", ".parquet"],
+    ),
     "negative rate": (["--optimizer.learning_rate", "-1"], ["optimizer.learning_rate", "greater than 0"]),
     "warm-up too long": (["--schedule.warmup_tokens", "61440"], ["warmup_tokens = 61,440", "leaves nothing"]),
     "vocabulary too small": (["--model.vocab_size", "100"], ["model.vocab_size = 100", "257"]),
@@ -114,6 +119,12 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     given = ["--data.dataset", "nobody/nothing", "--run.directory", str(tmp_path / "run")]
     done = train(*TINY, *given, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
     assert_one_line(done, ["nobody/nothing", "--data.text_files"])
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    address = "http://127.0.0.1:9/a.jsonl"
+    done = train(*TINY, "--run.directory", str(tmp_path / "run"), "--data.text_files", address)
+    assert_one_line(done, [f"cannot read {address}", "Connection refused"])
 
 
 def test_more_ranks_than_lanes_is_one_line_from_one_rank(tmp_path: Path) -> None:
