@@ -20,7 +20,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from huggingface_hub import HfFileSystem
 from huggingface_hub.hf_file_system import HfFileSystemFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 Result = TypeVar("Result")
 
@@ -87,12 +87,16 @@ class HubFile(HfFileSystemFile):
         return _insist(lambda: self._get(start, end))
 
     def _get(self, start: int, end: int) -> bytes:
+        asked = f"bytes {start}-{end - 1} of {self.size:,}"
         headers = {**build_hf_headers(token=self.fs.token), "Range": f"bytes={start}-{end - 1}"}
-        answer = http_backoff("GET", self.url(), headers=headers, timeout=SILENCE_SECONDS, max_retries=0)
-        hf_raise_for_status(answer)
+        try:
+            answer = get_session().get(self.url(), headers=headers, timeout=SILENCE_SECONDS)
+            hf_raise_for_status(answer)
+        except Exception as error:
+            raise ConnectionError(f"{self.path}: asked for {asked}, got {error}") from None
         if len(answer.content) != end - start:
-            got = f"{len(answer.content):,} (status {answer.status_code})"
-            raise ConnectionError(f"{self.path}: asked for {end - start:,} bytes at {start:,}, got {got}")
+            got = f"{len(answer.content):,} bytes, status {answer.status_code}"
+            raise ConnectionError(f"{self.path}: asked for {asked}, got {got}")
         return bytes(answer.content)
 
 
@@ -134,7 +138,6 @@ def _get(address: str, start: int, end: int, size: int | None = None) -> tuple[M
     given = headers["Content-Range"] or "no range"
     if status != 206 or not re.fullmatch(f"{asked}/{size or '[0-9]+'}", given) or len(data) != end - start:
         of_size = f" of {size:,}" if size else ""
-        raise ConnectionError(
-            f"{address}: asked for {asked}{of_size}, got {given} ({len(data):,} bytes, status {status})"
-        )
+        got = f"{given} ({len(data):,} bytes, status {status})"
+        raise ConnectionError(f"{address}: asked for {asked}{of_size}, got {got}")
     return headers, data

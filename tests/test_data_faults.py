@@ -31,7 +31,7 @@ from tests.helpers import ROOT, TINY, environment, read_ledger, run, start_ranks
 from tests.http_server import FAULTS, HUB_DATASET, HttpServer, for_ever
 
 FORMATS = ("jsonl", "jsonl.gz", "parquet")
-EVERY_FAULT = ("404", "500", "503", "no ranges", "shrunk", *FAULTS)
+EVERY_FAULT = ("404", "500", "503", "no ranges", "shrunk", *(fault for fault in FAULTS if fault != "hang"))
 DOCUMENTS = 200
 BLOCKS = 110  # of 4 tokens: a document is 2, so this is one epoch and a part of the next
 
@@ -45,6 +45,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "a.jsonl").write_bytes(lines)
     (root / "a.jsonl.gz").write_bytes(gzip.compress(lines, 1))
     pq.write_table(pa.table({"text": texts}), root / "a.parquet", row_group_size=20)
+    (root / "latin.txt").write_bytes(b"caf\xe9\r\nand more")
+    (root / "a.txt").write_text("\n".join(text[:1000] for text in texts))
     return root
 
 
@@ -53,7 +55,6 @@ def server(corpus: Path) -> Iterator[HttpServer]:
     """Serves the corpus; this process reads it in small blocks and waits for milliseconds where it would for seconds."""
     with HttpServer(corpus) as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote_files.HttpFile, "DEFAULT_BLOCK_SIZE", 1 << 16)
-        patch.setattr(remote_files, "SILENCE_SECONDS", 0.1)
         patch.setattr(remote_files, "PAUSES_SECONDS", (0.001, 0.002))
         patch.setattr(documents_module, "FIRST_PAUSE_SECONDS", 0.005)
         yield server
@@ -108,10 +109,19 @@ def healthy(sources: dict[str, Source]) -> list[list[int]]:
 def test_documents_are_those_of_a_healthy_server(
     fault: str, name: str, server: HttpServer, sources: dict[str, Source], healthy: list[list[int]]
 ) -> None:
-    """In the middle of a file, at its start, once and for a while: each document once, whole, in order."""
-    server.plan(f"a.{name}", [None, fault, None, fault, fault, fault, fault])
+    """Once, and for so long that the file is opened again: each document once, whole, in order."""
+    server.plan(f"a.{name}", [None, *4 * [fault], None, None, fault])
     assert read(lane_of(sources[name])) == healthy
     assert server.is_over(f"a.{name}")
+
+
+@pytest.mark.parametrize("fault", EVERY_FAULT)
+def test_a_text_is_whole(fault: str, server: HttpServer, corpus: Path, tmp_path: Path) -> None:
+    """Plain text has no syntax that would break where a part of it is missing."""
+    source = source_of(server, tmp_path, "a.txt")
+    server.plan("a.txt", 4 * [fault])
+    assert list(source.training_documents()) == [(corpus / "a.txt").read_text()]
+    assert server.is_over("a.txt")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -165,7 +175,7 @@ def test_documents_for_tokenizer_and_validation_are_read_exactly_once(
         assert (list(source.training_documents()), list(source.validation_documents())) == expected
 
 
-@pytest.mark.parametrize("fault", ["404", "shrunk", "hang"])
+@pytest.mark.parametrize("fault", ["404", "shrunk"])
 def test_a_shard_that_stays_away_is_one_line_after_the_time_limit(
     fault: str, server: HttpServer, sources: dict[str, Source], healthy: list[list[int]]
 ) -> None:
@@ -177,7 +187,7 @@ def test_a_shard_that_stays_away_is_one_line_after_the_time_limit(
         RecipeError, match=r"cannot read shard 0 of http.*asked for bytes.*0\.5 s.*once it can be read"
     ) as caught:
         read(lane)
-    assert 0.3 < time.monotonic() - started < 2
+    assert 0.3 < time.monotonic() - started < 4
     assert caught.value.exit_code == DATA_EXIT_CODE
     server.plan("a.jsonl", [])
     again = lane_of(lane.source)
@@ -185,28 +195,34 @@ def test_a_shard_that_stays_away_is_one_line_after_the_time_limit(
     assert read(again) == healthy
 
 
-def test_an_address_that_cannot_be_streamed_is_one_line(server: HttpServer, tmp_path: Path) -> None:
-    for name, fault, words in (
-        ("none.jsonl", None, "HTTP Error 404"),
-        ("a.jsonl.gz", "no ranges", "no range .*status 200"),
-    ):
-        remote_files.HttpFileSystem._first_seen.clear()
-        server.plan(name, [fault])
-        with pytest.raises(RecipeError, match=f"cannot read http.*{words}") as caught:
-            source_of(server, tmp_path, name)
-        assert caught.value.exit_code == 2
+def test_a_server_that_says_nothing_has_failed(
+    server: HttpServer, sources: dict[str, Source], healthy: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "SILENCE_SECONDS", 0.1)
+    server.plan("a.jsonl", [None, *4 * ["hang"]])
+    assert read(lane_of(sources["jsonl"])) == healthy
+    assert server.is_over("a.jsonl")
 
 
-def test_query_strings_and_every_ending(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/latin.txt").write_bytes(b"caf\xe9\r\nand more")
-    with HttpServer(tmp_path / "texts") as server:
-        source = source_of(server, tmp_path, "latin.txt?key=a/b.c*[d]&x=1")
-        assert list(source.training_documents()) == ["caf\ufffd\nand more"]
-    with HttpServer(corpus) as server:
-        for name in FORMATS:
-            source = source_of(server, tmp_path, f"a.{name}?key=a/b.c*[d]&x=1")
-            assert sum(1 for _ in source.training_documents()) == DOCUMENTS
+@pytest.mark.parametrize(("name", "words"), [("none.jsonl", "HTTP Error 404"), ("latin.txt", "no range .*status 200")])
+def test_an_address_that_cannot_be_streamed_is_one_line(
+    name: str, words: str, server: HttpServer, tmp_path: Path
+) -> None:
+    """No such file, and a server that answers no ranges."""
+    server.plan("latin.txt", for_ever("no ranges"))
+    with pytest.raises(RecipeError, match=f"cannot read http.*{words}") as caught:
+        source_of(server, tmp_path, name)
+    assert caught.value.exit_code == 2
+
+
+def test_query_strings_and_plain_text(server: HttpServer, tmp_path: Path) -> None:
+    """What follows the ending belongs to the address; bytes that are not UTF-8 and line ends are those of local files."""
+    query = "?key=a/b.c*[d]&x=1"
+    server.plan("latin.txt", [])
+    source = source_of(server, tmp_path, f"latin.txt{query}")
+    assert list(source.training_documents()) == ["caf\ufffd\nand more"]
+    source = source_of(server, tmp_path, *(f"a.{name}{query}" for name in ("jsonl", "jsonl.gz")), lanes=2)
+    assert sum(1 for _ in source.training_documents()) == 2 * DOCUMENTS
 
 
 HUB_SCRIPT = """
@@ -247,7 +263,7 @@ def test_documents_of_the_hub_are_those_of_a_healthy_one(
         faults = ["404", "503", "no ranges", "reset", "cut", "short", "page", "empty"]
         server.plan("a.jsonl", [None, *4 * faults])
         output, errors = process.communicate("go\n", timeout=60)
-        assert process.returncode == 0, errors
+        assert (process.returncode, errors) == (0, "")
         assert server.is_over("a.jsonl")
     assert json.loads(output) == [crc32(text.encode()) for text in sources["jsonl"].training_documents()]
 
@@ -291,7 +307,7 @@ def test_a_run_does_not_notice_what_the_server_does(
     texts: Path, undisturbed: tuple[list[str], int], tmp_path: Path
 ) -> None:
     """Parquet this time, tokenizer and all: the blocks are those of the healthy server's JSONL."""
-    faults = ["500", "503", "no ranges", "reset", "cut", "short", "empty", "page"]
+    faults = ["503", "reset", "cut", "short", "page"]
     with HttpServer(texts) as server:
         for number, fault in enumerate(faults):
             server.plan(f"{number:03d}.parquet", [None, None, None, fault])
