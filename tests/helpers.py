@@ -61,7 +61,7 @@ def train(
 
 
 def start_ranks(
-    world_size: int, command: Sequence[str], *, stderr: int = subprocess.STDOUT, **more: str
+    world_size: int, command: Sequence[str], stderr: int = subprocess.STDOUT, /, **more: str
 ) -> list[subprocess.Popen[str]]:
     """Start `python command` in `world_size` processes that form a gloo group; rank 0 first."""
     with socket.socket() as probe:
