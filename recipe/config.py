@@ -76,7 +76,7 @@ class DataConfig:
     """How long streamed text that cannot be read is tried again, with growing pauses, before the run saves itself and stops. At
     most 1,200, since the other ranks wait for the one that tries."""
     cache_directory: str | None = None
-    """Trained tokenizers and memory-mapped copies of local files. Null: cache/ in the run directory."""
+    """Trained tokenizers and memory-mapped copies of files. Null: cache/ in the run directory."""
 
 
 @dataclass(frozen=True)
