@@ -28,7 +28,7 @@ from recipe.errors import RecipeError
 from recipe.export import PADDED, write_model
 from recipe.schedule import crosses
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "training/state.json"
 OPTIMIZER = "training/optimizer.safetensors"
@@ -45,7 +45,7 @@ class TrainingState:
         blocks_sha256: hash of the blocks of that last update.
         lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
             leads exactly to the next update, and their hash proves that the data is what it was.
-        proof_loss: mean loss of lane 0's blocks of that last update, with the weights of this checkpoint.
+        proof_loss: mean loss of lane 0's first targets of that last update, with the weights of this checkpoint.
         skipped_draws: draws (see `recipe.data.draw_of`) that rollbacks have left out.
         recent: [loss, gradient norm] of the updates that a spike is compared with.
         format: version of this layout.

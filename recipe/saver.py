@@ -128,7 +128,7 @@ class CheckpointSaver:
         lane_states = gather_object(blocks.lane_states)  # ranks own lanes in order
         if self.accelerator.is_main_process:
             self.report(wait=True)
-            proof = proof_loss(self.model, blocks, accelerator=self.accelerator, plan=self.plan.update)
+            proof = proof_loss(self.model, blocks, accelerator=self.accelerator)
             tokens = update * self.plan.update.tokens_per_update
             state = TrainingState(
                 update=update,
