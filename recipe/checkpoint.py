@@ -70,13 +70,20 @@ class Snapshot:
     optimizer: dict[str, Tensor]
 
 
-def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Copy the weights of an unwrapped `CausalLanguageModel` and its optimizer's state. This is the whole stall of a save."""
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, memory: Snapshot | None = None) -> Snapshot:
+    """Copy the weights of an unwrapped `CausalLanguageModel` and its optimizer's state to the CPU.
+
+    Args:
+        model: unwrapped.
+        optimizer: unwrapped.
+        memory: an earlier snapshot that is no longer needed; it is overwritten. Memory that is new to the process costs
+            more time than the copy.
+    """
     gpt2: Any = model.gpt2
-    return Snapshot(
-        model={name: tensor.detach().to("cpu", copy=True) for name, tensor in gpt2.state_dict().items()},
-        optimizer={name: t.detach().to("cpu", copy=True) for name, t in _optimizer_tensors(model, optimizer).items()},
-    )
+    old = memory or Snapshot({}, {})
+    weights = _copy(dict(gpt2.named_parameters()), old.model)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one tensor, copied once
+    return Snapshot(weights, _copy(_optimizer_tensors(model, optimizer), old.optimizer))
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_config: Any, tokenizer: Any) -> Path:
@@ -206,6 +213,13 @@ def _flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state's tensors by flat name; what is no tensor (rates, betas) is configuration. SGD has none."""
     return {k: v for k, v in _flat_optimizer_state(model, optimizer).items() if isinstance(v, Tensor)}
+
+
+def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: (memory[name] if name in memory else torch.empty_like(tensor, device="cpu")).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+    }
 
 
 def _save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:

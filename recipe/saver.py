@@ -55,6 +55,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._outcome: tuple[int, str | None] | None = None  # of the thread: update, reason of the failure
         self._ready: tuple[Snapshot, TrainingState] | None = None  # copied, to be written
+        self._memory: Snapshot | None = None  # of the last snapshot, for the next one
         self._unsaved: tuple[int, UpdateBlocks, str, list[list[float]]] | None = None
         self._last_save = time.monotonic()
 
@@ -140,7 +141,9 @@ class CheckpointSaver:
                 skipped_draws=list(blocks.skipped_draws),
                 recent=recent,
             )
-            self._ready = take_snapshot(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer), state
+            model = self.accelerator.unwrap_model(self.model)
+            self._memory = take_snapshot(model, self.optimizer.optimizer, self._memory)
+            self._ready = self._memory, state
         self._unsaved, self._last_save = None, time.monotonic()
         return time.perf_counter() - started
 
