@@ -58,6 +58,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._outcome: tuple[int, str | None] | None = None  # of the thread: update, reason of the failure
         self._ready: tuple[Snapshot, TrainingState] | None = None  # copied, to be written
+        self._memory: Snapshot | None = None  # of the last snapshot, for the next one
         self._unsaved: tuple[int, UpdateBlocks, str, list[list[float]]] | None = None
         self._last_save = time.monotonic()
 
@@ -133,7 +134,7 @@ class CheckpointSaver:
         lane_states = gather_object(blocks.lane_states)  # ranks own lanes in order
         if self.accelerator.is_main_process:
             self.report(wait=True)
-            proof = proof_loss(self.model, blocks, accelerator=self.accelerator, plan=self.plan.update)
+            proof = proof_loss(self.model, blocks, accelerator=self.accelerator)
             tokens = update * self.plan.update.tokens_per_update
             state = TrainingState(
                 update=update,
@@ -145,7 +146,9 @@ class CheckpointSaver:
                 skipped_draws=list(blocks.skipped_draws),
                 recent=recent,
             )
-            self._ready = take_snapshot(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer), state
+            model = self.accelerator.unwrap_model(self.model)
+            self._memory = take_snapshot(model, self.optimizer.optimizer, self._memory)
+            self._ready = self._memory, state
         self._unsaved, self._last_save = None, time.monotonic()
         return time.perf_counter() - started
 

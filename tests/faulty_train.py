@@ -236,6 +236,18 @@ def forget_the_manifests_sync() -> None:
     recipe.checkpoint._sync = lambda path: None if path.name == recipe.checkpoint.MANIFEST else original(path)
 
 
+def attention_sees_the_future() -> None:
+    """The causal mask is lost."""
+    import recipe.model
+
+    original = recipe.model.F.scaled_dot_product_attention
+
+    def not_causal(*arguments: Any, **options: Any) -> Tensor:
+        return original(*arguments, **{**options, "is_causal": False})
+
+    recipe.model.F.scaled_dot_product_attention = not_causal
+
+
 def slow_checkpoint_writer() -> None:
     """No fault, but it takes a while: so that a kill at random often hits a checkpoint that is being written."""
     import time
@@ -265,6 +277,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         forget_skipped_draws,
         prune_before_writing,
         forget_the_manifests_sync,
+        attention_sees_the_future,
         slow_checkpoint_writer,
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 import recipe.checkpoint as checkpoint
+from benchmarks.checkpoint import QUICK
+from benchmarks.savers import Ours, Training
 from recipe.checkpoint import (
     MANIFEST,
     STATE,
@@ -92,6 +95,45 @@ def test_the_next_update_is_the_same_after_loading(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_snapshot_takes_the_memory_of_an_earlier_one() -> None:
+    model, optimizer, _ = trained()
+    earlier = take_snapshot(model, optimizer)
+    addresses = {name: tensor.data_ptr() for name, tensor in (earlier.model | earlier.optimizer).items()}
+    model, optimizer, _ = trained(seed=2)
+    later, fresh = take_snapshot(model, optimizer, memory=earlier), take_snapshot(model, optimizer)
+    found, expected = later.model | later.optimizer, fresh.model | fresh.optimizer
+    assert {name: tensor.data_ptr() for name, tensor in found.items()} == addresses
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_next_snapshot_waits_until_the_one_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share their memory: two updates saved in a row, with a slow disk, are both what they were."""
+    training = Training(QUICK, tmp_path)
+    ours = Ours(training, tmp_path)
+    original = checkpoint.write_model
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_model", slow)
+    saved = {}
+    for update in (1, 2):
+        for tensor in training.tensors():
+            tensor.detach().add_(1)
+        ours.begin(update)
+        saved[update] = training.fingerprint()
+    ours.saver.finish()
+    assert saved[1] != saved[2]
+    for update in (2, 1):
+        training.forget()
+        ours.load(update)
+        assert training.fingerprint() == saved[update]
+        shutil.rmtree(ours.path(update))
+
+
 def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
     """Let the `point`-th call of anything that touches the disk fail."""
     calls = iter(range(10**6))
@@ -104,7 +146,7 @@ def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
 
         return call
 
-    for name in ("_sync", "_sha256", "_save_tensors", "write_model"):
+    for name in ("_sync", "_sha256", "_save_optimizer", "write_model"):
         monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
     monkeypatch.setattr(os, "replace", failing(os.replace))
 

@@ -216,6 +216,16 @@ def test_changed_text_is_refused(root: Path) -> None:
     assert "the text of update 6 is not what it was" in done.stderr
 
 
+def test_a_model_that_computes_another_function_is_refused(root: Path) -> None:
+    """The weights are right, but attention sees the future: as after an update of a library that broke something."""
+    directory = root / "another-function"
+    done = train(*arguments(directory, "--run.max_updates", "2"))
+    assert done.returncode == 0, done.stderr
+    done = train("attention_sees_the_future", *arguments(directory), script=["tests/faulty_train.py"])
+    assert done.returncode == 2
+    assert "does not compute the same function" in done.stderr
+
+
 SMALL_DISK = (100_000, 100_000)  # bytes of the largest file that can be written: less than the model's
 
 
