@@ -21,6 +21,7 @@ from recipe.launch import start_accelerator
 from recipe.ledger import Ledger, gather_hash
 from recipe.model import build_model, build_optimizer
 from recipe.plan import make_plan
+from recipe.pusher import Pusher
 from recipe.resume import find_start, restore
 from recipe.saver import CheckpointSaver
 from recipe.update import run_update
@@ -117,15 +118,17 @@ class Ours:
         self.training = training
         self.ledger = Ledger(Path(training.config.run.directory) / "ledger.jsonl", training.accelerator, 1)
         self.hash = gather_hash(training.accelerator, training.plan.update, training.blocks)
+        console = Console(False, 0)
         self.saver = CheckpointSaver(
             training.config,
             training.plan,
             training.model,
             training.optimizer,
             _tokenizer(training.config.model.vocab_size),
+            Pusher(training.config, self.ledger, console, is_main=True),
             accelerator=training.accelerator,
             ledger=self.ledger,
-            console=Console(False, 0),
+            console=console,
         )
 
     def path(self, number: int) -> Path:
