@@ -52,6 +52,7 @@ class RunPlan:
         shares = sorted({len(update.lanes_of_rank(rank)) for rank in range(update.world_size)})
         share = f"{shares[0]} to {shares[-1]} lanes each" if len(shares) > 1 else f"{shares[0]} lanes each"
         size = self.parameters * 4
+        moments = size * self.optimizer_moments
         stops = f", stops after {self.planned_updates:,}" if self.planned_updates < self.total_updates else ""
         return [
             ("tokens per update", f"{update.tokens_per_update:,}"),
@@ -65,8 +66,8 @@ class RunPlan:
             ("updates", f"{self.total_tokens:,} / {update.tokens_per_update:,} = {self.total_updates:,}{stops}"),
             (
                 "memory",
-                f"{_size(size)} parameters + {_size(size)} gradients + {_size(size * self.optimizer_moments)} optimizer "
-                f"= {_size(size * (2 + self.optimizer_moments))} per rank, before activations",
+                f"{size_text(size)} parameters + {size_text(size)} gradients + {size_text(moments)} optimizer "
+                f"= {size_text(2 * size + moments)} per rank, before activations",
             ),
         ]
 
@@ -105,7 +106,8 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     )
 
 
-def _size(size_bytes: int) -> str:
+def size_text(size_bytes: float) -> str:
+    """Bytes in kB, MB or GB, powers of ten."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"

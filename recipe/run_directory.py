@@ -14,6 +14,7 @@ from recipe.command_line import write_config
 from recipe.config import Config
 from recipe.errors import RecipeError
 from recipe.ledger import cut_ledger
+from recipe.machine import utc_now
 from recipe.plan import RunPlan
 from recipe.resume import Start
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from recipe.evaluate import Evaluation
     from recipe.parity import ParityReceipt
 
-_FILES_OF_A_RUN = ("config.yaml", "ledger.jsonl", "summary.json", "final", "checkpoints")
+_FILES_OF_A_RUN = ("config.yaml", "ledger.jsonl", "summary.json", "final", "checkpoints", "report.html")
 
 
 def claim_run_directory(config: Config) -> FileLock:
@@ -96,6 +97,7 @@ def write_summary(
         "validation_before": asdict(before) if before else None,
         "validation_after": asdict(after) if after else None,
         "parity_receipt": asdict(receipt) if receipt else None,
+        "finished_utc": utc_now(),
     }
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 

@@ -40,6 +40,7 @@ def train(config: Config) -> None:
     from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
     from recipe.ledger import Ledger, entry_of, peak_flops
     from recipe.memory import FittingMicroBatches
+    from recipe.machine import describe_machine
     from recipe.model import build_model, build_optimizer, seed_dropout
     from recipe.parity import parity_receipt
     from recipe.pusher import Pusher, check_hub
@@ -107,6 +108,8 @@ def train(config: Config) -> None:
         console.say(f"the earlier run in {directory} is now in {previous}")
     accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
     ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
+    peak = peak_flops(accelerator.device, precision)
+    on_main(accelerator, lambda: ledger.event("start", start.update, **describe_machine(accelerator, precision, peak)))
     pusher = Pusher(config, ledger, console, is_main=accelerator.is_main_process)
     saver = CheckpointSaver(
         config, plan, model, optimizer, tokenizer, pusher, accelerator=accelerator, ledger=ledger, console=console
@@ -132,7 +135,6 @@ def train(config: Config) -> None:
     before = after = validate(start.update)
 
     model.train()
-    peak = peak_flops(accelerator.device, precision)
     console.start(start.update)
     update, is_stopped = start.update, False
     while update < plan.planned_updates:
