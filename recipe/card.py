@@ -1,0 +1,310 @@
+"""The model card of a run, finished or not. `python -m recipe.card RUN`. What is not known is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipe.charts import curves_png, library
+from recipe.command_line import make_parser, parse
+from recipe.config import STANDARD_LIBRARY
+from recipe.errors import RecipeError, run_command
+from recipe.facts import (
+    data_rows,
+    event_name,
+    event_text,
+    first_of_each_kind,
+    held_out,
+    hub_dataset,
+    hyperparameter_rows,
+    machines_table,
+    notable_events,
+    parts_table,
+    per_parameter,
+    receipt_rows,
+    summary_rows,
+)
+from recipe.record import Record, read_record, smoothing_window
+from recipe.reproduce import changed_on_the_way, reproducing_command
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+
+IMAGE = "curves.png"
+EVENTS_OF_A_KIND = 5
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al., 2022
+_IN_SUMMARY = (
+    "model",
+    "shape",
+    "tokens seen",
+    "updates",
+    "training time",
+    "GPU-hours",
+    "throughput",
+    "MFU",
+    "precision",
+)
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """Write the model card of a run, with its curves, beside the model."""
+
+    output: str | None = None
+    """Directory to write README.md and curves.png into. Null: final/ of the run."""
+    model_name: str | None = None
+    """What the card's snippet loads: a name on the Hub, user/model. Null: the directory that the card is written into."""
+
+
+def model_card(
+    run_directory: Path, model: str | Path | None = None, *, update: int | None = None, has_image: bool = True
+) -> ModelCard:
+    """The card of a run, from its config.yaml, ledger.jsonl and, where it is finished, summary.json.
+
+    Args:
+        run_directory: of the run.
+        model: what its snippet loads: a name on the Hub or a local directory; None for `run_directory`/final.
+        update: describe the run as it was after this update: that of the checkpoint the card goes with.
+        has_image: whether `IMAGE` will lie beside the card.
+
+    Raises:
+        RecipeError: it is no run, or has done no update.
+    """
+    return _card(read_record(run_directory, update), model or run_directory / "final", has_image)
+
+
+def card_files(run_directory: Path, model: str | Path | None = None, *, update: int | None = None) -> dict[str, bytes]:
+    """README.md and, where the library that draws is installed, the image it shows: name -> content.
+
+    Arguments and errors are those of `model_card`.
+    """
+    record = read_record(run_directory, update)
+    try:
+        library()
+        image = {IMAGE: curves_png(record)}
+    except RecipeError:
+        image = {}
+    card = _card(record, model or run_directory / "final", bool(image))
+    return {"README.md": card.content.encode(), **image}
+
+
+def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
+    from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    dataset, results = hub_dataset(record.config), _results(record)
+    name = record.directory.resolve().name if isinstance(model, Path) else model.rpartition("/")[2]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "pretraining"],
+        datasets=[dataset] if dataset else None,
+        metrics=["perplexity"] if results else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    events, samples = notable_events(record), record.events_called("sample")
+    shown = first_of_each_kind(events, EVENTS_OF_A_KIND)
+    starts = record.events_called("start")
+    text = templates.get_template("model_card.md.jinja").render(
+        metadata=data.to_yaml(),
+        name=name,
+        record=record,
+        shape=record.config.model,
+        source=_source(record),
+        n_positions=record.config.n_positions,
+        model=json.dumps(str(model), ensure_ascii=False),
+        prompt=json.dumps(record.config.evaluation.prompt or "The", ensure_ascii=False),
+        image=IMAGE if has_image else None,
+        window=smoothing_window(record["loss"]),
+        evaluation=_table(["", "loss, nats per token", "perplexity", "bits per byte"], _evaluation_rows(record)),
+        validation=record.summary.get("validation_after"),
+        summary=_pairs([row for row in summary_rows(record) if row[0] in _IN_SUMMARY]),
+        parts=_table(*parts_table(record)),
+        data=_pairs(data_rows(record)),
+        hyperparameters=_pairs(hyperparameter_rows(record.config)),
+        machines=_table(*machines_table(record)),
+        events=_table(
+            ["after update", "event", "details"],
+            [[f"{event['update']:,}", event_name(event["event"]), event_text(event)] for event in shown],
+        ),
+        more_events=len(events) - len(shown),
+        sample=_fenced(str(samples[-1].get("text", ""))) if samples else None,
+        sample_update=samples[-1]["update"] if samples else None,
+        receipt=_pairs(receipt_rows(record), ("way", "relative difference")),
+        tolerance=(record.summary.get("parity_receipt") or {}).get("tolerance"),
+        reference=(record.summary.get("parity_receipt") or {}).get("reference"),
+        command=reproducing_command(record.config),
+        commit=starts[-1].get("recipe_commit") if starts else None,
+        changed=changed_on_the_way(record),
+        limitations=_limitations(record),
+    )
+    return ModelCard(text)
+
+
+def _source(record: Record) -> str:
+    data = record.config.data
+    if data.text_files:
+        return "local text files"
+    if data.dataset == STANDARD_LIBRARY:
+        return "the source code of Python's standard library"
+    dataset = hub_dataset(record.config)
+    return f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"`{data.dataset}`"
+
+
+def _results(record: Record) -> list[EvalResult]:
+    """The last evaluation as the Hub's model-index has it."""
+    from huggingface_hub import EvalResult
+
+    loss, bits = record.last("validation_loss"), record.last("bits_per_byte")
+    if loss is None:
+        return []
+    data = record.config.data
+    is_hub = hub_dataset(record.config) is not None
+    name = "local-text-files" if data.text_files else data.dataset
+    metrics = [("loss", "Loss, nats per token", loss[1]), ("perplexity", "Perplexity", _perplexity(loss[1]))]
+    if bits is not None:
+        metrics.append(("bits_per_byte", "Bits per byte", bits[1]))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=name,
+            dataset_name=f"{name}, held out",
+            dataset_config=data.config_name if is_hub else None,
+            dataset_split=data.split if is_hub else None,
+            dataset_revision=data.revision if is_hub else None,
+            dataset_args={"held_out": held_out(record.config)},
+            metric_type=metric,
+            metric_name=metric_name,
+            metric_value=round(value, 6),
+            metric_args={"updates": int(record["update"][loss[0]])},
+        )
+        for metric, metric_name, value in metrics
+    ]
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _evaluation_rows(record: Record) -> list[list[str]]:
+    rows = []
+    if before := record.validation_before:
+        rows.append(["as initialised", before["loss"], before["bits_per_byte"]])
+    if loss := record.last("validation_loss"):
+        row, value = loss
+        rows.append([f"after {record['update'][row]:,.0f} updates", value, float(record["bits_per_byte"][row])])
+    return [[name, f"{loss:.4f}", f"{_perplexity(loss):,.2f}", f"{bits:.4f}"] for name, loss, bits in rows]
+
+
+def _limitations(record: Record) -> list[str]:
+    """What is known to be weak, and what nobody has looked at."""
+    config, ratio = record.config, record.tokens / record.plan.parameters
+    found = []
+    if not record.is_finished:
+        found.append(
+            f"The run is not finished: {record.updates:,} of {record.plan.planned_updates:,} updates are done."
+        )
+    elif record.plan.planned_updates < record.plan.total_updates:
+        found.append(
+            f"The run was stopped after {record.updates:,} of the {record.plan.total_updates:,} updates that its learning "
+            "rate was laid out for."
+        )
+    few = "far fewer" if ratio < TOKENS_PER_PARAMETER / 4 else "fewer" if ratio < TOKENS_PER_PARAMETER * 0.95 else ""
+    than = f", {few} than" if few else "; compare"
+    found.append(
+        f"It has seen {per_parameter(record)} tokens per parameter{than} the {TOKENS_PER_PARAMETER} that were found to use "
+        "a given amount of compute best (Hoffmann et al., 2022)."
+    )
+    found.append(
+        "It continues text. It was not trained to follow instructions, to answer questions or to refuse, and what it writes "
+        "may be false, offensive or copied from its text."
+    )
+    found.append(f"It sees at most {config.n_positions:,} tokens at once.")
+    found.append(
+        "Nobody has examined its text for this card: which languages it is in, whom it represents, which personal data or "
+        "licences it holds. No licence is stated for the model: choose one that the text allows."
+    )
+    if record.last("validation_loss"):
+        found.append(
+            "The evaluation is the loss on held-out documents of the same source: it says nothing of other text or of tasks, "
+            "and near-duplicates of these documents may have been trained on."
+        )
+    else:
+        found.append("It was not evaluated on text that it was not trained on.")
+    if skipped := record.events_called("skipped_update"):
+        found.append(
+            f"{len(skipped):,} update{'s' if len(skipped) > 1 else ''} gave a loss or gradient that was not finite and "
+            f"{'were' if len(skipped) > 1 else 'was'} skipped: their text was read, but not learnt from."
+        )
+    if config.model.dropout:
+        found.append(
+            "It was trained with dropout, which is the one thing that depends on the ranks and the micro-batch."
+        )
+    return found
+
+
+def _cell(value: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    text = re.sub(r"([\\|*`\[\]])", r"\\\1", " ".join(value.split(" ")).replace("\n", " "))
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; empty where it has no rows."""
+    if not rows:
+        return ""
+    lines = [header, ["---"] * len(header), *[[_cell(value) for value in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _pairs(rows: Sequence[tuple[str, str]], header: tuple[str, str] = ("", "")) -> str:
+    return _table(header, rows)
+
+
+def _fenced(text: str) -> str:
+    """A code block, whatever the text holds."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def main() -> None:
+    """The command."""
+    parser = make_parser(CardConfig, "python -m recipe.card", "Write the model card of a run, with its curves.")
+    parser.add_argument("run", help="Directory of a run, such as runs/quickstart.")
+    config, rest = parse(parser, CardConfig, sys.argv[1:])
+    run = Path(rest["run"])
+    library()  # a person who asks for the card wants its curves
+    output = Path(config.output) if config.output else run / "final"
+    if not config.output and not output.is_dir():
+        read_record(run)
+        raise RecipeError(
+            f"{run} is not finished: it has no final/; set --output to the directory of a checkpoint or another"
+        )
+    files = card_files(run, config.model_name or output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (output / name).write_bytes(content)
+    except OSError as error:
+        raise RecipeError(f"cannot write the card to {output}: {error.strerror or error}; set --output") from None
+    print(output / "README.md")
+
+
+if __name__ == "__main__":
+    run_command(main)
