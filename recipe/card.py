@@ -17,8 +17,6 @@ from recipe.config import STANDARD_LIBRARY
 from recipe.errors import RecipeError, run_command
 from recipe.facts import (
     data_rows,
-    event_name,
-    event_text,
     first_of_each_kind,
     held_out,
     hub_dataset,
@@ -26,19 +24,20 @@ from recipe.facts import (
     machines_table,
     notable_events,
     parts_table,
-    per_parameter,
     receipt_rows,
     summary_rows,
 )
-from recipe.record import Record, read_record, smoothing_window
+from recipe.limitations import limitations
+from recipe.record import Record, read_record
 from recipe.reproduce import changed_on_the_way, reproducing_command
+from recipe.smoothing import smoothing_window
+from recipe.words import event_name, event_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
 IMAGE = "curves.png"
 EVENTS_OF_A_KIND = 5
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al., 2022
 _IN_SUMMARY = (
     "model",
     "shape",
@@ -150,7 +149,7 @@ def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
         command=reproducing_command(record.config),
         commit=starts[-1].get("recipe_commit") if starts else None,
         changed=changed_on_the_way(record),
-        limitations=_limitations(record),
+        limitations=limitations(record),
     )
     return ModelCard(text)
 
@@ -209,53 +208,6 @@ def _evaluation_rows(record: Record) -> list[list[str]]:
         row, value = loss
         rows.append([f"after {record['update'][row]:,.0f} updates", value, float(record["bits_per_byte"][row])])
     return [[name, f"{loss:.4f}", f"{_perplexity(loss):,.2f}", f"{bits:.4f}"] for name, loss, bits in rows]
-
-
-def _limitations(record: Record) -> list[str]:
-    """What is known to be weak, and what nobody has looked at."""
-    config, ratio = record.config, record.tokens / record.plan.parameters
-    found = []
-    if not record.is_finished:
-        found.append(
-            f"The run is not finished: {record.updates:,} of {record.plan.planned_updates:,} updates are done."
-        )
-    elif record.plan.planned_updates < record.plan.total_updates:
-        found.append(
-            f"The run was stopped after {record.updates:,} of the {record.plan.total_updates:,} updates that its learning "
-            "rate was laid out for."
-        )
-    few = "far fewer" if ratio < TOKENS_PER_PARAMETER / 4 else "fewer" if ratio < TOKENS_PER_PARAMETER * 0.95 else ""
-    than = f", {few} than" if few else "; compare"
-    found.append(
-        f"It has seen {per_parameter(record)} tokens per parameter{than} the {TOKENS_PER_PARAMETER} that were found to use "
-        "a given amount of compute best (Hoffmann et al., 2022)."
-    )
-    found.append(
-        "It continues text. It was not trained to follow instructions, to answer questions or to refuse, and what it writes "
-        "may be false, offensive or copied from its text."
-    )
-    found.append(f"It sees at most {config.n_positions:,} tokens at once.")
-    found.append(
-        "Nobody has examined its text for this card: which languages it is in, whom it represents, which personal data or "
-        "licences it holds. No licence is stated for the model: choose one that the text allows."
-    )
-    if record.last("validation_loss"):
-        found.append(
-            "The evaluation is the loss on held-out documents of the same source: it says nothing of other text or of tasks, "
-            "and near-duplicates of these documents may have been trained on."
-        )
-    else:
-        found.append("It was not evaluated on text that it was not trained on.")
-    if skipped := record.events_called("skipped_update"):
-        found.append(
-            f"{len(skipped):,} update{'s' if len(skipped) > 1 else ''} gave a loss or gradient that was not finite and "
-            f"{'were' if len(skipped) > 1 else 'was'} skipped: their text was read, but not learnt from."
-        )
-    if config.model.dropout:
-        found.append(
-            "It was trained with dropout, which is the one thing that depends on the ranks and the micro-batch."
-        )
-    return found
 
 
 def _cell(value: str) -> str:

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.charts import PALETTE, Curves, event_color, library, theme
+from recipe.charts import PALETTE, chart, event_color, library, theme
 from recipe.command_line import make_parser, parse
+from recipe.curves import Curves
 from recipe.errors import RecipeError, run_command
 from recipe.facts import (
     data_rows,
-    event_name,
-    event_text,
     first_of_each_kind,
     hyperparameter_rows,
     machines_table,
     notable_events,
     parts_table,
     receipt_rows,
-    short_count,
     summary_rows,
 )
-from recipe.record import Record, read_record, smoothing_window
+from recipe.record import Record, read_record
 from recipe.reproduce import reproducing_command, settings_that_differ
+from recipe.smoothing import smoothing_window
+from recipe.words import event_name, event_text, short_count
 
 EVENTS_OF_A_KIND = 20
 SAMPLES_SHOWN = 20
@@ -86,7 +86,7 @@ def report_page(records: Sequence[Record], names: Sequence[str]) -> str:
         page={
             "datasets": curves.datasets,
             "charts": {
-                axis: {metric.name: curves.chart(metric, axis) for metric in curves.metrics}
+                axis: {metric.name: chart(curves, metric, axis) for metric in curves.metrics}
                 for axis in ("tokens", "time")
             },
             "themes": {"light": theme("light"), "dark": theme("dark")},

@@ -10,8 +10,8 @@ from typing import Any
 
 from recipe.command_line import make_parser, parse
 from recipe.config import Config, flat_fields, value_of
-from recipe.facts import value_text
 from recipe.record import Record
+from recipe.words import value_text
 
 # Settings that say where a run is written and who hears of it, not what it is.
 _NOT_THE_RUN = ("run.directory", "resume", "log", "hub", "data.cache_directory")

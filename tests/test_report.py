@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from recipe.record import read_record, running_median, thin
+from recipe.record import read_record
 from recipe.report import report_page
+from recipe.smoothing import running_median, thin
 from tests.helpers import TINY, read_ledger, read_ledger_lines, run, run_ranks, train, write_texts
 
 if TYPE_CHECKING:
