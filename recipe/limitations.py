@@ -10,7 +10,7 @@ TOKENS_PER_PARAMETER = 20  # Hoffmann et al., 2022
 
 def limitations(record: Record) -> list[str]:
     """A sentence or two for each."""
-    config, ratio = record.config, record.tokens / record.plan.parameters
+    config, ratio = record.config, round(record.tokens / record.plan.parameters, 1)
     found = []
     if not record.is_finished:
         found.append(
@@ -21,10 +21,11 @@ def limitations(record: Record) -> list[str]:
             f"The run was stopped after {record.updates:,} of the {record.plan.total_updates:,} updates that its learning "
             "rate was laid out for."
         )
-    few = "far fewer" if ratio < TOKENS_PER_PARAMETER / 4 else "fewer" if ratio < TOKENS_PER_PARAMETER * 0.95 else ""
-    than = f", {few} than" if few else "; compare"
+    few = "not fewer"
+    if ratio < TOKENS_PER_PARAMETER:
+        few = "far fewer" if ratio < TOKENS_PER_PARAMETER / 4 else "fewer"
     found.append(
-        f"It has seen {per_parameter(record)} tokens per parameter{than} the {TOKENS_PER_PARAMETER} that were found to use "
+        f"It has seen {per_parameter(record)} tokens per parameter, {few} than the {TOKENS_PER_PARAMETER} that were found to use "
         "a given amount of compute best (Hoffmann et al., 2022)."
     )
     found.append(
