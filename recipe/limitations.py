@@ -25,8 +25,8 @@ def limitations(record: Record) -> list[str]:
     if ratio < TOKENS_PER_PARAMETER:
         few = "far fewer" if ratio < TOKENS_PER_PARAMETER / 4 else "fewer"
     found.append(
-        f"It has seen {per_parameter(record)} tokens per parameter, {few} than the {TOKENS_PER_PARAMETER} that were found to use "
-        "a given amount of compute best (Hoffmann et al., 2022)."
+        f"It has seen {per_parameter(record)} tokens per parameter, {few} than the {TOKENS_PER_PARAMETER} that were found to "
+        "use a given amount of compute best (Hoffmann et al., 2022)."
     )
     found.append(
         "It continues text. It was not trained to follow instructions, to answer questions or to refuse, and what it writes "
@@ -48,6 +48,11 @@ def limitations(record: Record) -> list[str]:
         found.append(
             f"{len(skipped):,} update{'s' if len(skipped) > 1 else ''} gave a loss or gradient that was not finite and "
             f"{'were' if len(skipped) > 1 else 'was'} skipped: their text was read, but not learnt from."
+        )
+    if rollbacks := record.events_called("rollback"):
+        found.append(
+            f"After a spike of the loss or the gradient it returned to a checkpoint ({len(rollbacks):,} x), and left out the "
+            "text that had led there."
         )
     if config.model.dropout:
         found.append(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipe.command_line import make_parser, parse
-from recipe.config import Config
+from recipe.config import Config, flat_fields
 from recipe.errors import RecipeError
 from recipe.plan import RunPlan, make_plan
 
@@ -42,7 +42,7 @@ class Record:
         config: from config.yaml.
         plan: of the configuration on the last number of ranks.
         columns: name in the ledger -> float64, one value for each update that is in the model; NaN where there is none.
-        hours: of training up to the end of each of these updates, those that were rolled back included.
+        hours: of training up to the end of each of these updates.
         events: the other lines of the ledger.
         summary: summary.json, empty for a run that is not finished.
     """
@@ -135,7 +135,7 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     rows, seconds, events = _read_ledger(path, math.inf if update is None else update)
     if not rows:
         raise RecipeError(f"{directory} has done no update yet: its ledger is empty")
-    config, _ = parse(make_parser(Config, "config.yaml", ""), Config, ["--config", str(directory / "config.yaml")])
+    config = _read_config(directory / "config.yaml")
     columns = {name: np.array([row[position] for row in rows]) for position, name in enumerate(COLUMNS)}
     ranks = columns["world_size"][-1]
     record = Record(
@@ -151,6 +151,25 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     if record.is_finished and summary.is_file():
         record.summary.update(json.loads(summary.read_text(encoding="utf-8")))
     return record
+
+
+def _read_config(path: Path) -> Config:
+    """The settings of a run, perhaps of an earlier version: those that are no settings any more are left out."""
+    import yaml
+
+    known = {name for name, _ in flat_fields(Config)}
+    kept: dict[str, Any] = {}
+    try:
+        for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            if isinstance(value, dict):
+                kept[name] = {inner: value[inner] for inner in value if f"{name}.{inner}" in known}
+            elif name in known:
+                kept[name] = value
+    except (ValueError, AttributeError, yaml.YAMLError):
+        raise RecipeError(f"{path} holds no settings of a run") from None
+    config, _ = parse(make_parser(Config, str(path), ""), Config, ["--config", yaml.safe_dump(kept)])
+    assert isinstance(config, Config)
+    return config
 
 
 def _read_ledger(path: Path, last: float) -> tuple[list[tuple[float, ...]], list[float], list[dict[str, Any]]]:

@@ -39,8 +39,8 @@ def train(config: Config) -> None:
     from recipe.finish import finish_run
     from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
     from recipe.ledger import Ledger, entry_of, peak_flops
-    from recipe.memory import FittingMicroBatches
     from recipe.machine import describe_machine
+    from recipe.memory import FittingMicroBatches
     from recipe.model import build_model, build_optimizer, seed_dropout
     from recipe.parity import parity_receipt
     from recipe.pusher import Pusher, check_hub

@@ -207,8 +207,12 @@ def test_a_wrong_number_in_the_ledger_shows(directory: Path, tmp_path: Path) -> 
 
 
 def test_damaged_and_missing_values_leave_a_page(browser: Browser, directory: Path, tmp_path: Path) -> None:
-    """Not finite, null, absent, of another type, half a line; also a ledger that was rolled back by writing on."""
+    """Not finite, null, absent, of another type, half a line; a ledger that goes back; a setting of an earlier version."""
     shutil.copytree(directory, tmp_path / "run")
+    config = (tmp_path / "run/config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "run/config.yaml").write_text(
+        config.replace("run:\n", "run:\n  no_longer_a_setting: 3\n"), encoding="utf-8"
+    )
     entries = [line for line in read_ledger_lines(directory) if "event" not in line]
     entries[2] |= {"loss": "nan", "grad_norm": None, "step_seconds": "inf", "tokens_per_second": [1]}
     del entries[3]["mfu"], entries[3]["peak_memory_bytes"], entries[3]["world_size"]
