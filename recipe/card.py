@@ -169,14 +169,16 @@ def _results(record: Record) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     loss, bits = record.last("validation_loss"), record.last("bits_per_byte")
-    if loss is None:
+    if loss is None or bits is None:
         return []
     data = record.config.data
     is_hub = hub_dataset(record.config) is not None
     name = "local-text-files" if data.text_files else data.dataset
-    metrics = [("loss", "Loss, nats per token", loss[1]), ("perplexity", "Perplexity", _perplexity(loss[1]))]
-    if bits is not None:
-        metrics.append(("bits_per_byte", "Bits per byte", bits[1]))
+    metrics = [
+        ("loss", "Loss, nats per token", loss[1]),
+        ("perplexity", "Perplexity", _perplexity(loss[1])),
+        ("bits_per_byte", "Bits per byte", bits[1]),
+    ]
     return [
         EvalResult(
             task_type="text-generation",
@@ -201,18 +203,18 @@ def _perplexity(loss: float) -> float:
 
 
 def _evaluation_rows(record: Record) -> list[list[str]]:
-    rows = []
+    rows: list[tuple[str, float, float]] = []
     if before := record.validation_before:
-        rows.append(["as initialised", before["loss"], before["bits_per_byte"]])
-    if loss := record.last("validation_loss"):
-        row, value = loss
-        rows.append([f"after {record['update'][row]:,.0f} updates", value, float(record["bits_per_byte"][row])])
+        rows.append(("as initialised", before["loss"], before["bits_per_byte"]))
+    loss, bits = record.last("validation_loss"), record.last("bits_per_byte")
+    if loss and bits:
+        rows.append((f"after {record['update'][loss[0]]:,.0f} updates", loss[1], bits[1]))
     return [[name, f"{loss:.4f}", f"{_perplexity(loss):,.2f}", f"{bits:.4f}"] for name, loss, bits in rows]
 
 
 def _cell(value: str) -> str:
     """Text that Markdown shows as it is, in one line."""
-    text = re.sub(r"([\\|*`\[\]])", r"\\\1", " ".join(value.split(" ")).replace("\n", " "))
+    text = re.sub(r"([\\|*`\[\]])", r"\\\1", value.replace("\n", " "))
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
