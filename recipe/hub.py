@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recipe.card import card_files
 from recipe.config import PushConfig
 from recipe.errors import RecipeError
 
@@ -54,10 +55,10 @@ def revision_of(directory: Path, settings: PushConfig) -> str:
 
 
 def push_directory(directory: Path, settings: PushConfig, report: Report) -> str:
-    """Make main hold a checkpoint or finished model, in one commit, and tag it where it is a checkpoint.
+    """Make main hold a checkpoint or finished model and its card, in one commit, and tag it where it is a checkpoint.
 
     Args:
-        directory: what is pushed; nobody may change or remove it meanwhile.
+        directory: RUN/checkpoints/step-N, or RUN/final; nobody may change or remove it meanwhile.
         settings: what is pushed where.
         report: is told why an attempt failed that is made again.
 
@@ -67,16 +68,18 @@ def push_directory(directory: Path, settings: PushConfig, report: Report) -> str
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    files: dict[str, Any] = {
+        path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()
+    }
     if not settings.training_state:
         files = {name: path for name, path in files.items() if not _is_training_state(name)}
+    files |= _card_of(directory, settings)
     revision = revision_of(directory, settings)
 
     def attempt() -> str:
         api = _api()
         there = [sibling.rfilename for sibling in _open_repository(api, settings).siblings or []]
-        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
-        # The model card goes here: operations.append(CommitOperationAdd("README.md", card.encode())).
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in there if _is_training_state(name) and name not in files]
         # Not upload_folder, which may make several commits of one folder.
         commit = api.create_commit(settings.repo_id, operations, commit_message=f"Push {directory.name}").oid
@@ -87,6 +90,18 @@ def push_directory(directory: Path, settings: PushConfig, report: Report) -> str
         return str(commit)
 
     return _persist(attempt, report)
+
+
+def _card_of(directory: Path, settings: PushConfig) -> dict[str, bytes]:
+    """The card's files for a checkpoint or finished model; none where it lies in no run's directory."""
+    is_checkpoint = directory.name.startswith("step-")
+    update = int(directory.name.removeprefix("step-")) if is_checkpoint else None
+    try:
+        return card_files(
+            directory.parent.parent if is_checkpoint else directory.parent, settings.repo_id, update=update
+        )
+    except RecipeError:
+        return {}
 
 
 def download_checkpoint(reference: str, cache: Path) -> Path:

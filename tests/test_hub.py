@@ -36,8 +36,9 @@ def content_of(directory: Path) -> dict[str, bytes]:
 
 
 def pushed_to(hub: HubServer, revision: str) -> dict[str, bytes]:
-    """Path -> bytes of every file of a revision on the Hub, without the one that the Hub makes itself."""
-    return {p: c for p, c in hub.repositories["user/model"].files(revision).items() if p != ".gitattributes"}
+    """Path -> bytes of every file of a revision on the Hub, without its card and the file that the Hub makes itself."""
+    others = (".gitattributes", "README.md", "curves.png")
+    return {p: c for p, c in hub.repositories["user/model"].files(revision).items() if p not in others}
 
 
 def events_of(directory: Path, event: str) -> list[dict[str, object]]:
@@ -89,6 +90,18 @@ def test_each_checkpoint_is_a_revision_and_main_is_the_finished_model(
     told = [(line["update"], line["revision"], line["commit"]) for line in events_of(root / "pushed", "push")]
     commits = {**repository.tags, **repository.branches}
     assert told == [(n, r, commits[r]) for n, r in [(6, "step-000006"), (12, "step-000012"), (12, "main")]]
+
+
+def test_each_revision_has_the_card_of_its_own_update(
+    pushed: tuple[HubServer, subprocess.CompletedProcess[str]],
+) -> None:
+    hub, _ = pushed
+    for revision, words in (("step-000006", "after 6 of 12 updates"), ("step-000012", "18,432 of 61,440 tokens")):
+        files = hub.repositories["user/model"].files(revision)
+        assert words in files["README.md"].decode()
+        assert 'name = "user/model"' in files["README.md"].decode()
+        assert files["curves.png"].startswith(b"\x89PNG")
+    assert "is not finished" not in hub.repositories["user/model"].files("main")["README.md"].decode()
 
 
 def test_the_pushed_model_loads_with_from_pretrained(
@@ -204,13 +217,13 @@ def test_a_run_outlives_a_hub_that_takes_nothing_and_is_pushed_later(root: Path,
     directory = root / "failing"
     hub.faults = [Fault("/repos/create", None, 1), Fault("/commit/", 403, 1), Fault("/commit/", 500)]
     variables = hub.environment(HF_HOME=str(root / "home"))
-    done = train(*arguments(directory, 6, "--hub.wait_seconds", "4"), **variables)
+    done = train(*arguments(directory, 6, "--hub.wait_seconds", "8"), **variables)
     assert done.returncode == 0, done.stderr
-    assert "user/model could not be checked in 4 s (no answer)" in done.stdout
+    assert "user/model could not be checked in 8 s (no answer)" in done.stdout
     assert [entry["update"] for entry in read_ledger(directory)] == list(range(1, UPDATES + 1))
     failed = events_of(directory, "push_failed")
     assert [line["revision"] for line in failed] == ["step-000006", "step-000012", "main"]
-    for line, reason in zip(failed, ("HTTP 403", "HTTP 500", "not done 4 s after the end of training"), strict=True):
+    for line, reason in zip(failed, ("HTTP 403", "HTTP 500", "not done 8 s after the end of training"), strict=True):
         assert reason in str(line["reason"])
         assert f"was not pushed to user/model: {line['reason']}" in done.stdout
     assert TOKEN not in done.stdout + done.stderr + json.dumps(failed), "the server's answers spell it out"
