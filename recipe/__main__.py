@@ -35,7 +35,7 @@ def main() -> None:
         raise RecipeError(f"{name} is not a command: choose one of {', '.join(commands)}")
     else:
         sys.argv[:2] = [f"python -m recipe {name}"]
-        runpy.run_module(f"recipe.{name}", run_name="__main__")
+        runpy.run_module(f"recipe.{name}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def test_a_command_is_the_module_of_its_name() -> None:
 
 
 def test_a_mistake_is_one_line_and_exit_code_2() -> None:
-    for arguments in (["pln"], ["plan", "--config", "nowhere.yaml"], ["train", "--model.n_layer", "two"]):
+    mistaken = [["pln"], ["plan", "--config", "nowhere.yaml"], ["train", "--model.n_layer", "two"]]
+    mistaken += [[command, "somewhere", "--sed", "1"] for command in ("evaluate", "generate", "push")]
+    for arguments in mistaken:
         done = run([*RECIPE, *arguments])
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(r"error: .*\n", done.stderr), done.stderr
