@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipe.errors import RecipeError
-from recipe.export import PADDED, write_model
+from recipe.export import load_weights, write_model
 from recipe.schedule import crosses
 
 FORMAT = 2
@@ -154,8 +153,6 @@ def read_state(directory: Path) -> TrainingState:
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a verified checkpoint into an unwrapped `CausalLanguageModel` and its optimizer, in place, bit for bit.
 
-    Padding rows of the embedding are set to 0: they are not in the file, and have no influence on anything.
-
     Raises:
         RecipeError: other tensors than this model and optimizer have.
     """
@@ -164,20 +161,7 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-    gpt2: Any = model.gpt2
-    loaded = load_file(directory / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in gpt2.named_parameters():
-            source = loaded.get(name)
-            rows = len(source) if source is not None and name in PADDED else len(parameter)
-            if source is None or source.shape != parameter[:rows].shape:
-                found = "missing" if source is None else tuple(source.shape)
-                raise RecipeError(
-                    f"{directory} does not fit this model: {name} is {found}, not {tuple(parameter.shape)}"
-                )
-            assert source.dtype == torch.float32, f"{name} is {source.dtype}"
-            parameter[len(source) :] = 0
-            parameter[: len(source)] = source
+    load_weights(model.gpt2, load_file(directory / "model.safetensors"), str(directory))
     everything = _flat_optimizer_state(model, optimizer)
     tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -249,7 +233,10 @@ def _sha256(path: Path) -> str:
 
 def _sync(path: Path) -> None:
     """Force a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_directory = path.is_dir()
+    if is_directory and os.name == "nt":
+        return  # Windows opens no directory, and flushes a file only through a descriptor that can write
+    descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

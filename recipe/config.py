@@ -67,7 +67,8 @@ class DataConfig:
     sequence_length: int = 2048
     """Target tokens of a block."""
     tokenizer: str | None = "gpt2"
-    """Hub name or local directory of a tokenizer. Null: train a byte-level BPE of model.vocab_size tokens on the text."""
+    """Hub name or local directory of a tokenizer. Null: that of model.init_from, or, where that is null too, train a
+    byte-level BPE of model.vocab_size tokens on the text."""
     shuffle_window: int = 64
     """Documents that a lane shuffles among themselves; shards are shuffled too."""
     validation_one_in: int = 100
@@ -83,6 +84,9 @@ class DataConfig:
 class ModelConfig:
     """The GPT-2 shape. Everything that GPT2Config would otherwise choose for us is stated here."""
 
+    init_from: str | None = None
+    """Start from the weights of this GPT-2: a local directory or a Hub name. Its shape has to be the one stated here.
+    Null: start from nothing."""
     n_layer: int = 12
     """Transformer blocks."""
     n_embd: int = 768

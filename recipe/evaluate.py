@@ -115,7 +115,9 @@ def main() -> None:
 
     gpt2, tokenizer = load_pretrained(rest["model"])
     length = min(config.data.sequence_length, gpt2.config.n_positions)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as cache:  # Windows removes no file that is still mapped
         one_in = 0 if config.data.text_files else config.data.validation_one_in
         data = replace(config.data, cache_directory=config.data.cache_directory or cache, validation_one_in=one_in)
         source = open_source(Config(data=data, batch=BatchConfig(lanes=1)))

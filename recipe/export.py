@@ -48,6 +48,7 @@ def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, dire
     transformers.utils.logging.disable_progress_bar()
     config = type(gpt2_config).from_dict(gpt2_config.to_dict())
     config.vocab_size = len(tokenizer)
+    config.n_ctx = config.n_positions  # its older name, which llama.cpp's converter to GGUF asks for
     config.use_cache = True
     with torch.device("meta"):
         exported = GPT2LMHeadModel(config)
@@ -71,6 +72,46 @@ def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, dire
     tokenizer.save_pretrained(directory)
 
 
+def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
+    """Load float32 tensors, by their names in a model directory, into a GPT2LMHeadModel, in place and bit for bit.
+
+    Rows of the embedding that the tensors do not have are padding, and set to 0.
+
+    Args:
+        gpt2: the model.
+        tensors: of the file.
+        name: of the file, for the message.
+
+    Raises:
+        RecipeError: other tensors than this model has.
+    """
+    with torch.no_grad():
+        for parameter_name, parameter in gpt2.named_parameters():
+            source = tensors.get(parameter_name)
+            rows = len(source) if source is not None and parameter_name in PADDED else len(parameter)
+            if source is None or source.shape != parameter[:rows].shape:
+                found = "missing" if source is None else tuple(source.shape)
+                raise RecipeError(
+                    f"{name} does not fit this model: {parameter_name} is {found}, not {tuple(parameter.shape)}"
+                )
+            assert source.dtype == torch.float32, f"{parameter_name} is {source.dtype}"
+            parameter[rows:] = 0
+            parameter[:rows] = source
+
+
+def check_model_name(name: str) -> None:
+    """Answer a mistyped directory before the Hub is asked for it.
+
+    Raises:
+        RecipeError: it can be no Hub name, and is no model directory.
+    """
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name, "config.json").is_file():
+        raise RecipeError(
+            f"{name!r} is not a model directory: no config.json in it; give RUN/final or a Hub name user/model"
+        )
+
+
 def load_pretrained(name: str) -> tuple[Any, Any]:
     """(GPT2LMHeadModel in float32, tokenizer) of a local directory or a Hub repository.
 
@@ -81,16 +122,14 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name, "config.json").is_file():
-        raise RecipeError(
-            f"{name!r} is not a model directory: no config.json in it; give RUN/final or a Hub name user/model"
-        )
+    check_model_name(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise RecipeError(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}") from error
     if model.config.model_type != "gpt2":
         raise RecipeError(f"{name!r} is a {model.config.model_type} model; this command reads GPT-2 models")
+    if info["missing_keys"]:  # drawn at random, with a warning
+        raise RecipeError(f"the model {name!r} is incomplete: it lacks {', '.join(sorted(info['missing_keys']))}")
     return model, tokenizer

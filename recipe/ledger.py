@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ import numpy as np
 import torch
 
 from recipe.budget import UpdatePlan
+from recipe.command_line import flat_dictionary
+from recipe.config import Config
 from recipe.data import UpdateBlocks, combine_hashes
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.update import UpdateResult
+
+TRACKER_PROJECT = "token-budget-recipe"  # also TensorBoard's folder in the run directory
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,20 @@ class Ledger:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def start_trackers(config: Config, accelerator: Any, update: int) -> None:
+    """Start `log.trackers` for a run that goes on after `update` updates; 0 for a new one.
+
+    TensorBoard and trackio go on with the run's curves, and W&B begins another run of the same name.
+    """
+    name = Path(config.run.directory).resolve().name
+    options = {
+        "trackio": {"name": name, "resume": "allow" if update else "never"},
+        "wandb": {"name": name},
+    }
+    with redirect_stdout(io.StringIO()):  # trackio's words, in colours also where they go to a pipe
+        accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(config), init_kwargs=options)
 
 
 def read_events(path: Path, event: str, update: int) -> list[dict[str, Any]]:

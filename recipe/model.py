@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recipe.config import Config, OptimizerConfig
 from recipe.errors import RecipeError
+from recipe.export import load_pretrained, load_weights
 from recipe.loss import summed_token_loss
 
 # transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
@@ -82,11 +83,18 @@ def gpt2_config(config: Config, end_of_text: int) -> Any:
     )
 
 
-def build_model(config: Config, vocabulary: int, end_of_text: int) -> CausalLanguageModel:
-    """A freshly initialised fp32 model; the seed decides the weights.
+def build_model(config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None) -> CausalLanguageModel:
+    """An fp32 model, with the weights of `init_from`, or freshly initialised ones that the seed decides.
+
+    Args:
+        config: the settings.
+        vocabulary: tokens of the tokenizer.
+        end_of_text: id of the end-of-text token.
+        init_from: directory or Hub name of a GPT-2 of this shape, in any precision.
 
     Raises:
-        RecipeError: a tokenizer larger than the embedding, or an installed transformers that initialises GPT-2 wrongly.
+        RecipeError: a tokenizer larger than the embedding, an installed transformers that initialises GPT-2 wrongly, or an
+            `init_from` that cannot be loaded.
     """
     from accelerate.utils import set_seed
     from transformers import AttentionInterface, GPT2LMHeadModel
@@ -105,7 +113,16 @@ def build_model(config: Config, vocabulary: int, end_of_text: int) -> CausalLang
     set_seed(config.run.seed)
     gpt2 = GPT2LMHeadModel(gpt2_config(config, end_of_text))
     gpt2.set_attn_implementation(CAUSAL_ATTENTION)
-    check_initialisation(gpt2)
+    if init_from is None:
+        check_initialisation(gpt2)
+    else:
+        initial, _ = load_pretrained(init_from)
+        if vocabulary > initial.config.vocab_size:
+            raise RecipeError(
+                f"the tokenizer has {vocabulary:,} tokens but {init_from} has embeddings of {initial.config.vocab_size:,}: "
+                "set --data.tokenizer to the one that it was trained with"
+            )
+        load_weights(gpt2, initial.state_dict(), init_from)
     wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != torch.float32}
     assert not wrong, f"master parameters have to be float32, found {wrong}"
     return CausalLanguageModel(gpt2, vocabulary)

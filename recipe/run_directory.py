@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from recipe.command_line import write_config
 from recipe.config import Config
 from recipe.errors import RecipeError
-from recipe.ledger import cut_ledger
+from recipe.ledger import TRACKER_PROJECT, cut_ledger
 from recipe.machine import utc_now
 from recipe.plan import RunPlan
 from recipe.resume import Start
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from recipe.evaluate import Evaluation
     from recipe.parity import ParityReceipt
 
-_FILES_OF_A_RUN = ("config.yaml", "ledger.jsonl", "summary.json", "final", "checkpoints", "report.html")
+_FILES_OF_A_RUN = (
+    *("config.yaml", "ledger.jsonl", "summary.json", "final", "checkpoints", "report.html"),
+    TRACKER_PROJECT,
+)
 
 
 def claim_run_directory(config: Config) -> FileLock:
@@ -104,7 +107,7 @@ def write_summary(
 
 def usage(model_directory: Path) -> str:
     """Where the model is, and the Python that loads it."""
-    name = str(model_directory)
+    name = model_directory.as_posix()  # in Python's quotes a backslash would mean something else
     return f"""{name}
 
 from transformers import AutoTokenizer, GPT2LMHeadModel

@@ -19,33 +19,46 @@ END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64_000_000
 
 
-def load_tokenizer(config: Config, source: Source) -> Any:
-    """The fast tokenizer that `data.tokenizer` names, or one trained on `source`.
+def load_tokenizer(config: Config, source: Source, init_from: str | None = None) -> Any:
+    """The fast tokenizer that `data.tokenizer` names, or that of the model in `init_from`, or one trained on `source`.
 
     Raises:
-        RecipeError: it cannot be loaded, is empty or slow, or has no end-of-text token.
+        RecipeError: it cannot be loaded, is empty or slow, has no end-of-text token, or is not that of `init_from`.
     """
-    if config.data.tokenizer is None:
-        return _trained_tokenizer(config, source)
+    if init_from is None:
+        return _named_tokenizer("data.tokenizer", config.data.tokenizer, config) or _trained_tokenizer(config, source)
+    its_own = _named_tokenizer("the tokenizer of model.init_from", init_from, config)
+    given = _named_tokenizer("data.tokenizer", config.data.tokenizer, config)
+    if given and given.get_vocab() != its_own.get_vocab():
+        raise RecipeError(
+            f"data.tokenizer = {config.data.tokenizer!r} ({len(given):,} tokens) has another vocabulary than that of "
+            f"model.init_from = {config.model.init_from!r} ({len(its_own):,}): set --data.tokenizer null to take the model's"
+        )
+    return given or its_own
+
+
+def _named_tokenizer(setting: str, name: str | None, config: Config) -> Any:
+    """The tokenizer that a setting names; None where it is null."""
+    if name is None:
+        return None
     from transformers import AutoTokenizer
 
-    name = config.data.tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(
-            f"cannot load data.tokenizer = {name!r}: {reason}; give a local directory, or null to train one"
+            f"cannot load {setting} = {name!r}: {reason}; give a local directory with one, or null"
         ) from error
     if not tokenizer.is_fast or len(tokenizer) < 257 or tokenizer.eos_token_id is None:
         raise RecipeError(
-            f"data.tokenizer = {name!r} cannot be used ({len(tokenizer)} tokens, fast: {tokenizer.is_fast}, end-of-text "
+            f"{setting} = {name!r} cannot be used ({len(tokenizer)} tokens, fast: {tokenizer.is_fast}, end-of-text "
             f"token: {tokenizer.eos_token}): it has to be a fast tokenizer with a vocabulary and an end-of-text token"
         )
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(tokenizer):
         raise RecipeError(
-            f"data.tokenizer = {name!r} has {len(tokenizer)} tokens but ids up to {highest}: its ids have a hole"
+            f"{setting} = {name!r} has {len(tokenizer)} tokens but ids up to {highest}: its ids have a hole"
         )
     tokenizer.model_max_length = config.n_positions
     return tokenizer

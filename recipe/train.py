@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 # Launched as a file, Python puts recipe/ first on its path, where evaluate.py would stand for an installed `evaluate`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from recipe.command_line import flat_dictionary, load_config
+from recipe.command_line import load_config
 from recipe.config import Config
 from recipe.errors import run_command
 from recipe.plan import make_plan
@@ -37,8 +37,9 @@ def train(config: Config) -> None:
     from recipe.data import UpdateReader, make_lanes, next_update, pack_validation
     from recipe.evaluate import evaluate
     from recipe.finish import finish_run
+    from recipe.initial_model import initial_model
     from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
-    from recipe.ledger import Ledger, entry_of, peak_flops
+    from recipe.ledger import Ledger, entry_of, peak_flops, start_trackers
     from recipe.machine import describe_machine
     from recipe.memory import FittingMicroBatches
     from recipe.model import build_model, build_optimizer, seed_dropout
@@ -72,15 +73,16 @@ def train(config: Config) -> None:
     on_main(accelerator, lambda: check_hub(config, console))
 
     # Data: documents -> tokenizer -> lanes; each rank opens only its own lanes.
+    init_from = initial_model(config, start.checkpoint)
     source = open_source(config)
     with accelerator.main_process_first():
-        tokenizer = load_tokenizer(config, source)
+        tokenizer = load_tokenizer(config, source, init_from)
     validation = pack_validation(
         source.validation_documents(), tokenizer, cut.sequence_length, config.evaluation.tokens
     )
 
     # Model and optimizer: the only two things accelerate prepares.
-    model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
+    model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
 
     def read_from(start: Start) -> UpdateReader:
@@ -106,7 +108,7 @@ def train(config: Config) -> None:
     # From here on the files in the directory are this run's.
     if previous := on_main(accelerator, lambda: begin_run(config, start)):
         console.say(f"the earlier run in {directory} is now in {previous}")
-    accelerator.init_trackers("token-budget-recipe", config=flat_dictionary(config))
+    start_trackers(config, accelerator, start.update)
     ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
     peak = peak_flops(accelerator.device, precision)
     on_main(accelerator, lambda: ledger.event("start", start.update, **describe_machine(accelerator, precision, peak)))
@@ -200,6 +202,7 @@ def train(config: Config) -> None:
     if is_stopped:
         console.say(f"stopped by {stop.reason}; the same command goes on from here")
         pusher.finish(stop)
+        accelerator.end_training()  # trackers send what they hold
         sys.exit(stop.exit_code)
 
     if accelerator.is_main_process:

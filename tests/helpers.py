@@ -61,7 +61,12 @@ def train(
 
 
 def start_ranks(
-    world_size: int, command: Sequence[str], stderr: int = subprocess.STDOUT, /, **more: str
+    world_size: int,
+    command: Sequence[str],
+    stderr: int = subprocess.STDOUT,
+    stdout: int = subprocess.PIPE,
+    /,
+    **more: str,
 ) -> list[subprocess.Popen[str]]:
     """Start `python command` in `world_size` processes that form a gloo group; rank 0 first."""
     with socket.socket() as probe:
@@ -76,7 +81,7 @@ def start_ranks(
                 [sys.executable, *command],
                 cwd=ROOT,
                 env=environment(**(group if world_size > 1 else {}), **more),
-                stdout=subprocess.PIPE,
+                stdout=stdout,
                 stderr=stderr,
                 text=True,
             )

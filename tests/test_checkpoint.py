@@ -29,6 +29,7 @@ from recipe.checkpoint import (
 )
 from recipe.config import Config, ModelConfig, OptimizerConfig
 from recipe.errors import RecipeError
+from recipe.export import PADDED
 from recipe.model import CausalLanguageModel, build_model, build_optimizer
 from recipe.tokenizer import train_tokenizer
 
@@ -63,7 +64,7 @@ def write(root: Path, update: int, trained: Trained) -> Path:
 def everything(model: CausalLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights without their padding, and the optimizer's state."""
     snapshot = take_snapshot(model, optimizer)
-    rows = {k: v[: model.vocabulary] if k in checkpoint.PADDED else v for k, v in snapshot.model.items()}
+    rows = {k: v[: model.vocabulary] if k in PADDED else v for k, v in snapshot.model.items()}
     return rows | snapshot.optimizer
 
 

@@ -1,0 +1,42 @@
+"""`python -m recipe COMMAND ...`: the commands of the recipe in one list. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+
+from recipe.errors import RecipeError, run_command
+
+COMMANDS = {
+    "plan": "Print every derived number of a run, with its derivation.",
+    "train": "Train a GPT-2 in this process; accelerate launch recipe/train.py for more of them.",
+    "evaluate": "Loss, perplexity and bits per byte of a model on text.",
+    "generate": "Print a sample from a model.",
+    "report": "Show what a run did, from its ledger.",
+    "card": "Write the model card of a finished run.",
+    "push": "Upload a finished model to the Hub.",
+}
+
+
+def main() -> None:
+    """List the commands, or run the module of one with the arguments after it.
+
+    Raises:
+        RecipeError: there is no such command.
+    """
+    commands = {name: line for name, line in COMMANDS.items() if importlib.util.find_spec(f"recipe.{name}")}
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: python -m recipe COMMAND ...\n")
+        print("\n".join(f"  {name:<10}{line}" for name, line in commands.items()))
+        print("\npython -m recipe COMMAND --help lists the settings of a command.")
+    elif name not in commands:
+        raise RecipeError(f"{name} is not a command: choose one of {', '.join(commands)}")
+    else:
+        sys.argv[:2] = [f"python -m recipe {name}"]
+        runpy.run_module(f"recipe.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
