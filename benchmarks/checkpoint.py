@@ -26,7 +26,7 @@ from benchmarks.savers import Accelerate, HuggingFaceTrainer, Ours, TorchAsync, 
 
 FULL = ["--config", "configs/gpt2-124m.yaml", "--precision", "fp32"]
 QUICK = ["--config", "configs/quickstart.yaml", "--model.n_layer", "2", "--model.n_embd", "64", "--model.n_head", "2"]
-UPDATE_TOKENS = 256  # of the updates during which a checkpoint is written: one short block each
+UPDATE_TOKENS = 128  # of the updates during which a checkpoint is written: one short block each
 SYNCHRONOUS = "this recipe, waited for"
 BOTH = "this recipe, with what the writer takes from the updates beside it"
 MEMORY, DISK = "limit: copy those bytes in memory", "limit: write and sync those bytes"
@@ -87,16 +87,17 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
         seconds["stall"][MEMORY].append(_timed(partial(target.copy_, source)))
         seconds["durable"][DISK].append(_timed(partial(_write, root / "bytes", source)))
 
-        alone = training.train(4, UPDATE_TOKENS) / 4
+        alone = [training.train(1, UPDATE_TOKENS) for _ in range(3)]
         stall, path = ours.begin(number + rounds + 1), ours.path(number + rounds + 1)
-        updates = [training.train(1, UPDATE_TOKENS)]
-        while not path.is_dir() and len(updates) < 1000:
-            updates.append(training.train(1, UPDATE_TOKENS))
+        beside = [training.train(1, UPDATE_TOKENS)]
+        while not path.is_dir() and len(beside) < 1000:
+            beside.append(training.train(1, UPDATE_TOKENS))
         ours.saver.finish()
         shutil.rmtree(path)
-        seconds["update"]["alone"].append(alone)
-        seconds["update"]["while a checkpoint is written"].append(sum(updates) / len(updates))
-        seconds["stall"][BOTH].append(stall + sum(updates) - len(updates) * alone)
+        alone += [training.train(1, UPDATE_TOKENS) for _ in range(3)]
+        seconds["update"]["alone"].append(median(alone))
+        seconds["update"]["while a checkpoint is written"].append(median(beside))
+        seconds["stall"][BOTH].append(stall + sum(beside) - len(beside) * median(alone))
         print(f"round {number - 1} of {rounds} done", flush=True)
     first = {what: {way: values.pop(0) for way, values in ways.items()} for what, ways in seconds.items()}
     return {
