@@ -23,6 +23,7 @@ import transformers
 
 from benchmarks.measure import circumstances, ratio, spread, table, write_result
 from benchmarks.savers import Accelerate, HuggingFaceTrainer, Ours, TorchAsync, Training, Way
+from recipe.machine import describe_machine
 
 FULL = ["--config", "configs/gpt2-124m.yaml", "--precision", "fp32"]
 QUICK = ["--config", "configs/quickstart.yaml", "--model.n_layer", "2", "--model.n_embd", "64", "--model.n_head", "2"]
@@ -60,6 +61,7 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
     """
     (root / "ours").mkdir()
     training = Training(arguments, root / "ours")
+    machine = describe_machine(training.accelerator, "fp32", None)
     ours = Ours(training, root)
     ways: list[Way] = [ours, Accelerate(training, root), HuggingFaceTrainer(training, root), TorchAsync(training, root)]
     state_bytes = sum(tensor.nbytes for tensor in training.tensors())
@@ -101,6 +103,7 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
         print(f"round {number - 1} of {rounds} done", flush=True)
     first = {what: {way: values.pop(0) for way, values in ways.items()} for what, ways in seconds.items()}
     return {
+        "machine": machine,
         "state_bytes": state_bytes,
         "load": load,
         "seconds": seconds,
@@ -109,7 +112,7 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any], around: dict[str, Any], shape: str, command: str) -> str:
+def report(result: dict[str, Any], shape: str, command: str) -> str:
     """The result as Markdown."""
     seconds, first = result["seconds"], result["seconds_of_the_first_round"]["stall"]
 
@@ -131,11 +134,10 @@ def report(result: dict[str, Any], around: dict[str, Any], shape: str, command: 
         ]
         for name, fact in result["facts"].items()
     ]
-    return f"""# What a checkpoint costs ({around["date"]})
+    return f"""# What a checkpoint costs ({result["machine"]["time_utc"][:10]})
 
-`{command}` at commit {around["commit"]}, on {around["machine"]}, Python {around["python"]},
-torch {around["torch"]}, transformers {around["transformers"]}, accelerate {around["accelerate"]}. Load average before a round,
-this command's own included: {spread(result["load"])}.
+`{command}` at {circumstances(result["machine"])}.
+Load average before a round, this command's own included: {spread(result["load"])}.
 
 {shape}: {result["state_bytes"] / 1e9:.3f} GB of fp32 weights and AdamW moments, one model and one optimizer for all.
 Medians (smallest..largest) of {len(seconds["update"]["alone"])} rounds; a first one is left out. The ways take turns in
@@ -176,7 +178,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="directory of the result")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 7)
-    around = circumstances()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -185,8 +186,8 @@ def main() -> None:
         result = measure(QUICK if options.quick else FULL, rounds, Path(root).resolve())
     command = "python -m benchmarks.checkpoint" + " --quick" * options.quick + f" --rounds {rounds}"
     shape = "A tiny shape" if options.quick else "`configs/gpt2-124m.yaml`"
-    text = report(result, around, shape, command)
-    write_result(options.out / f"{around['date']}-checkpoint", text, {**around, "command": command, **result})
+    text = report(result, shape, command)
+    write_result(options.out / f"{result['machine']['time_utc'][:10]}-checkpoint", text, {"command": command, **result})
     print(text)
 
 
