@@ -23,10 +23,11 @@ import transformers
 
 from benchmarks.measure import circumstances, ratio, spread, table, write_result
 from benchmarks.savers import Accelerate, HuggingFaceTrainer, Ours, TorchAsync, Training, Way
+from recipe.machine import describe_machine
 
 FULL = ["--config", "configs/gpt2-124m.yaml", "--precision", "fp32"]
 QUICK = ["--config", "configs/quickstart.yaml", "--model.n_layer", "2", "--model.n_embd", "64", "--model.n_head", "2"]
-UPDATE_TOKENS = 256  # of the updates during which a checkpoint is written: one short block each
+UPDATE_TOKENS = 128  # of the updates during which a checkpoint is written: one short block each
 SYNCHRONOUS = "this recipe, waited for"
 BOTH = "this recipe, with what the writer takes from the updates beside it"
 MEMORY, DISK = "limit: copy those bytes in memory", "limit: write and sync those bytes"
@@ -60,6 +61,7 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
     """
     (root / "ours").mkdir()
     training = Training(arguments, root / "ours")
+    machine = describe_machine(training.accelerator, "fp32", None)
     ours = Ours(training, root)
     ways: list[Way] = [ours, Accelerate(training, root), HuggingFaceTrainer(training, root), TorchAsync(training, root)]
     state_bytes = sum(tensor.nbytes for tensor in training.tensors())
@@ -87,19 +89,21 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
         seconds["stall"][MEMORY].append(_timed(partial(target.copy_, source)))
         seconds["durable"][DISK].append(_timed(partial(_write, root / "bytes", source)))
 
-        alone = training.train(4, UPDATE_TOKENS) / 4
+        alone = [training.train(1, UPDATE_TOKENS) for _ in range(3)]
         stall, path = ours.begin(number + rounds + 1), ours.path(number + rounds + 1)
-        updates = [training.train(1, UPDATE_TOKENS)]
-        while not path.is_dir() and len(updates) < 1000:
-            updates.append(training.train(1, UPDATE_TOKENS))
+        beside = [training.train(1, UPDATE_TOKENS)]
+        while not path.is_dir() and len(beside) < 1000:
+            beside.append(training.train(1, UPDATE_TOKENS))
         ours.saver.finish()
         shutil.rmtree(path)
-        seconds["update"]["alone"].append(alone)
-        seconds["update"]["while a checkpoint is written"].append(sum(updates) / len(updates))
-        seconds["stall"][BOTH].append(stall + sum(updates) - len(updates) * alone)
+        alone += [training.train(1, UPDATE_TOKENS) for _ in range(3)]
+        seconds["update"]["alone"].append(median(alone))
+        seconds["update"]["while a checkpoint is written"].append(median(beside))
+        seconds["stall"][BOTH].append(stall + sum(beside) - len(beside) * median(alone))
         print(f"round {number - 1} of {rounds} done", flush=True)
     first = {what: {way: values.pop(0) for way, values in ways.items()} for what, ways in seconds.items()}
     return {
+        "machine": machine,
         "state_bytes": state_bytes,
         "load": load,
         "seconds": seconds,
@@ -108,7 +112,7 @@ def measure(arguments: list[str], rounds: int, root: Path) -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any], around: dict[str, Any], shape: str, command: str) -> str:
+def report(result: dict[str, Any], shape: str, command: str) -> str:
     """The result as Markdown."""
     seconds, first = result["seconds"], result["seconds_of_the_first_round"]["stall"]
 
@@ -130,11 +134,10 @@ def report(result: dict[str, Any], around: dict[str, Any], shape: str, command: 
         ]
         for name, fact in result["facts"].items()
     ]
-    return f"""# What a checkpoint costs ({around["date"]})
+    return f"""# What a checkpoint costs ({result["machine"]["time_utc"][:10]})
 
-`{command}` at commit {around["commit"]}, on {around["machine"]}, Python {around["python"]},
-torch {around["torch"]}, transformers {around["transformers"]}, accelerate {around["accelerate"]}. Load average before a round,
-this command's own included: {spread(result["load"])}.
+`{command}` at {circumstances(result["machine"])}.
+Load average before a round, this command's own included: {spread(result["load"])}.
 
 {shape}: {result["state_bytes"] / 1e9:.3f} GB of fp32 weights and AdamW moments, one model and one optimizer for all.
 Medians (smallest..largest) of {len(seconds["update"]["alone"])} rounds; a first one is left out. The ways take turns in
@@ -175,7 +178,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="directory of the result")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 7)
-    around = circumstances()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -184,8 +186,8 @@ def main() -> None:
         result = measure(QUICK if options.quick else FULL, rounds, Path(root).resolve())
     command = "python -m benchmarks.checkpoint" + " --quick" * options.quick + f" --rounds {rounds}"
     shape = "A tiny shape" if options.quick else "`configs/gpt2-124m.yaml`"
-    text = report(result, around, shape, command)
-    write_result(options.out / f"{around['date']}-checkpoint", text, {**around, "command": command, **result})
+    text = report(result, shape, command)
+    write_result(options.out / f"{result['machine']['time_utc'][:10]}-checkpoint", text, {"command": command, **result})
     print(text)
 
 

@@ -1,13 +1,9 @@
-"""What every benchmark needs: where it ran, medians with their spread, ratios of one run, and a dated result."""
+"""What every benchmark needs: medians with their spread, ratios within a run, where it ran, and a dated result."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,23 +25,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def circumstances() -> dict[str, Any]:
-    """Date, commit, machine, versions and load: what a number needs beside it."""
-    import accelerate
-    import torch
-    import transformers
-
-    return {
-        "date": date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("" if not _git("status", "--porcelain", "-uno") else " + changes"),
-        "machine": f"{os.cpu_count()} cores of {_cpu()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "load_at_start": os.getloadavg()[0],
-    }
+def circumstances(machine: Mapping[str, Any]) -> str:
+    """Of `recipe.machine.describe_machine`, in words: what a number needs beside it."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"commit {machine['recipe_commit']}, on {machine['cpu_cores']} cores of {machine['cpu']};\n{versions}"
 
 
 def write_result(path: Path, text: str, values: Mapping[str, Any]) -> None:
@@ -53,16 +36,3 @@ def write_result(path: Path, text: str, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "no git"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -112,7 +112,7 @@ class Way(Protocol):
 class Ours:
     """`recipe.saver` and `recipe.resume`, called as `recipe/train.py` calls them."""
 
-    name = "this recipe, in the background"
+    name = "this recipe"
 
     def __init__(self, training: Training, root: Path) -> None:
         self.training = training
