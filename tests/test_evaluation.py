@@ -6,7 +6,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from recipe.tokenizer import train_tokenizer
 from tests.helpers import TINY, read_ledger, read_ledger_lines, run, run_ranks, write_texts
 
 UPDATES = 4
+ITEMS = 24
 PROMPTS = ["def main", 'a "quoted" \N{GRINNING FACE}\nline']
 WORDS = [
     *("the", "cat", "dog", "bird", "tree", "house", "river", "stone", "café", "夜の川"),
@@ -126,7 +127,7 @@ def test_a_wrong_validation_set_is_one_line(arguments: list[str], message: str) 
 
 
 @pytest.fixture(scope="module")
-def model(root: Path) -> tuple[Any, Any]:
+def model(root: Path) -> Iterator[tuple[Any, Any]]:
     """A model with weights so large that its choices differ, and a tokenizer of few merges."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -137,12 +138,15 @@ def model(root: Path) -> tuple[Any, Any]:
     gpt2 = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3, bos_token_id=end, eos_token_id=end))
     export_model(gpt2, tokenizer, root / "model")
     loaded, its_tokenizer = load_pretrained(str(root / "model"))
-    return loaded.eval(), its_tokenizer
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that threads would only wait for each other
+    yield loaded.eval(), its_tokenizer
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def files(root: Path, model: tuple[Any, Any]) -> dict[str, Path]:
-    """format -> file of 40 items; in LAMBADA's, this model would say the last word of the last ten."""
+    """format -> file of ITEMS items; in LAMBADA's, this model would say the last word of the last ten."""
     draw = random.Random(0)
 
     def words(smallest: int, largest: int) -> str:
@@ -151,18 +155,18 @@ def files(root: Path, model: tuple[Any, Any]) -> dict[str, Path]:
     hellaswag: list[dict[str, Any]] = [
         {"activity_label": "Pets", "ctx_a": words(3, 15) + ".", "ctx_b": words(1, 3)}
         | {"ctx": "unused", "endings": [words(1, 8) + "." for _ in range(4)], "label": draw.choice(["0", 1, 2, 3])}
-        for _ in range(40)
+        for _ in range(ITEMS)
     ]
     hellaswag[1]["ctx_b"] += " [title] and [step]  "
     hellaswag[2]["ctx_a"] = words(80, 80)  # longer than the positions
-    lambada: list[dict[str, Any]] = [{"text": words(2, 12)} for _ in range(30)]
+    lambada: list[dict[str, Any]] = [{"text": words(2, 12)} for _ in range(ITEMS - 10)]
     gpt2, tokenizer = model
-    while len(lambada) < 40:
+    while len(lambada) < ITEMS:
         context = words(1, 10)
         likeliest = tokenizer.decode(gpt2(**tokenizer(context, return_tensors="pt")).logits[0, -1].argmax())
         if likeliest[0] == " " and likeliest[1:].isalpha():
             lambada.append({"text": context + likeliest})
-    blimp = [{"sentence_good": words(2, 9) + ".", "sentence_bad": words(2, 9) + "."} for _ in range(40)]
+    blimp = [{"sentence_good": words(2, 9) + ".", "sentence_bad": words(2, 9) + "."} for _ in range(ITEMS)]
     paths = {}
     for name, rows in (("HellaSwag", hellaswag), ("LAMBADA", lambada), ("BLiMP", blimp)):
         paths[name] = root / f"{name.lower()}.jsonl"
@@ -185,37 +189,44 @@ def one_by_one(gpt2: Any, tokenizer: Any, context: str, continuation: str) -> cl
     )
 
 
-def pairs_of(files: dict[str, Path]) -> list[tuple[str, str]]:
+@pytest.fixture(scope="module")
+def expected(model: tuple[Any, Any], files: dict[str, Path]) -> dict[tuple[str, str], cloze.Score]:
+    """The score of every (context, continuation) of the files, one by one."""
     items = [item for path in files.values() for item in cloze.read_items(str(path))[1]]
-    return [(item.context, f" {choice}") for item in items for choice in item.choices]
+    pairs = [(item.context, f" {choice}") for item in items for choice in item.choices]
+    return {pair: one_by_one(*model, *pair) for pair in pairs}
 
 
-def assert_scores_are_those_one_by_one(model: tuple[Any, Any], files: dict[str, Path], rows: int) -> None:
-    pairs = pairs_of(files)
-    for pair, score in zip(pairs, cloze.score(*model, pairs, rows), strict=True):
-        expected = one_by_one(*model, *pair)
-        assert score.log_probability == pytest.approx(expected.log_probability, rel=1e-5), pair
-        assert score.is_greedy == expected.is_greedy, pair
+def assert_scores(model: tuple[Any, Any], expected: dict[tuple[str, str], cloze.Score], rows: int) -> None:
+    scores = cloze.score(*model, list(expected), rows)
+    for pair, score in zip(expected, scores, strict=True):
+        assert score.log_probability == pytest.approx(expected[pair].log_probability, rel=1e-5), pair
+        assert score.is_greedy == expected[pair].is_greedy, pair
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_batched_scores_are_those_one_by_one(model: tuple[Any, Any], files: dict[str, Path], rows: int) -> None:
-    assert_scores_are_those_one_by_one(model, files, rows)
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_batched_scores_are_those_one_by_one(
+    model: tuple[Any, Any], expected: dict[tuple[str, str], cloze.Score], rows: int
+) -> None:
+    assert_scores(model, expected, rows)
 
 
+@pytest.mark.parametrize("shift", [-1, 1])
 def test_a_mask_that_is_off_by_one_is_noticed(
-    model: tuple[Any, Any], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    model: tuple[Any, Any],
+    expected: dict[tuple[str, str], cloze.Score],
+    monkeypatch: pytest.MonkeyPatch,
+    shift: int,
 ) -> None:
     pad_right: Callable[..., tuple[Tensor, Tensor]] = cloze._pad_right
-    for shift in (-1, 1):
 
-        def shifted(*arguments: Any, by: int = shift) -> tuple[Tensor, Tensor]:
-            tokens, is_scored = pad_right(*arguments)
-            return tokens, is_scored.roll(by, dims=1)
+    def shifted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        tokens, is_scored = pad_right(*arguments)
+        return tokens, is_scored.roll(shift, dims=1)
 
-        monkeypatch.setattr(cloze, "_pad_right", shifted)
-        with pytest.raises(AssertionError):
-            assert_scores_are_those_one_by_one(model, files, 7)
+    monkeypatch.setattr(cloze, "_pad_right", shifted)
+    with pytest.raises(AssertionError, match="comparison failed"):
+        assert_scores(model, expected, 7)
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(model: tuple[Any, Any]) -> None:
@@ -296,13 +307,13 @@ def test_cloze_accuracy_is_that_of_lm_eval(root: Path, model: tuple[Any, Any], f
     assert set(results) == {"model", "cloze", "tasks"}, "no text was asked for"
     for name, path in files.items():
         ours, theirs = results["cloze"][str(path)], results["tasks"][f"own_{name.lower()}"]
-        assert (ours["format"], ours["items"]) == (name, 40)
+        assert (ours["format"], ours["items"]) == (name, ITEMS)
         assert 0 < ours["accuracy"] < 1, "neither is without information"
         assert ours["accuracy"] == pytest.approx(theirs["acc,none"]), name
         if name == "LAMBADA":
-            assert ours["accuracy"] >= 10 / 40
+            assert ours["accuracy"] >= 10 / ITEMS
         else:
             assert ours["normalised_accuracy"] == pytest.approx(theirs["acc_norm,none"]), name
             assert ours["normalised_accuracy"] != ours["accuracy"], name
-        assert f"{name}, 40 items: accuracy {ours['accuracy']:.4f}" in done.stdout
+        assert f"{name}, {ITEMS} items: accuracy {ours['accuracy']:.4f}" in done.stdout
     assert re.search(r"^own_blimp  .*acc,none 0\.", done.stdout, re.MULTILINE)
