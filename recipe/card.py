@@ -126,7 +126,7 @@ def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
         source=_source(record),
         n_positions=record.config.n_positions,
         model=json.dumps(str(model), ensure_ascii=False),
-        prompt=json.dumps(record.config.evaluation.prompt or "The", ensure_ascii=False),
+        prompt=json.dumps(next(filter(None, record.config.evaluation.prompts), "The"), ensure_ascii=False),
         image=IMAGE if has_image else None,
         window=smoothing_window(record["loss"]),
         evaluation=_table(["", "loss, nats per token", "perplexity", "bits per byte"], _evaluation_rows(record)),

@@ -97,20 +97,23 @@ def flat_dictionary(config: Config) -> dict[str, str | int | float | bool]:
     return values
 
 
+_LISTS = ("--data.text_files", "--evaluation.prompts", "--log.trackers", "--cloze", "--tasks")
+
+
 def _join_lists(arguments: Sequence[str]) -> list[str]:
     """`--data.text_files a b` -> `--data.text_files=["a", "b"]`: a list flag takes what a shell glob expands to."""
     joined: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument in ("--data.text_files", "--log.trackers"):
+        if argument in _LISTS:
             values = []
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             if not values:
                 raise RecipeError(f"{argument} needs a value")
             is_list = len(values) == 1 and values[0].startswith(('["', "['", "[]"))
-            argument = f"{argument}={values[0] if is_list else json.dumps(values)}"
+            argument = f"{argument}={values[0] if is_list else json.dumps(values, ensure_ascii=False)}"
         joined.append(argument)
     return joined
 

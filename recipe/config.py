@@ -163,16 +163,19 @@ class StabilityConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation loss, in nats per token and bits per byte, and the sample at the end."""
+    """Validation loss, in nats per token and bits per byte, and samples."""
 
     every_tokens: int = 262_144_000
     """Evaluate whenever this many more tokens have been seen, and before and after the run."""
     tokens: int = 131_072
-    """Size of the validation set, rounded up to whole documents."""
-    prompt: str = ""
-    """Text that the generated sample continues. Empty: starts a new document."""
+    """Size of a validation set, rounded up to whole documents."""
+    text_files: dict[str, str] = field(default_factory=dict)
+    """Validation sets of your own beside the held-out documents: a name for each, and its file, glob or address. They are
+    read as data.text_files are, and not held out of them."""
+    prompts: tuple[str, ...] = ("",)
+    """Texts that samples continue, one sample each, at each evaluation after the start. Empty text: a new document."""
     sample_tokens: int = 128
-    """Length of the generated sample; 0: none."""
+    """Length of a sample; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +300,10 @@ def validate(config: Config) -> None:
         )
     if data.text_files:
         expand_text_files(data.text_files)
+    for name, pattern in config.evaluation.text_files.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise RecipeError(f"evaluation.text_files: {name!r} is no name: use letters, digits, _ and -")
+        expand_text_files([pattern], f"evaluation.text_files.{name}")
 
 
 def check_repo_id(name: str, repo_id: str | None) -> None:

@@ -9,10 +9,10 @@ from recipe.config import Config
 from recipe.console import Console
 from recipe.evaluate import Evaluation
 from recipe.export import export_model
-from recipe.generate import GenerateConfig, generate
 from recipe.parity import ParityReceipt
 from recipe.plan import RunPlan
 from recipe.run_directory import usage, write_summary
+from recipe.validation import HELD_OUT
 
 
 def finish_run(
@@ -22,20 +22,20 @@ def finish_run(
     tokenizer: Any,
     console: Console,
     precision: str,
-    before: Evaluation | None,
-    after: Evaluation | None,
+    before: dict[str, Evaluation],
+    after: dict[str, Evaluation],
+    samples: dict[str, str],
     receipt: ParityReceipt | None,
 ) -> None:
     """Write final/ and summary.json, and print what a person wants to see first. On rank 0."""
     directory = Path(config.run.directory)
-    gpt2 = model.gpt2.eval()
-    export_model(gpt2, tokenizer, directory / "final")
+    export_model(model.gpt2, tokenizer, directory / "final")
     write_summary(directory / "summary.json", plan, precision, before, after, receipt)
-    if before and after:
-        console.section("validation", f"  before  {before}\n  after   {after}")
-    if config.evaluation.sample_tokens:
-        sampling = GenerateConfig(config.evaluation.prompt, config.evaluation.sample_tokens, seed=config.run.seed)
-        console.section("sample", generate(gpt2, tokenizer, sampling))
+    for name in after:
+        title = "validation" if name == HELD_OUT else f"validation, {name}"
+        console.section(title, f"  before  {before[name]}\n  after   {after[name]}")
+    for text in samples.values():
+        console.section("sample", text)
     if receipt:
         console.section("parity receipt", receipt)
     console.section("finished model", usage(directory / "final"))

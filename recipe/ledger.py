@@ -48,6 +48,7 @@ class LedgerEntry:
         peak_memory_bytes: allocator peak of a GPU, or resident set of the process; the largest of any rank.
         validation_loss: nats per token after this update; only in entries of evaluated updates.
         bits_per_byte: the same in bits per UTF-8 byte; only in entries of evaluated updates.
+        validation: {name: {loss, bits_per_byte}} of each of evaluation.text_files; only in entries of evaluated updates.
         checkpoint_stall_seconds: time training stood still to copy its state; only where a checkpoint was taken.
     """
 
@@ -68,6 +69,7 @@ class LedgerEntry:
     peak_memory_bytes: int
     validation_loss: float | None = None
     bits_per_byte: float | None = None
+    validation: dict[str, dict[str, float]] | None = None
     checkpoint_stall_seconds: float | None = None
 
     @property
@@ -107,7 +109,10 @@ class Ledger:
         self._skipped_in_a_row = 0
         values = entry.as_dictionary()
         self._append(values)
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=entry.update)
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        for name, of_set in (entry.validation or {}).items():
+            numbers |= {f"validation/{name}/{k}": v for k, v in of_set.items()}
+        self.accelerator.log(numbers, step=entry.update)
 
     def _skipped(self, entry: LedgerEntry) -> None:
         self._skipped_in_a_row += 1

@@ -17,6 +17,7 @@ from recipe.ledger import TRACKER_PROJECT, cut_ledger
 from recipe.machine import utc_now
 from recipe.plan import RunPlan
 from recipe.resume import Start
+from recipe.validation import HELD_OUT
 
 if TYPE_CHECKING:
     from recipe.evaluate import Evaluation
@@ -88,8 +89,8 @@ def write_summary(
     path: Path,
     plan: RunPlan,
     precision: str,
-    before: Evaluation | None,
-    after: Evaluation | None,
+    before: dict[str, Evaluation],
+    after: dict[str, Evaluation],
     receipt: ParityReceipt | None,
 ) -> None:
     """What the ledger has no line for: the plan, validation before the first and after the last update, the receipt."""
@@ -97,8 +98,11 @@ def write_summary(
         "plan": dict(plan.rows()),
         "parameters": plan.parameters,
         "precision": precision,
-        "validation_before": asdict(before) if before else None,
-        "validation_after": asdict(after) if after else None,
+        "validation_before": asdict(before[HELD_OUT]) if HELD_OUT in before else None,
+        "validation_after": asdict(after[HELD_OUT]) if HELD_OUT in after else None,
+        "validation_sets": {
+            name: {"before": asdict(before[name]), "after": asdict(after[name])} for name in after if name != HELD_OUT
+        },
         "parity_receipt": asdict(receipt) if receipt else None,
         "finished_utc": utc_now(),
     }

@@ -29,8 +29,8 @@ def text_file_format(path: str) -> str | None:
     return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if name.endswith(ending)), None)
 
 
-def expand_text_files(patterns: Sequence[str]) -> list[str]:
-    """Sorted paths and addresses that `patterns` name, all of one format; a local one may be a glob.
+def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files") -> list[str]:
+    """Sorted paths and addresses that `patterns`, the value of `setting`, name, all of one format; a local one may be a glob.
 
     Raises:
         RecipeError: a pattern that matches nothing, a file of an unknown format, or files of two formats.
@@ -42,19 +42,17 @@ def expand_text_files(patterns: Sequence[str]) -> list[str]:
             continue
         found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
         if not found:
-            raise RecipeError(f"data.text_files: no file matches {pattern!r} (looked from {Path.cwd()})")
+            raise RecipeError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
         paths += found
     paths = sorted(set(paths))
     unknown = [path for path in paths if text_file_format(path) is None]
     if unknown:
         raise RecipeError(
-            f"data.text_files: {unknown[0]!r} has no known format: valid endings are {', '.join(TEXT_FILE_FORMATS)}"
+            f"{setting}: {unknown[0]!r} has no known format: valid endings are {', '.join(TEXT_FILE_FORMATS)}"
         )
     kinds = {text_file_format(path): path for path in paths}
     if len(kinds) > 1:
-        raise RecipeError(
-            f"data.text_files: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}"
-        )
+        raise RecipeError(f"{setting}: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}")
     if not any(is_remote(path) or Path(path).stat().st_size for path in paths):
-        raise RecipeError(f"data.text_files: no text, all {len(paths)} files that match are empty")
+        raise RecipeError(f"{setting}: no text, all {len(paths)} files that match are empty")
     return paths

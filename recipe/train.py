@@ -18,7 +18,6 @@ from recipe.errors import run_command
 from recipe.plan import make_plan
 
 if TYPE_CHECKING:
-    from recipe.evaluate import Evaluation
     from recipe.resume import Start
 
 
@@ -34,8 +33,7 @@ def train(config: Config) -> None:
     stop = StopRequest()
 
     from recipe.console import Console
-    from recipe.data import UpdateReader, make_lanes, next_update, pack_validation
-    from recipe.evaluate import evaluate
+    from recipe.data import UpdateReader, make_lanes, next_update
     from recipe.finish import finish_run
     from recipe.initial_model import initial_model
     from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
@@ -53,6 +51,7 @@ def train(config: Config) -> None:
     from recipe.spikes import SpikeDetector
     from recipe.tokenizer import load_tokenizer
     from recipe.update import run_update
+    from recipe.validation import HELD_OUT, RunEvaluation, ledger_values, read_validation_sets
 
     plan = make_plan(config, announced_world_size())
     cut = plan.update
@@ -77,9 +76,7 @@ def train(config: Config) -> None:
     source = open_source(config)
     with accelerator.main_process_first():
         tokenizer = load_tokenizer(config, source, init_from)
-    validation = pack_validation(
-        source.validation_documents(), tokenizer, cut.sequence_length, config.evaluation.tokens
-    )
+    validation_sets = read_validation_sets(config, source, tokenizer)
 
     # Model and optimizer: the only two things accelerate prepares.
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from)
@@ -123,18 +120,12 @@ def train(config: Config) -> None:
     memory = FittingMicroBatches(cut, rank, accelerator.device, stop=stop, ledger=ledger, console=console)
     spikes = SpikeDetector(config.stability, start.recent)
 
-    def validate(update: int) -> Evaluation | None:
-        if validation is None:
-            return None
-        rows = memory.cut.micro_batch_size
-        evaluation = evaluate(model, validation, accelerator=accelerator, rows=rows, stop=stop)
-        if evaluation:
-            console.say(f"validation after {update:,} updates: {evaluation}")
-        return evaluation
-
-    if validation is None:
+    if HELD_OUT not in validation_sets:
         console.say(f"no validation: none of the documents of {source.name} is held out")
-    before = after = validate(start.update)
+    evaluation = RunEvaluation(
+        config, validation_sets, model, tokenizer, accelerator=accelerator, stop=stop, ledger=ledger, console=console
+    )
+    before = after = evaluation.validate(start.update, memory.cut.micro_batch_size)
 
     model.train()
     console.start(start.update)
@@ -190,9 +181,9 @@ def train(config: Config) -> None:
             continue
         is_last = update == plan.planned_updates
         if is_last or crosses(tokens - cut.tokens_per_update, tokens, config.evaluation.every_tokens):
-            after = validate(update)
-            if after:
-                entry = replace(entry, validation_loss=after.loss, bits_per_byte=after.bits_per_byte)
+            after = evaluation.validate(update, memory.cut.micro_batch_size)
+            evaluation.sample(update)
+            entry = replace(entry, **ledger_values(after))
         stall_seconds = saver.snapshot(update, blocks, entry.blocks_sha256, spikes.recent)
         ledger.write(replace(entry, checkpoint_stall_seconds=stall_seconds))
         saver.write()
@@ -206,7 +197,8 @@ def train(config: Config) -> None:
         sys.exit(stop.exit_code)
 
     if accelerator.is_main_process:
-        finish_run(config, plan, accelerator.unwrap_model(model), tokenizer, console, precision, before, after, receipt)
+        plain, samples = accelerator.unwrap_model(model), evaluation.samples
+        finish_run(config, plan, plain, tokenizer, console, precision, before, after, samples, receipt)
     accelerator.end_training()
     pusher.finished_model(plan.planned_updates, directory / "final")
     pusher.finish(stop)  # no rank waits for this one any more

@@ -33,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_texts(root / "texts", count=60)
     done = train(
         *[*TINY, "--run.directory", str(root / "tiny"), "--data.text_files", f"{root}/texts/*.txt"],
-        *["--data.validation_one_in", "10", "--evaluation.prompt", 'print("é|😀")', "--run.parity_receipt", "true"],
+        *["--data.validation_one_in", "10", "--evaluation.prompts", 'print("é|😀")', "--run.parity_receipt", "true"],
         *["--schedule.total_tokens", str(UPDATES * 1536)],
     )
     assert done.returncode == 0, done.stderr
