@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 
@@ -13,9 +12,9 @@ COMMANDS = {
     "train": "Train a GPT-2 in this process; accelerate launch recipe/train.py for more of them.",
     "evaluate": "Loss, perplexity and bits per byte of a model on text.",
     "generate": "Print a sample from a model.",
-    "report": "Show what a run did, from its ledger.",
-    "card": "Write the model card of a finished run.",
-    "push": "Upload a finished model to the Hub.",
+    "report": "Write one HTML page with the curves of runs.",
+    "card": "Write the model card of a run.",
+    "push": "Push what a run has not pushed to the Hub.",
 }
 
 
@@ -25,14 +24,13 @@ def main() -> None:
     Raises:
         RecipeError: there is no such command.
     """
-    commands = {name: line for name, line in COMMANDS.items() if importlib.util.find_spec(f"recipe.{name}")}
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: python -m recipe COMMAND ...\n")
-        print("\n".join(f"  {name:<10}{line}" for name, line in commands.items()))
+        print("\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items()))
         print("\npython -m recipe COMMAND --help lists the settings of a command.")
-    elif name not in commands:
-        raise RecipeError(f"{name} is not a command: choose one of {', '.join(commands)}")
+    elif name not in COMMANDS:
+        raise RecipeError(f"{name} is not a command: choose one of {', '.join(COMMANDS)}")
     else:
         sys.argv[:2] = [f"python -m recipe {name}"]
         runpy.run_module(f"recipe.{name}", run_name="__main__", alter_sys=True)
