@@ -44,8 +44,8 @@ def _matches(name: str, prefixes: tuple[str, ...]) -> bool:
 def _flag_value(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(shlex.quote(str(item)) for item in value) if value else "'[]'"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
+    if value is None or isinstance(value, bool | dict):
+        return shlex.quote(json.dumps(value))
     return shlex.quote(str(value))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,9 @@ def test_command_of_the_card_gives_the_same_configuration(directory: Path) -> No
     assert again == config
     large = load_config(["--config", "configs/gpt2-1.3b.yaml"])
     assert reproducing_command(large) == "./run.sh configs/gpt2-1.3b.yaml"
+    sets = replace(large, evaluation=replace(large.evaluation, text_files={"it": "it's.jsonl"}))
+    *_, value = shlex.split(reproducing_command(sets))
+    assert json.loads(value) == {"it": "it's.jsonl"}
 
 
 def test_a_wrong_number_in_the_ledger_shows(directory: Path, tmp_path: Path) -> None:
