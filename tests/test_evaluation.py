@@ -284,10 +284,10 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 }
 
 
+@pytest.mark.slow
 def test_cloze_accuracy_is_that_of_lm_eval(root: Path, model: tuple[Any, Any], files: dict[str, Path]) -> None:
     """The command, once, with lm-eval's own prompts of the three tasks on the same local files, and no network."""
-    import lm_eval
-
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install --editable '.[evaluation]'")
     own = root / "tasks"
     own.mkdir()
     (own / "utils.py").write_bytes((Path(lm_eval.__file__).parent / "tasks/hellaswag/utils.py").read_bytes())
