@@ -18,9 +18,11 @@ from recipe.errors import RecipeError, run_command
 from recipe.facts import (
     data_rows,
     first_of_each_kind,
+    first_weights,
     held_out,
     hub_dataset,
     hyperparameter_rows,
+    is_hub_id,
     machines_table,
     notable_events,
     parts_table,
@@ -97,12 +99,13 @@ def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
     from huggingface_hub import ModelCard, ModelCardData
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    dataset, results = hub_dataset(record.config), _results(record)
+    dataset, results, base = hub_dataset(record.config), _results(record), first_weights(record.config)
     name = record.directory.resolve().name if isinstance(model, Path) else model.rpartition("/")[2]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "pretraining"],
+        base_model=base if base and is_hub_id(record.config.model.init_from or "") else None,
         datasets=[dataset] if dataset else None,
         metrics=["perplexity"] if results else None,
         model_name=name if results else None,
@@ -124,6 +127,7 @@ def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
         record=record,
         shape=record.config.model,
         source=_source(record),
+        base=base,
         n_positions=record.config.n_positions,
         model=json.dumps(str(model), ensure_ascii=False),
         prompt=json.dumps(next(filter(None, record.config.evaluation.prompts), "The"), ensure_ascii=False),
@@ -205,7 +209,7 @@ def _perplexity(loss: float) -> float:
 def _evaluation_rows(record: Record) -> list[list[str]]:
     rows: list[tuple[str, float, float]] = []
     if before := record.validation_before:
-        rows.append(("as initialised", before["loss"], before["bits_per_byte"]))
+        rows.append(("before training", before["loss"], before["bits_per_byte"]))
     loss, bits = record.last("validation_loss"), record.last("bits_per_byte")
     if loss and bits:
         rows.append((f"after {record['update'][loss[0]]:,.0f} updates", loss[1], bits[1]))

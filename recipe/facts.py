@@ -168,8 +168,8 @@ def data_rows(record: Record) -> Rows:
     rows += [("tokens seen", f"{record.tokens:,}"), ("held out", held_out(record.config))]
     if validation := record.summary.get("validation_after"):
         rows.append(("validation set", f"{validation['tokens']:,} tokens, {validation['text_bytes']:,} bytes"))
-    tokenizer = data.tokenizer or f"byte-level BPE of {record.config.model.vocab_size:,} tokens, trained on the text"
-    rows.append(("tokenizer", tokenizer))
+    its_own = f"byte-level BPE of {record.config.model.vocab_size:,} tokens, trained on the text"
+    rows.append(("tokenizer", data.tokenizer or first_weights(record.config) or its_own))
     return rows
 
 
@@ -187,7 +187,7 @@ def hyperparameter_rows(config: Config) -> Rows:
         ("weight decay", f"{optimizer.weight_decay:g}, on matrices and embeddings"),
         ("gradient clipping", f"norm {optimizer.max_grad_norm:g}" if optimizer.max_grad_norm else "none"),
         ("dropout", f"{config.model.dropout:g}"),
-        ("initialisation", f"normal, standard deviation {config.model.initializer_range:g}"),
+        ("first weights", first_weights(config) or f"normal, standard deviation {config.model.initializer_range:g}"),
         ("seed", f"{config.run.seed}"),
     ]
     if optimizer.name == "adamw":
@@ -222,10 +222,19 @@ def first_of_each_kind(events: list[dict[str, Any]], of_a_kind: int) -> list[dic
 
 def hub_dataset(config: Config) -> str | None:
     """The id of the Hub dataset that a run read; None where it read something else."""
-    data = config.data
-    is_id = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", data.dataset) is not None
-    is_id = is_id and not Path(data.dataset).exists()
-    return data.dataset if is_id and not data.text_files and data.dataset != STANDARD_LIBRARY else None
+    is_other = config.data.text_files or config.data.dataset == STANDARD_LIBRARY
+    return None if is_other or not is_hub_id(config.data.dataset) else config.data.dataset
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be a name on the Hub, and is nothing on this machine."""
+    return re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) is not None and not Path(name).exists()
+
+
+def first_weights(config: Config) -> str | None:
+    """What the run started from: a name on the Hub, or the last part of a directory; None where it started from nothing."""
+    name = config.model.init_from
+    return name if name is None or is_hub_id(name) else Path(name).name
 
 
 def per_parameter(record: Record) -> str:

@@ -120,7 +120,7 @@ def test_card_shows_the_numbers_of_the_run(directory: Path) -> None:
         "12,288 of 12,288 tokens",
         "Each update is 1,536 tokens: 24 blocks of 64, from 8 lanes",
         "| 1 to 8 | 1 | 4 | 6 | 1,536 / (4 x 64 x 1 rank) = 6 |",
-        f"| as initialised | {before['loss']:.4f} |",
+        f"| before training | {before['loss']:.4f} |",
         f"| after 8 updates | {ledger[-1]['validation_loss']:.4f} |",
         f"On {after['tokens']:,} tokens, {after['text_bytes']:,} bytes",
         f"| {summary['parity_receipt']['differences'][0][0]} | {summary['parity_receipt']['differences'][0][1]:.1e} |",
@@ -213,9 +213,11 @@ def test_every_part_of_a_run_is_in_the_card(directory: Path, tmp_path: Path) -> 
     config = (run_directory / "config.yaml").read_text(encoding="utf-8")
     config = re.sub(r"text_files:\n(  - .*\n)+", "text_files: []\n", config)
     config = config.replace("dataset: python-standard-library", "dataset: HuggingFaceFW/fineweb-edu")
-    (run_directory / "config.yaml").write_text(config.replace("revision: null", "revision: 87f0914"), encoding="utf-8")
+    config = config.replace("revision: null", "revision: 87f0914").replace("init_from: null", "init_from: me/first")
+    (run_directory / "config.yaml").write_text(config, encoding="utf-8")
     card = model_card(run_directory)
     metadata = card.data.to_dict()
+    assert metadata["base_model"] == "me/first"
     assert metadata["datasets"] == ["HuggingFaceFW/fineweb-edu"]
     assert metadata["model-index"][0]["results"][0]["dataset"]["revision"] == "87f0914"
     for words in (
@@ -227,6 +229,8 @@ def test_every_part_of_a_run_is_in_the_card(directory: Path, tmp_path: Path) -> 
         "| 5 to 8 | 3 | 3 | 3 |",
         "checkpoint step-000004; changes batch.micro_batch_size 4 → 3",
         "| revision | 87f0914 |",
+        "trained from the weights of me/first on",
+        "What me/first had been trained on before",
         "schedule.total_tokens changed on the way",
         "````text\na ``` fence | <b>\n````",
     ):
