@@ -13,7 +13,7 @@ from recipe.budget import UpdatePlan
 from recipe.config import STANDARD_LIBRARY, Config
 from recipe.errors import RecipeError
 from recipe.plan import size_text
-from recipe.record import Part, Record
+from recipe.record import Part, Record, column_of
 from recipe.smoothing import smoothing_window
 from recipe.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN
 from recipe.words import duration, event_name, percent, value_text
@@ -45,6 +45,9 @@ def summary_rows(record: Record) -> Rows:
         rows.append(("validation loss", f"{validation[1]:.4f} nats per token"))
     if bits := record.last("bits_per_byte"):
         rows.append(("bits per byte", f"{bits[1]:.4f}"))
+    for name in record.validation_sets:
+        if bits := record.last(column_of("bits_per_byte", name)):
+            rows.append((f"bits per byte, {name}", f"{bits[1]:.4f}"))
     losses = record["loss"][-window:]
     if (losses := losses[np.isfinite(losses)]).size:
         of = f", median of the last {window} updates" if window > 1 else ""
