@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipe.charts import curves_png, library
 from recipe.command_line import make_parser, parse
@@ -18,9 +18,11 @@ from recipe.errors import RecipeError, run_command
 from recipe.facts import (
     data_rows,
     first_of_each_kind,
+    first_weights,
     held_out,
     hub_dataset,
     hyperparameter_rows,
+    is_hub_id,
     machines_table,
     notable_events,
     parts_table,
@@ -28,7 +30,7 @@ from recipe.facts import (
     summary_rows,
 )
 from recipe.limitations import limitations
-from recipe.record import Record, read_record
+from recipe.record import Record, column_of, read_record
 from recipe.reproduce import changed_on_the_way, reproducing_command
 from recipe.smoothing import smoothing_window
 from recipe.words import event_name, event_text
@@ -97,12 +99,13 @@ def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
     from huggingface_hub import ModelCard, ModelCardData
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    dataset, results = hub_dataset(record.config), _results(record)
+    dataset, results, base = hub_dataset(record.config), _results(record), first_weights(record.config)
     name = record.directory.resolve().name if isinstance(model, Path) else model.rpartition("/")[2]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "pretraining"],
+        base_model=base if base and is_hub_id(record.config.model.init_from or "") else None,
         datasets=[dataset] if dataset else None,
         metrics=["perplexity"] if results else None,
         model_name=name if results else None,
@@ -124,12 +127,15 @@ def _card(record: Record, model: str | Path, has_image: bool) -> ModelCard:
         record=record,
         shape=record.config.model,
         source=_source(record),
+        base=base,
         n_positions=record.config.n_positions,
         model=json.dumps(str(model), ensure_ascii=False),
         prompt=json.dumps(next(filter(None, record.config.evaluation.prompts), "The"), ensure_ascii=False),
         image=IMAGE if has_image else None,
         window=smoothing_window(record["loss"]),
-        evaluation=_table(["", "loss, nats per token", "perplexity", "bits per byte"], _evaluation_rows(record)),
+        evaluation=_table(
+            ["text", "model", "loss, nats per token", "perplexity", "bits per byte"], _evaluation_rows(record)
+        ),
         validation=record.summary.get("validation_after"),
         summary=_pairs([row for row in summary_rows(record) if row[0] in _IN_SUMMARY]),
         parts=_table(*parts_table(record)),
@@ -165,37 +171,51 @@ def _source(record: Record) -> str:
 
 
 def _results(record: Record) -> list[EvalResult]:
-    """The last evaluation as the Hub's model-index has it."""
+    """The last evaluations as the Hub's model-index has them."""
     from huggingface_hub import EvalResult
 
-    loss, bits = record.last("validation_loss"), record.last("bits_per_byte")
-    if loss is None or bits is None:
-        return []
     data = record.config.data
     is_hub = hub_dataset(record.config) is not None
     name = "local-text-files" if data.text_files else data.dataset
-    metrics = [
-        ("loss", "Loss, nats per token", loss[1]),
-        ("perplexity", "Perplexity", _perplexity(loss[1])),
-        ("bits_per_byte", "Bits per byte", bits[1]),
-    ]
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
-            dataset_type=name,
-            dataset_name=f"{name}, held out",
-            dataset_config=data.config_name if is_hub else None,
-            dataset_split=data.split if is_hub else None,
-            dataset_revision=data.revision if is_hub else None,
-            dataset_args={"held_out": held_out(record.config)},
-            metric_type=metric,
-            metric_name=metric_name,
-            metric_value=round(value, 6),
-            metric_args={"updates": int(record["update"][loss[0]])},
-        )
-        for metric, metric_name, value in metrics
-    ]
+    results = []
+    for validation_set, row, loss, bits in _last_evaluations(record):
+        about: dict[str, Any] = {"dataset_type": validation_set, "dataset_name": validation_set}
+        if not validation_set:
+            about = {"dataset_type": name, "dataset_name": f"{name}, held out"}
+            about["dataset_args"] = {"held_out": held_out(record.config)}
+            if is_hub:
+                about |= {
+                    "dataset_config": data.config_name,
+                    "dataset_split": data.split,
+                    "dataset_revision": data.revision,
+                }
+        results += [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                metric_type=metric,
+                metric_name=metric_name,
+                metric_value=round(value, 6),
+                metric_args={"updates": int(record["update"][row])},
+                **about,
+            )
+            for metric, metric_name, value in (
+                ("loss", "Loss, nats per token", loss),
+                ("perplexity", "Perplexity", _perplexity(loss)),
+                ("bits_per_byte", "Bits per byte", bits),
+            )
+        ]
+    return results
+
+
+def _last_evaluations(record: Record) -> list[tuple[str, int, float, float]]:
+    """(validation set, "" for the held-out documents; row of the record; loss; bits per byte) of each set."""
+    found = []
+    for name in ("", *record.validation_sets):
+        loss, bits = record.last(column_of("validation_loss", name)), record.last(column_of("bits_per_byte", name))
+        if loss and bits:
+            found.append((name, loss[0], loss[1], bits[1]))
+    return found
 
 
 def _perplexity(loss: float) -> float:
@@ -203,13 +223,15 @@ def _perplexity(loss: float) -> float:
 
 
 def _evaluation_rows(record: Record) -> list[list[str]]:
-    rows: list[tuple[str, float, float]] = []
-    if before := record.validation_before:
-        rows.append(("as initialised", before["loss"], before["bits_per_byte"]))
-    loss, bits = record.last("validation_loss"), record.last("bits_per_byte")
-    if loss and bits:
-        rows.append((f"after {record['update'][loss[0]]:,.0f} updates", loss[1], bits[1]))
-    return [[name, f"{loss:.4f}", f"{_perplexity(loss):,.2f}", f"{bits:.4f}"] for name, loss, bits in rows]
+    rows: list[tuple[str, str, float, float]] = []
+    for name, row, loss, bits in _last_evaluations(record):
+        text = name or "held out"
+        if before := record.validation_before(name):
+            rows.append((text, "before training", before["loss"], before["bits_per_byte"]))
+        rows.append((text, f"after {record['update'][row]:,.0f} updates", loss, bits))
+    return [
+        [text, model, f"{loss:.4f}", f"{_perplexity(loss):,.2f}", f"{bits:.4f}"] for text, model, loss, bits in rows
+    ]
 
 
 def _cell(value: str) -> str:

@@ -49,7 +49,7 @@ def chart(curves: Curves, metric: Metric, axis: Axis) -> Spec:
         return {"x": x, "y": y, "color": color, "tooltip": [*who, value, *where]}
 
     layers: list[Spec] = []
-    evaluated = {LOSS: VALIDATION, BITS_PER_BYTE: BITS_PER_BYTE}.get(metric)
+    evaluated = VALIDATION if metric == LOSS else metric if metric.validation_set is not None else None
     if metric != evaluated:
         pale = {"type": "line", "strokeWidth": 1.2, "opacity": 0.3} if metric.is_noisy else _LINE
         layers.append({"data": {"name": metric.name}, "mark": pale, "encoding": encoding})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from recipe.facts import notable_events
-from recipe.record import Record
+from recipe.record import Record, column_of
 from recipe.smoothing import running_median, smoothing_window, thin
 from recipe.words import event_name, event_text
 
@@ -28,6 +28,7 @@ class Metric:
         title: what it shows.
         unit: of the values, after `scale`.
         scale: the column is multiplied by this.
+        validation_set: whose evaluation it is; "" that of the held-out documents; None for a value of every update.
         is_noisy: drawn pale, under its running median.
         may_be_logarithmic: whether one value may be many times the others'.
         from_zero: whether the vertical axis begins at zero.
@@ -38,6 +39,7 @@ class Metric:
     title: str
     unit: str
     scale: float = 1.0
+    validation_set: str | None = None
     is_noisy: bool = False
     may_be_logarithmic: bool = False
     from_zero: bool = True
@@ -52,10 +54,9 @@ class Metric:
 
 
 LOSS = Metric("loss", "Loss", "nats per token", is_noisy=True, may_be_logarithmic=True, from_zero=False)
-BITS_PER_BYTE = Metric("bits_per_byte", "Bits per byte", "on held-out text", from_zero=False)
-METRICS = (
-    LOSS,
-    BITS_PER_BYTE,
+BITS_PER_BYTE = Metric("bits_per_byte", "Bits per byte", "on held-out text", validation_set="", from_zero=False)
+VALIDATION = Metric("validation_loss", "Validation loss", "nats per token", validation_set="")
+_OF_UPDATES = (
     Metric("learning_rate", "Learning rate", "of each update", axis_format="~e"),
     Metric("grad_norm", "Gradient norm", "before clipping", is_noisy=True, may_be_logarithmic=True),
     Metric("tokens_per_second", "Throughput", "tokens per second", is_noisy=True, axis_format="~s"),
@@ -63,7 +64,6 @@ METRICS = (
     Metric("data_wait", "Waiting for data", "% of each update's time", 100, is_noisy=True),
     Metric("peak_memory_bytes", "Peak memory", "GB, of the largest rank", 1e-9),
 )
-VALIDATION = Metric("validation_loss", "Validation loss", "nats per token")
 
 
 class Curves:
@@ -87,11 +87,15 @@ class Curves:
         self.metrics: list[Metric] = []
         self.datasets: dict[str, list[dict[str, Any]]] = {"events": []}
         self._finite: dict[str, np.ndarray] = {}
-        for metric in (*METRICS, VALIDATION):
+        of_sets = [
+            replace(BITS_PER_BYTE, name=column_of(BITS_PER_BYTE.name, name), unit=f"on {name}", validation_set=name)
+            for name in dict.fromkeys(name for record in records for name in record.validation_sets)
+        ]
+        for metric in (LOSS, BITS_PER_BYTE, *of_sets, *_OF_UPDATES, VALIDATION):
             values = [metric.values(record) for record in records]
             finite = np.concatenate(values)
             self._finite[metric.name] = finite[np.isfinite(finite)]
-            if metric in METRICS and len(self._finite[metric.name]):
+            if metric != VALIDATION and len(self._finite[metric.name]):
                 self.metrics.append(metric)
             self.datasets[metric.name] = []
             self.datasets[median_of(metric)] = []
@@ -101,9 +105,10 @@ class Curves:
             self._add_events(record, name)
 
     def _add(self, metric: Metric, record: Record, name: str, values: np.ndarray) -> None:
-        before = (record.validation_before or {}).get({"validation_loss": "loss"}.get(metric.name, metric.name))
-        if metric in (VALIDATION, BITS_PER_BYTE) and before is not None:
-            point = {"run": name, "update": 0, "tokens": 0, "time": 0.0, "value": _rounded(before)}
+        before = None if metric.validation_set is None else record.validation_before(metric.validation_set)
+        if before:
+            value = before["loss" if metric == VALIDATION else "bits_per_byte"]
+            point = {"run": name, "update": 0, "tokens": 0, "time": 0.0, "value": _rounded(value)}
             self.datasets[metric.name].append(point)
         rows = thin(values, RAW_BUCKETS)
         self.datasets[metric.name] += self._points(record, name, rows, values[rows])

@@ -13,7 +13,7 @@ from recipe.budget import UpdatePlan
 from recipe.config import STANDARD_LIBRARY, Config
 from recipe.errors import RecipeError
 from recipe.plan import size_text
-from recipe.record import Part, Record
+from recipe.record import Part, Record, column_of
 from recipe.smoothing import smoothing_window
 from recipe.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN
 from recipe.words import duration, event_name, percent, value_text
@@ -45,6 +45,9 @@ def summary_rows(record: Record) -> Rows:
         rows.append(("validation loss", f"{validation[1]:.4f} nats per token"))
     if bits := record.last("bits_per_byte"):
         rows.append(("bits per byte", f"{bits[1]:.4f}"))
+    for name in record.validation_sets:
+        if bits := record.last(column_of("bits_per_byte", name)):
+            rows.append((f"bits per byte, {name}", f"{bits[1]:.4f}"))
     losses = record["loss"][-window:]
     if (losses := losses[np.isfinite(losses)]).size:
         of = f", median of the last {window} updates" if window > 1 else ""
@@ -168,8 +171,8 @@ def data_rows(record: Record) -> Rows:
     rows += [("tokens seen", f"{record.tokens:,}"), ("held out", held_out(record.config))]
     if validation := record.summary.get("validation_after"):
         rows.append(("validation set", f"{validation['tokens']:,} tokens, {validation['text_bytes']:,} bytes"))
-    tokenizer = data.tokenizer or f"byte-level BPE of {record.config.model.vocab_size:,} tokens, trained on the text"
-    rows.append(("tokenizer", tokenizer))
+    its_own = f"byte-level BPE of {record.config.model.vocab_size:,} tokens, trained on the text"
+    rows.append(("tokenizer", data.tokenizer or first_weights(record.config) or its_own))
     return rows
 
 
@@ -187,7 +190,7 @@ def hyperparameter_rows(config: Config) -> Rows:
         ("weight decay", f"{optimizer.weight_decay:g}, on matrices and embeddings"),
         ("gradient clipping", f"norm {optimizer.max_grad_norm:g}" if optimizer.max_grad_norm else "none"),
         ("dropout", f"{config.model.dropout:g}"),
-        ("initialisation", f"normal, standard deviation {config.model.initializer_range:g}"),
+        ("first weights", first_weights(config) or f"normal, standard deviation {config.model.initializer_range:g}"),
         ("seed", f"{config.run.seed}"),
     ]
     if optimizer.name == "adamw":
@@ -222,10 +225,19 @@ def first_of_each_kind(events: list[dict[str, Any]], of_a_kind: int) -> list[dic
 
 def hub_dataset(config: Config) -> str | None:
     """The id of the Hub dataset that a run read; None where it read something else."""
-    data = config.data
-    is_id = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", data.dataset) is not None
-    is_id = is_id and not Path(data.dataset).exists()
-    return data.dataset if is_id and not data.text_files and data.dataset != STANDARD_LIBRARY else None
+    is_other = config.data.text_files or config.data.dataset == STANDARD_LIBRARY
+    return None if is_other or not is_hub_id(config.data.dataset) else config.data.dataset
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be a name on the Hub, and is nothing on this machine."""
+    return re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) is not None and not Path(name).exists()
+
+
+def first_weights(config: Config) -> str | None:
+    """What the run started from: a name on the Hub, or the last part of a directory; None where it started from nothing."""
+    name = config.model.init_from
+    return name if name is None or is_hub_id(name) else Path(name).name
 
 
 def per_parameter(record: Record) -> str:

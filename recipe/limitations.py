@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipe.facts import per_parameter
+from recipe.facts import first_weights, per_parameter
 from recipe.record import Record
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., 2022
@@ -24,10 +24,13 @@ def limitations(record: Record) -> list[str]:
     few = "not fewer"
     if ratio < TOKENS_PER_PARAMETER:
         few = "far fewer" if ratio < TOKENS_PER_PARAMETER / 4 else "fewer"
-    found.append(
-        f"It has seen {per_parameter(record)} tokens per parameter, {few} than the {TOKENS_PER_PARAMETER} that were found to "
-        "use a given amount of compute best (Hoffmann et al., 2022)."
-    )
+    if base := first_weights(config):
+        found.append(f"What {base} had been trained on before, and its own limitations, are not in this card.")
+    else:
+        found.append(
+            f"It has seen {per_parameter(record)} tokens per parameter, {few} than the {TOKENS_PER_PARAMETER} that were found "
+            "to use a given amount of compute best (Hoffmann et al., 2022)."
+        )
     found.append(
         "It continues text. It was not trained to follow instructions, to answer questions or to refuse, and what it writes "
         "may be false, offensive or copied from its text."

@@ -42,6 +42,7 @@ class Record:
         config: from config.yaml.
         plan: of the configuration on the last number of ranks.
         columns: name in the ledger -> float64, one value for each update that is in the model; NaN where there is none.
+            Of a validation set with a name: `column_of("validation_loss", NAME)` and `column_of("bits_per_byte", NAME)`.
         hours: of training up to the end of each of these updates.
         events: the other lines of the ledger.
         summary: summary.json, empty for a run that is not finished.
@@ -56,7 +57,8 @@ class Record:
     summary: dict[str, Any]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.columns[name]
+        nothing = np.full(len(self.columns["update"]), np.nan)
+        return self.columns.get(name, nothing)
 
     def last(self, name: str) -> tuple[int, float] | None:
         """(row, value) of the last value in a column; None where it has none."""
@@ -90,9 +92,22 @@ class Record:
         return self.updates >= self.plan.planned_updates and (self.directory / "final").is_dir()
 
     @property
-    def validation_before(self) -> dict[str, Any] | None:
-        """The evaluation of the model as it was initialised; None where a later start has taken its place in the summary."""
-        return None if self.events_called("resume") else self.summary.get("validation_before")
+    def validation_sets(self) -> list[str]:
+        """Names of the validation sets beside the held-out documents."""
+        first = column_of("bits_per_byte", "")
+        return [name.removeprefix(f"{first}/") for name in self.columns if name.startswith(f"{first}/")]
+
+    def validation_before(self, validation_set: str) -> dict[str, Any] | None:
+        """The evaluation before the first update; None where a later start has taken its place in the summary."""
+        if self.events_called("resume"):
+            return None
+        if validation_set:
+            of_set: dict[str, Any] | None = (
+                self.summary.get("validation_sets", {}).get(validation_set, {}).get("before")
+            )
+            return of_set
+        held_out: dict[str, Any] | None = self.summary.get("validation_before")
+        return held_out
 
     @property
     def parts(self) -> list[Part]:
@@ -132,11 +147,17 @@ def read_record(directory: Path, update: int | None = None) -> Record:
         raise RecipeError(
             f"{directory} is no run: no config.yaml and ledger.jsonl in it; give a directory such as runs/NAME"
         )
-    rows, seconds, events = _read_ledger(path, math.inf if update is None else update)
+    rows, sets, seconds, events = _read_ledger(path, math.inf if update is None else update)
     if not rows:
         raise RecipeError(f"{directory} has done no update yet: its ledger is empty")
     config = _read_config(directory / "config.yaml")
     columns = {name: np.array([row[position] for row in rows]) for position, name in enumerate(COLUMNS)}
+    for name in sorted({name for of_update in sets for name in of_update}):
+        of_set = [of_update.get(name, {}) for of_update in sets]
+        columns[column_of("validation_loss", name)] = np.array([_number(values.get("loss")) for values in of_set])
+        columns[column_of("bits_per_byte", name)] = np.array(
+            [_number(values.get("bits_per_byte")) for values in of_set]
+        )
     ranks = columns["world_size"][-1]
     record = Record(
         directory=directory,
@@ -151,6 +172,11 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     if record.is_finished and summary.is_file():
         record.summary.update(json.loads(summary.read_text(encoding="utf-8")))
     return record
+
+
+def column_of(name: str, validation_set: str) -> str:
+    """The column of a validation set: `name` itself for the held-out documents, whose set has no name."""
+    return f"{name}/{validation_set}" if validation_set else name
 
 
 def _read_config(path: Path) -> Config:
@@ -172,12 +198,15 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _read_ledger(path: Path, last: float) -> tuple[list[tuple[float, ...]], list[float], list[dict[str, Any]]]:
-    """(a row of COLUMNS for each update up to `last`, seconds of training up to its end, events).
+def _read_ledger(
+    path: Path, last: float
+) -> tuple[list[tuple[float, ...]], list[dict[str, dict[str, Any]]], list[float], list[dict[str, Any]]]:
+    """(a row of COLUMNS for each update up to `last`, its named validation sets, seconds of training up to its end, events).
 
     A line whose update is not after the one before takes its place: the run was rolled back. What it cost stays counted.
     """
     rows: list[tuple[float, ...]] = []
+    sets: list[dict[str, dict[str, Any]]] = []
     seconds: list[float] = []
     events: list[dict[str, Any]] = []
     total_seconds, update = 0.0, 0
@@ -196,12 +225,14 @@ def _read_ledger(path: Path, last: float) -> tuple[list[tuple[float, ...]], list
             row = tuple(_number(values.get(name)) for name in COLUMNS)
             while rows and rows[-1][0] >= update:
                 rows.pop()
+                sets.pop()
                 seconds.pop()
             took = row[_STEP_SECONDS]
             total_seconds += took if math.isfinite(took) else 0.0
             rows.append(row)
+            sets.append(values.get("validation") or {})
             seconds.append(total_seconds)
-    return rows, seconds, events
+    return rows, sets, seconds, events
 
 
 _STEP_SECONDS = COLUMNS.index("step_seconds")

@@ -36,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = train(
         *[*TINY, "--run.directory", str(root / "tiny"), "--data.text_files", f"{root}/texts/*.txt"],
         *["--data.validation_one_in", "10", "--evaluation.prompts", 'print("é|😀")', "--run.parity_receipt", "true"],
-        *["--schedule.total_tokens", str(UPDATES * 1536)],
+        *["--schedule.total_tokens", str(UPDATES * 1536), "--evaluation.text_files.mine", f"{root}/texts/00*.txt"],
     )
     assert done.returncode == 0, done.stderr
     written = run([sys.executable, "-m", "recipe.card", str(root / "tiny")])
@@ -97,7 +97,13 @@ def test_card_is_valid_for_the_hub_and_its_metadata_comes_back(directory: Path) 
     card.validate()
     assert card.data.to_dict() == model_card(directory, directory / "final").data.to_dict()
     last = read_ledger(directory)[-1]
-    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    values = {
+        result.metric_type: result.metric_value for result in card.data.eval_results if result.dataset_type != "mine"
+    }
+    mine = {
+        result.metric_type: result.metric_value for result in card.data.eval_results if result.dataset_type == "mine"
+    }
+    assert mine["bits_per_byte"] == pytest.approx(last["validation"]["mine"]["bits_per_byte"], abs=1e-6)
     assert values["loss"] == pytest.approx(last["validation_loss"], abs=1e-6)
     assert values["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=1e-6)
     assert values["perplexity"] == pytest.approx(2.718281828 ** last["validation_loss"], rel=1e-6)
@@ -120,9 +126,11 @@ def test_card_shows_the_numbers_of_the_run(directory: Path) -> None:
         "12,288 of 12,288 tokens",
         "Each update is 1,536 tokens: 24 blocks of 64, from 8 lanes",
         "| 1 to 8 | 1 | 4 | 6 | 1,536 / (4 x 64 x 1 rank) = 6 |",
-        f"| as initialised | {before['loss']:.4f} |",
-        f"| after 8 updates | {ledger[-1]['validation_loss']:.4f} |",
-        f"On {after['tokens']:,} tokens, {after['text_bytes']:,} bytes",
+        f"| held out | before training | {before['loss']:.4f} |",
+        f"| held out | after 8 updates | {ledger[-1]['validation_loss']:.4f} |",
+        f"| mine | before training | {summary['validation_sets']['mine']['before']['loss']:.4f} |",
+        f"| mine | after 8 updates | {ledger[-1]['validation']['mine']['loss']:.4f} |",
+        f"Held out are {after['tokens']:,} tokens, {after['text_bytes']:,} bytes",
         f"| {summary['parity_receipt']['differences'][0][0]} | {summary['parity_receipt']['differences'][0][1]:.1e} |",
         "local files: \\*.txt",
         "one document in 10, by hash of its text",
@@ -170,7 +178,12 @@ def test_a_wrong_number_in_the_ledger_shows(directory: Path, tmp_path: Path) -> 
     lines = read_ledger_lines(directory)
     lines[-1] |= {"validation_loss": 9.8765, "tokens": 999_999, "micro_batch_size": 77}
     text = str(model_card(edited(directory, tmp_path / "run", lines)))
-    for words in ("value: 9.8765", "| after 8 updates | 9.8765 |", "999,999 of 12,288 tokens", "| 8 to 8 | 1 | 77 |"):
+    for words in (
+        "value: 9.8765",
+        "| held out | after 8 updates | 9.8765 |",
+        "999,999 of 12,288 tokens",
+        "| 8 to 8 | 1 | 77 |",
+    ):
         assert words in text, words
 
 
@@ -213,9 +226,11 @@ def test_every_part_of_a_run_is_in_the_card(directory: Path, tmp_path: Path) -> 
     config = (run_directory / "config.yaml").read_text(encoding="utf-8")
     config = re.sub(r"text_files:\n(  - .*\n)+", "text_files: []\n", config)
     config = config.replace("dataset: python-standard-library", "dataset: HuggingFaceFW/fineweb-edu")
-    (run_directory / "config.yaml").write_text(config.replace("revision: null", "revision: 87f0914"), encoding="utf-8")
+    config = config.replace("revision: null", "revision: 87f0914").replace("init_from: null", "init_from: me/first")
+    (run_directory / "config.yaml").write_text(config, encoding="utf-8")
     card = model_card(run_directory)
     metadata = card.data.to_dict()
+    assert metadata["base_model"] == "me/first"
     assert metadata["datasets"] == ["HuggingFaceFW/fineweb-edu"]
     assert metadata["model-index"][0]["results"][0]["dataset"]["revision"] == "87f0914"
     for words in (
@@ -227,6 +242,8 @@ def test_every_part_of_a_run_is_in_the_card(directory: Path, tmp_path: Path) -> 
         "| 5 to 8 | 3 | 3 | 3 |",
         "checkpoint step-000004; changes batch.micro_batch_size 4 → 3",
         "| revision | 87f0914 |",
+        "trained from the weights of me/first on",
+        "What me/first had been trained on before",
         "schedule.total_tokens changed on the way",
         "````text\na ``` fence | <b>\n````",
     ):

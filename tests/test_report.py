@@ -57,6 +57,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [
         *[*TINY, "--run.directory", str(root / "run"), "--data.text_files", f"{root}/texts/*.txt"],
         *["--data.validation_one_in", "10", "--evaluation.every_tokens", "4608", "--schedule.total_tokens", "18432"],
+        *["--evaluation.text_files.mine", f"{root}/texts/00*.txt"],
     ]
     first = train(*arguments, "--run.max_updates", "6", "--batch.micro_batch_size", "8")
     assert first.returncode == 0, first.stderr
@@ -153,6 +154,8 @@ def test_page_shows_the_numbers_of_the_ledger(browser: Browser, directory: Path,
     assert [row["time"] for row in datasets["loss"]] == pytest.approx(minutes.tolist(), rel=1e-5)
     evaluated = [entry for entry in ledger if "bits_per_byte" in entry]
     assert len(evaluated) >= 4
+    of_mine = [entry["validation"]["mine"]["bits_per_byte"] for entry in evaluated]
+    assert [row["value"] for row in datasets["bits_per_byte/mine"]] == pytest.approx(of_mine, rel=1e-5)
     for name in ("validation_loss", "bits_per_byte"):
         assert [row["value"] for row in datasets[name]] == pytest.approx([e[name] for e in evaluated], rel=1e-5)
     page, _ = open_page(browser, page_file)
