@@ -33,10 +33,7 @@ def reproducing_command(config: Config) -> str:
         differences = {name: value for name, value in mine.items() if theirs[name] != value}
         if not number or len(differences) < len(best[1]):
             best = (f"configs/{preset.name}", differences)
-    flags = []
-    for name, value in best[1].items():
-        by_name = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-        flags += [f"--{key} {_flag_value(item)}" for key, item in by_name.items()]
+    flags = [f"--{name} {_flag_value(value)}" for name, value in best[1].items()]
     return " \\\n    ".join([f"./run.sh {best[0]}", *flags])
 
 
