@@ -6,9 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import run
 
 
+@pytest.mark.slow
 def test_checkpoint_benchmark_writes_its_numbers(tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "benchmarks.checkpoint", "--quick", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr

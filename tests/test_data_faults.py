@@ -320,6 +320,7 @@ def blocks_of(directory: Path) -> list[str]:
     return [line["blocks_sha256"] for line in read_ledger(directory)]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_notice_what_the_server_does(
     texts: Path, undisturbed: Callable[[], tuple[list[str], int]], tmp_path: Path
 ) -> None:

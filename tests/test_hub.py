@@ -212,6 +212,7 @@ def test_a_hanging_hub_does_not_hold_up_training(root: Path, hub: HubServer) -> 
     assert [request.split()[1] for request in hub.requests].count("/api/repos/create") == 4, "rank 0 alone asks"
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_hub_that_takes_nothing_and_is_pushed_later(root: Path, hub: HubServer) -> None:
     """It hangs at the start, refuses the first push, and fails for ever."""
     directory = root / "failing"

@@ -119,7 +119,10 @@ def test_a_run_moves_between_one_two_and_three_ranks(root: Path) -> None:
     assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(root: Path, number: int, code: int) -> None:
     directory = root / f"signal-{number}"
     process = start(directory, "--checkpoint.every_tokens", "null", "--run.max_updates", "9999")

@@ -50,7 +50,10 @@ def two_ranks(directory: Path, rows: int, where: str, first: int, *more: str) ->
     return [process.returncode for process in processes], "".join(outputs)
 
 
-@pytest.mark.parametrize(("where", "first"), [("forward", 1), ("backward", 1), ("backward", 2)])
+@pytest.mark.parametrize(
+    ("where", "first"),
+    [("backward", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("forward", 1), ("backward", 2)))],
+)
 def test_out_of_memory_on_one_rank_makes_the_micro_batch_smaller_on_all(healthy: Path, where: str, first: int) -> None:
     """One micro-batch of 12 blocks an update: so it fails in the one in which the ranks would add up their gradients."""
     directory = healthy.parent / f"{where}-{first}"
@@ -185,6 +188,7 @@ def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) 
     assert [e["blocks_sha256"] for e in read_ledger(spiky / "two")] == [e["blocks_sha256"] for e in entries]
 
 
+@pytest.mark.slow
 def test_rollback_without_a_checkpoint_or_without_effect_stops(spiky: Path) -> None:
     rollback = ["--stability.on_spike", "rollback"]
     none = ["--checkpoint.every_tokens", "null", "--checkpoint.every_minutes", "null"]
