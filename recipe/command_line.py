@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from recipe.config import Config, flat_fields, validate, value_of
+from recipe.checks import validate
+from recipe.config import Config, flat_fields, value_of
 from recipe.errors import RecipeError
 
 

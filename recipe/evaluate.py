@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipe.checks import check_bounds
 from recipe.command_line import make_parser, parse
-from recipe.config import BatchConfig, Config, DataConfig, check_bounds
+from recipe.config import BatchConfig, Config, DataConfig
 from recipe.errors import RecipeError, run_command
 
 if TYPE_CHECKING:

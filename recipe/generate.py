@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.checks import check_bounds
 from recipe.command_line import make_parser, parse
-from recipe.config import check_bounds
 from recipe.errors import run_command
 
 

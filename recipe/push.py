@@ -8,8 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from recipe.checks import check_repo_id
 from recipe.command_line import make_parser, parse
-from recipe.config import PushConfig, check_repo_id
+from recipe.config import PushConfig
 from recipe.errors import RecipeError, run_command
 from recipe.hub import push_directory, revision_of
 
