@@ -162,10 +162,11 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     load_weights(model.gpt2, load_file(directory / "model.safetensors"), str(directory))
+    if not (directory / OPTIMIZER).exists():  # it has no state, or had not stepped yet
+        optimizer.state.clear()
+        return
     everything = _flat_optimizer_state(model, optimizer)
     tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
-    if not tensors:
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process: this rank reads for itself
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory / "training")), no_dist=True)
@@ -203,7 +204,12 @@ def _flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state's tensors by flat name; what is no tensor (rates, betas) is configuration. SGD has none."""
+    """The state's tensors by flat name; what is no tensor (rates, betas) is configuration. SGD has none.
+
+    Where there is no state yet torch would make one by a step of its own, on this rank alone.
+    """
+    if not optimizer.state:
+        return {}
     return {k: v for k, v in _flat_optimizer_state(model, optimizer).items() if isinstance(v, Tensor)}
 
 

@@ -46,11 +46,12 @@ def validate(config: Config) -> None:
         )
     if config.hub.repo_id is not None:
         check_repo_id("hub.repo_id", config.hub.repo_id)
-    if data.retry_seconds > MOST_RETRY_SECONDS:
-        raise RecipeError(
-            f"data.retry_seconds = {data.retry_seconds:g}: must be at most {MOST_RETRY_SECONDS}, since the other ranks wait "
-            "for the one that tries, for half an hour"
-        )
+    for name in ("data.retry_seconds", "hub.wait_seconds"):
+        if value_of(config, name) > MOST_RETRY_SECONDS:
+            raise RecipeError(
+                f"{name} = {value_of(config, name):g}: must be at most {MOST_RETRY_SECONDS}, since the other ranks wait "
+                "for the one that tries, for half an hour"
+            )
     if data.text_files:
         expand_text_files(data.text_files)
     for name, pattern in config.evaluation.text_files.items():

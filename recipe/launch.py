@@ -13,6 +13,7 @@ import torch
 
 from recipe.config import Config
 from recipe.errors import RecipeError
+from recipe.loss import IGNORED_TARGET
 from recipe.plan import world_size_of_launcher
 
 Result = TypeVar("Result")
@@ -86,6 +87,20 @@ def on_main(accelerator: Any, action: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def settle_buckets(model: Any, accelerator: Any, sequence_length: int) -> None:
+    """Let DDP do now what it does once: in its second forward the ranks agree on the buckets of the gradient. Collective.
+
+    Afterwards no forward waits for other ranks, so a rank that stops before one holds nobody up; and a resumed run reduces its
+    first gradient in the same order as the run that was not stopped. A fully masked row adds nothing.
+    """
+    if accelerator.num_processes == 1:
+        return
+    inputs = torch.zeros((1, sequence_length), dtype=torch.int64, device=accelerator.device)
+    for _ in range(2):
+        model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def device_type() -> str:

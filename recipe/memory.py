@@ -51,7 +51,7 @@ class FittingMicroBatches:
         """Halve the micro-batch if the update was abandoned because a rank ran out of memory; whether to run it again."""
         from accelerate.utils.memory import clear_device_cache
 
-        if not self.stop.rank_out_of_memory or self.stop.signal:
+        if not self.stop.rank_out_of_memory or self.stop.agreed_signal:
             return False
         rank, self.stop.rank_out_of_memory = self.stop.rank_out_of_memory - 1, 0
         size = min(self.cut.micro_batch_size, self.cut.largest_share)

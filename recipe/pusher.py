@@ -59,14 +59,15 @@ class Pusher:
         ledger: receives an event for each push that succeeded or not.
         console: receives a line for it.
         is_main: whether this is rank 0.
+        done: updates before those of this process.
     """
 
-    def __init__(self, config: Config, ledger: Ledger, console: Console, *, is_main: bool) -> None:
+    def __init__(self, config: Config, ledger: Ledger, console: Console, *, is_main: bool, done: int = 0) -> None:
         self.settings, self.run_directory = config.hub, Path(config.run.directory)
         self.tokens_per_update = config.batch.tokens_per_update
         self.ledger, self.console = ledger, console
         self.enabled = is_main and config.hub.repo_id is not None
-        self._tokens = 0  # of the newest checkpoint seen
+        self._tokens = done * self.tokens_per_update  # of the newest checkpoint seen
         self._call: BackgroundCall | None = None
         self._sent: tuple[int, Path] | None = None  # update, and the directory that `_call` pushes
         self._waiting: list[tuple[int, Path]] = []
@@ -105,13 +106,13 @@ class Pusher:
 
     def finish(self, stop: StopRequest) -> None:
         """Wait for what is not pushed yet, `hub.wait_seconds` at most and no longer than until the next signal."""
-        limit, asked = self.settings.wait_seconds, stop.signal
+        limit, received = self.settings.wait_seconds, stop.received
         deadline = time.monotonic() + limit
         if self._call is not None:
             self.console.say(f"waiting for the push to {self.settings.repo_id}, {limit:g} s at most")
         while self._call is not None:
             answer = self._call.wait(min(POLL_SECONDS, deadline - time.monotonic()))
-            if answer is None and stop.signal != asked:
+            if answer is None and stop.received != received:
                 answer = RecipeError(f"not done when {stop.reason} ended the wait ({self._call.trouble})")
             elif answer is None and time.monotonic() >= deadline:
                 answer = RecipeError(f"not done {limit:g} s after the end of training ({self._call.trouble})")

@@ -102,7 +102,9 @@ def find_start(config: Config) -> Start:
         if reason is None:
             state = read_state(candidate)
             changes = _check_same_run(state.config, config, f"{candidate} is of another run")
-            rollbacks = read_events(candidate.parent.parent / "ledger.jsonl", "rollback", state.update)  # of its run
+            rollbacks = read_events(
+                candidate.resolve().parent.parent / "ledger.jsonl", "rollback", state.update
+            )  # of its run
             draws = {*state.skipped_draws, *(draw for event in rollbacks for draw in event["skipped_draws"])}
             return Start(candidate, state, skipped, changes, tuple(sorted(draws)))
         skipped.append((candidate.name, reason))
@@ -160,7 +162,9 @@ def roll_back(config: Config, spike: Spike, update: int, skipped_draws: Sequence
     """
     settings = config.stability
     if not list_checkpoints(Path(config.run.directory) / "checkpoints"):
-        raise spiked(update, spike, "there is no checkpoint to return to yet: lower --checkpoint.every_tokens, or")
+        raise spiked(
+            update, spike, "this run has no checkpoint of its own to return to yet: lower --checkpoint.every_tokens, or"
+        )
     start = find_start(replace(config, resume="auto"))
     earlier = [event for event in read_events(ledger.path, "rollback", start.update) if event["update"] == start.update]
     if len(earlier) >= settings.max_rollbacks:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from recipe.checkpoint import list_checkpoints
 from recipe.command_line import write_config
 from recipe.config import Config
 from recipe.errors import RecipeError
@@ -55,9 +56,11 @@ def claim_run_directory(config: Config) -> FileLock:
 
 
 def begin_run(config: Config, start: Start) -> Path | None:
-    """Make the directory ready: cut the ledger back to where `start` goes on, or move an earlier run to previous/N.
+    """Make the directory ready: cut the ledger back to where `start` goes on, or make room for a new run.
 
-    Returns: where the earlier run went, or None.
+    What this run takes the place of, an earlier run or checkpoints newer than where it goes on, is moved to previous/N.
+
+    Returns: where that went, or None.
     Raises:
         RecipeError: the directory cannot be written.
     """
@@ -67,12 +70,15 @@ def begin_run(config: Config, start: Start) -> Path | None:
         previous = None
         if start.checkpoint and start.checkpoint.parent.resolve() == (directory / "checkpoints").resolve():
             cut_ledger(directory / "ledger.jsonl", start.update)
-        elif earlier:
+            newest_first = list_checkpoints(directory / "checkpoints")  # newer ones would be taken for this run's
+            earlier = newest_first[: [path.name for path in newest_first].index(start.checkpoint.name)]
+        if earlier:
             taken = [int(path.name) for path in directory.glob("previous/*") if path.name.isdigit()]
             previous = directory / "previous" / str(max(taken, default=0) + 1)
-            previous.mkdir(parents=True)
             for path in earlier:
-                os.replace(path, previous / path.name)
+                target = previous / path.relative_to(directory)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
         write_config(config, directory / "config.yaml")
     except OSError as error:
         raise _cannot_write(config, error) from None

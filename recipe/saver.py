@@ -14,6 +14,7 @@ from recipe.config import Config
 from recipe.console import Console
 from recipe.data import UpdateBlocks
 from recipe.errors import RecipeError
+from recipe.launch import on_main
 from recipe.ledger import Ledger
 from recipe.plan import RunPlan
 from recipe.pusher import Pusher
@@ -99,12 +100,12 @@ class CheckpointSaver:
         if self._unsaved is not None:
             self._copy()
             self.write()
-        failure = self.report(wait=True)
+        # All ranks wait: a launcher ends the others when it sees the first one leave with an exit code.
+        failure = on_main(self.accelerator, lambda: self.report(wait=True))
         if failure:
             raise RecipeError(
                 f"the last checkpoint could not be written to {self.root}: {failure}; free the disk and start again: the "
-                "run goes on from the checkpoint before it",
-                on_this_rank_only=True,
+                "run goes on from the checkpoint before it"
             )
 
     def _is_due(self, update: int) -> bool:

@@ -36,7 +36,14 @@ def train(config: Config) -> None:
     from recipe.data import UpdateReader, make_lanes, next_update
     from recipe.finish import finish_run
     from recipe.initial_model import initial_model
-    from recipe.launch import announced_world_size, choose_precision, device_type, on_main, start_accelerator
+    from recipe.launch import (
+        announced_world_size,
+        choose_precision,
+        device_type,
+        on_main,
+        settle_buckets,
+        start_accelerator,
+    )
     from recipe.ledger import Ledger, entry_of, peak_flops, start_trackers
     from recipe.machine import describe_machine
     from recipe.memory import FittingMicroBatches
@@ -81,6 +88,7 @@ def train(config: Config) -> None:
     # Model and optimizer: the only two things accelerate prepares.
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    settle_buckets(model, accelerator, cut.sequence_length)
 
     def read_from(start: Start) -> UpdateReader:
         """Put model, optimizer and lanes where `start` is, and begin to read what comes after it."""
@@ -104,12 +112,12 @@ def train(config: Config) -> None:
 
     # From here on the files in the directory are this run's.
     if previous := on_main(accelerator, lambda: begin_run(config, start)):
-        console.say(f"the earlier run in {directory} is now in {previous}")
+        console.say(f"what this run takes the place of is now in {previous}")
     start_trackers(config, accelerator, start.update)
     ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
     peak = peak_flops(accelerator.device, precision)
     on_main(accelerator, lambda: ledger.event("start", start.update, **describe_machine(accelerator, precision, peak)))
-    pusher = Pusher(config, ledger, console, is_main=accelerator.is_main_process)
+    pusher = Pusher(config, ledger, console, is_main=accelerator.is_main_process, done=start.update)
     saver = CheckpointSaver(
         config, plan, model, optimizer, tokenizer, pusher, accelerator=accelerator, ledger=ledger, console=console
     )
@@ -129,8 +137,8 @@ def train(config: Config) -> None:
 
     model.train()
     console.start(start.update)
-    update, is_stopped = start.update, False
-    while update < plan.planned_updates:
+    update, is_stopped = start.update, bool(validation_sets) and not before
+    while update < plan.planned_updates and not is_stopped:
         update += 1
         started = time.perf_counter()
         blocks = updates.next_update()
@@ -182,6 +190,7 @@ def train(config: Config) -> None:
         is_last = update == plan.planned_updates
         if is_last or crosses(tokens - cut.tokens_per_update, tokens, config.evaluation.every_tokens):
             after = evaluation.validate(update, memory.cut.micro_batch_size)
+            is_stopped = bool(validation_sets) and not after
             evaluation.sample(update)
             entry = replace(entry, **ledger_values(after))
         stall_seconds = saver.snapshot(update, blocks, entry.blocks_sha256, spikes.recent)
@@ -191,8 +200,9 @@ def train(config: Config) -> None:
     console.finish()
     saver.finish()
     if is_stopped:
-        console.say(f"stopped by {stop.reason}; the same command goes on from here")
-        pusher.finish(stop)
+        same = "the same command" if config.resume == "auto" else "the same command with --resume auto"
+        console.say(f"stopped by {stop.reason}; {same} goes on from here")
+        on_main(accelerator, lambda: pusher.finish(stop))
         accelerator.end_training()  # trackers send what they hold
         sys.exit(stop.exit_code)
 

@@ -194,7 +194,7 @@ def test_rollback_without_a_checkpoint_or_without_effect_stops(spiky: Path) -> N
     none = ["--checkpoint.every_tokens", "null", "--checkpoint.every_minutes", "null"]
     done = train(*spiky_arguments(spiky / "no-checkpoint", *rollback, *none))
     assert done.returncode == 3
-    assert "there is no checkpoint to return to yet" in done.stderr
+    assert "no checkpoint of its own to return to yet" in done.stderr
     more = ["--stability.rollback_updates", "1", "--stability.max_rollbacks", "1", "--stability.spike_score", "0.1"]
     done = run([sys.executable, "recipe/train.py", *spiky_arguments(spiky / "in-vain", *rollback, *more)])
     assert done.returncode == 3
