@@ -27,10 +27,12 @@ from recipe.checkpoint import (
     why_invalid,
     write_checkpoint,
 )
-from recipe.config import Config, ModelConfig, OptimizerConfig
+from recipe.config import Config, ModelConfig, OptimizerConfig, RunConfig
 from recipe.errors import RecipeError
 from recipe.export import PADDED
 from recipe.model import CausalLanguageModel, build_model, build_optimizer
+from recipe.resume import Start
+from recipe.run_directory import begin_run
 from recipe.tokenizer import train_tokenizer
 
 Trained = tuple[CausalLanguageModel, torch.optim.Optimizer, Any]
@@ -226,3 +228,27 @@ def test_a_checkpoint_of_another_shape_is_one_line(tmp_path: Path) -> None:
     model = build_model(Config(model=shape), 280, 0)
     with pytest.raises(RecipeError, match="does not fit this model"):
         load_checkpoint(path, model, build_optimizer(model, OptimizerConfig()))
+
+
+def test_a_snapshot_before_the_first_step_leaves_the_optimizer_as_it_is(tmp_path: Path) -> None:
+    """torch would make the state that it is asked for by a step of its own, on the rank that saves alone."""
+    model, _, tokenizer = trained()
+    optimizer = build_optimizer(model, OptimizerConfig())
+    path = write(tmp_path, 1, (model, optimizer, tokenizer))
+    assert not optimizer.state
+    other, stepped, _ = trained(seed=2)
+    load_checkpoint(path, other, stepped)
+    assert not stepped.state
+
+
+def test_newer_checkpoints_of_another_course_are_set_aside(tmp_path: Path) -> None:
+    """Going on from an older one by its path: a rollback or the next resume must not take the newer ones for this run's."""
+    run = tmp_path / "run"
+    paths = {update: write(run / "checkpoints", update, trained()) for update in (5, 10, 15)}
+    (run / "ledger.jsonl").write_text('{"update": 5}\n{"update": 10}\n{"update": 15}\n', encoding="utf-8")
+    config = Config(run=RunConfig(directory=str(run)))
+    previous = begin_run(config, Start(paths[10], read_state(paths[10])))
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-000010", "step-000005"]
+    assert previous is not None
+    assert why_invalid(previous / "checkpoints/step-000015") is None
+    assert (run / "ledger.jsonl").read_text(encoding="utf-8") == '{"update": 5}\n{"update": 10}\n'
