@@ -38,10 +38,10 @@ def finish_run(
         console.section("sample", text)
     if receipt:
         console.section("parity receipt", receipt)
-    console.section("finished model", usage(directory / "final"))
     console.section(
         "what next",
         f"python -m recipe.report {directory}    # a page with its curves\n"
         f"python -m recipe.card {directory}      # a model card\n"
         "python -m recipe --help    # all commands",
     )
+    console.section("finished model", usage(directory / "final"))
