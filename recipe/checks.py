@@ -44,6 +44,11 @@ def validate(config: Config) -> None:
             f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "
             "which needs 256 bytes and the end-of-text token: set --model.vocab_size 257 or more"
         )
+    if config.optimizer.state == "lean" and (config.optimizer.name != "adamw" or config.precision != "bf16"):
+        raise RecipeError(
+            f"optimizer.state = lean is AdamW in bf16: it needs --optimizer.name adamw and --precision bf16, not "
+            f"{config.optimizer.name} and {config.precision}"
+        )
     if config.hub.repo_id is not None:
         check_repo_id("hub.repo_id", config.hub.repo_id)
     for name in ("data.retry_seconds", "hub.wait_seconds"):
@@ -87,6 +92,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "model.n_positions": (1, False),
     "model.vocab_size": (2, False),
     "model.dropout": (0, False),
+    "performance.activation_checkpointing": (0, False),
     "model.initializer_range": (0, True),
     "model.layer_norm_epsilon": (0, True),
     "optimizer.learning_rate": (0, True),
@@ -125,7 +131,7 @@ def check_bounds(config: Any, bounds: dict[str, tuple[float, bool]]) -> None:
     """
     for name, (smallest, exclusive) in bounds.items():
         value = value_of(config, name)
-        if value is None:
+        if value is None or value == "auto":
             continue
         if not (value > smallest if exclusive else value >= smallest):
             raise RecipeError(f"{name} = {value}: must be {'greater than' if exclusive else 'at least'} {smallest:g}")

@@ -35,8 +35,9 @@ class BatchConfig:
 
     tokens_per_update: int = 524_288
     """Target tokens of one optimizer step, over all ranks. A whole number of blocks."""
-    micro_batch_size: int = 4
-    """Blocks in one forward and backward, at most. A memory setting: the update does not depend on it."""
+    micro_batch_size: int | Literal["auto"] = 4
+    """Blocks in one forward and backward, at most. A memory setting: the update does not depend on it. auto: as many as fit
+    into the device, by the plan and a real step."""
     lanes: int = 64
     """Document streams the data is dealt into, fixed for the run; at least the number of ranks."""
     scaling: Literal["accumulate", "manual"] = "accumulate"
@@ -109,6 +110,9 @@ class OptimizerConfig:
 
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov and Hutter, 2019), or plain SGD, which hides no error in the gradient's scale."""
+    state: Literal["fp32", "lean"] = "fp32"
+    """fp32: parameters, gradients and moments in float32, 16 bytes per parameter. lean: all of them in bf16, rounded
+    stochastically (torchao), 8 bytes per parameter; adamw with precision bf16 only, and less exact."""
     learning_rate: float = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     beta1: float = 0.9
@@ -121,6 +125,26 @@ class OptimizerConfig:
     """Decoupled for AdamW; on matrices and embeddings only."""
     max_grad_norm: float = 1.0
     """Clip the norm of the whole update's gradient to this. 0: do not clip."""
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """How the step is computed: speed and memory. The update stays the same, to rounding."""
+
+    loss: Literal["auto", "plain", "chunked", "linear_cross_entropy", "liger"] = "auto"
+    """plain: all logits of a micro-batch at once. chunked: some rows at a time, computed again in backward.
+    linear_cross_entropy: torch's, some rows at a time, whose gradient is computed in forward; for fp32. liger: Liger's kernel,
+    for CUDA. auto: what was measured to be the fastest of those that hold no logits."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Kernel of scaled_dot_product_attention; one that the device has not is an error. auto: torch chooses."""
+    compile: bool = False
+    """Compile the model with torch.compile, in place: at most two graphs, one for each size of micro-batch."""
+    activation_checkpointing: int = 0
+    """Keep only the input of every n-th transformer block, and compute that block again in backward. 1: every block; 0: none."""
+    tf32: bool = False
+    """Let CUDA round the inputs of float32 matrix products to TF32."""
+    deterministic: bool = False
+    """Use only deterministic kernels: the same bits in every run on the same device, at some cost."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +253,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

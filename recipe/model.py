@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recipe.config import Config, OptimizerConfig
 from recipe.errors import RecipeError
 from recipe.export import load_pretrained, load_weights
+from recipe.footprint import LossMethod
 from recipe.loss import summed_token_loss
 
 # transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
@@ -43,17 +44,19 @@ class CausalLanguageModel(nn.Module):
     Args:
         gpt2: the transformers model.
         vocabulary: tokens of the tokenizer; embedding rows above are padding.
+        loss: the way to compute it.
     """
 
-    def __init__(self, gpt2: Any, vocabulary: int) -> None:
+    def __init__(self, gpt2: Any, vocabulary: int, loss: LossMethod = "chunked") -> None:
         super().__init__()
         self.gpt2 = gpt2
         self.vocabulary = vocabulary
+        self.loss = loss
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed loss in nats, 0-d; inputs and targets int64 [rows, tokens], targets masked with `IGNORED_TARGET`."""
         hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
-        return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary)
+        return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary, self.loss)
 
 
 def gpt2_config(config: Config, end_of_text: int) -> Any:
@@ -83,14 +86,17 @@ def gpt2_config(config: Config, end_of_text: int) -> Any:
     )
 
 
-def build_model(config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None) -> CausalLanguageModel:
-    """An fp32 model, with the weights of `init_from`, or freshly initialised ones that the seed decides.
+def build_model(
+    config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None, *, loss: LossMethod = "chunked"
+) -> CausalLanguageModel:
+    """A model with the weights of `init_from`, or freshly initialised ones that the seed decides: fp32, or bf16 if lean.
 
     Args:
         config: the settings.
         vocabulary: tokens of the tokenizer.
         end_of_text: id of the end-of-text token.
         init_from: directory or Hub name of a GPT-2 of this shape, in any precision.
+        loss: the way to compute it.
 
     Raises:
         RecipeError: a tokenizer larger than the embedding, an installed transformers that initialises GPT-2 wrongly, or an
@@ -123,9 +129,22 @@ def build_model(config: Config, vocabulary: int, end_of_text: int, init_from: st
                 "set --data.tokenizer to the one that it was trained with"
             )
         load_weights(gpt2, initial.state_dict(), init_from)
-    wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != torch.float32}
-    assert not wrong, f"master parameters have to be float32, found {wrong}"
-    return CausalLanguageModel(gpt2, vocabulary)
+    checkpoint_activations(gpt2, config.performance.activation_checkpointing)
+    expected = torch.bfloat16 if config.optimizer.state == "lean" else torch.float32
+    gpt2.to(expected)
+    wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != expected}
+    assert not wrong, f"parameters have to be {expected}, found {wrong}"
+    return CausalLanguageModel(gpt2, vocabulary, loss)
+
+
+def checkpoint_activations(gpt2: Any, every: int) -> None:
+    """Let every n-th transformer block keep only its input and run again in backward; 0: none."""
+    if not every:
+        return
+    has_dropout = gpt2.config.resid_pdrop > 0
+    gpt2.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": has_dropout})
+    for number, block in enumerate(gpt2.transformer.h):
+        block.gradient_checkpointing = number % every == 0
 
 
 def check_initialisation(gpt2: Any) -> None:

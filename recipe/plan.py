@@ -87,7 +87,7 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         sequence_length=config.data.sequence_length,
         lanes=config.batch.lanes,
         world_size=world_size,
-        micro_batch_size=config.batch.micro_batch_size,
+        micro_batch_size=1 if config.batch.micro_batch_size == "auto" else config.batch.micro_batch_size,
     )
     parameters = parameter_count(config.model, config.n_positions)
     updates = total_updates(config.schedule, parameters, update.tokens_per_update)

@@ -28,6 +28,7 @@ HARMLESS = (
     "batch.scaling",
     "data.cache_directory",
     "data.retry_seconds",
+    "performance",
     "schedule.total_tokens",
     "schedule.tokens_per_parameter",
     "stability",

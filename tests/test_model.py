@@ -12,7 +12,8 @@ from torch import nn
 from recipe.command_line import load_config
 from recipe.config import Config, ModelConfig, OptimizerConfig
 from recipe.errors import RecipeError
-from recipe.loss import IGNORED_TARGET, ROWS_PER_CHUNK, summed_token_loss
+from recipe.footprint import ROWS_PER_CHUNK, LossMethod
+from recipe.loss import IGNORED_TARGET, summed_token_loss
 from recipe.model import build_model, build_optimizer, check_initialisation, gpt2_config, seed_dropout
 from recipe.plan import flops_per_token, make_plan, parameter_count
 from tests.helpers import ROOT
@@ -123,15 +124,16 @@ def test_padded_rows_get_no_probability_and_no_gradient() -> None:
     assert gradient[:300].abs().max() > 0
 
 
-@pytest.mark.parametrize("rows", [7, ROWS_PER_CHUNK + 1])
-def test_chunked_loss_is_the_plain_loss(rows: int) -> None:
-    """In float64, gradients too; the last chunk is short, and some targets are masked."""
+@pytest.mark.parametrize("rows", [7, ROWS_PER_CHUNK["chunked"] + 1])
+@pytest.mark.parametrize("method", ["plain", "chunked", "linear_cross_entropy"])
+def test_every_way_to_compute_the_loss_gives_the_plain_loss(method: LossMethod, rows: int) -> None:
+    """In float64, gradients too; the last chunk is short, the vocabulary padded, and some targets are masked."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(40, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(33, (rows,), generator=generator)
     targets[::3] = IGNORED_TARGET
-    ours = summed_token_loss(hidden, weight, targets, vocabulary=33)
+    ours = summed_token_loss(hidden, weight, targets, vocabulary=33, method=method)
     plain = nn.functional.cross_entropy(hidden @ weight[:33].T, targets, reduction="sum", ignore_index=IGNORED_TARGET)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     for mine, theirs in zip(
