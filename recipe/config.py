@@ -140,7 +140,7 @@ class PerformanceConfig:
     compile: bool = False
     """Compile the model with torch.compile, in place: at most two graphs, one for each size of micro-batch."""
     activation_checkpointing: int = 0
-    """Keep only the input of every n-th transformer block, and compute that block again in backward. 1: every block; 0: none."""
+    """Keep only the input of every n-th transformer block, which is computed again in backward. 1: every block; 0: none."""
     tf32: bool = False
     """Let CUDA round the inputs of float32 matrix products to TF32."""
     deterministic: bool = False
