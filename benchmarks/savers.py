@@ -63,7 +63,7 @@ class Training:
         self.gpt2: Any = model.gpt2
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, self.config.optimizer))
         self.lanes: Any = [RandomLane(lane, vocabulary, tokens) for lane in range(self.plan.update.lanes)]
-        self.blocks = next_update(self.lanes, self.plan.update.blocks_per_lane)
+        self.blocks = next_update(self.lanes, self.plan.update.blocks_per_lane, self.accelerator.device)
         self.train(1, 32)
 
     def train(self, updates: int, tokens: int) -> float:

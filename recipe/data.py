@@ -35,6 +35,7 @@ class UpdateBlocks:
 
     Args:
         blocks: int32 [blocks of the rank, sequence_length + 1], in lane order.
+        batch: the same as inputs and targets on the device, int64 [blocks of the rank, sequence_length].
         sha256: uint8 [blocks of the rank, 32], hash of each block's tokens.
         lane_states: state of each of the rank's lanes before this update: a checkpoint holds these, and reading the update
             again leads to the next one.
@@ -43,6 +44,7 @@ class UpdateBlocks:
     """
 
     blocks: np.ndarray
+    batch: MicroBatch
     sha256: np.ndarray
     lane_states: list[dict[str, Any]]
     wait_seconds: float
@@ -82,15 +84,15 @@ def make_lanes(config: Config, plan: UpdatePlan, rank: int, source: Source, toke
     ]
 
 
-def next_update(lanes: Sequence[Lane], blocks_per_lane: int) -> UpdateBlocks:
-    """Read, tokenize and pack the next update's blocks of these lanes."""
+def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.device) -> UpdateBlocks:
+    """Read, tokenize and pack the next update's blocks of these lanes, and move them to the device."""
     states = [lane.state_dict() for lane in lanes]
     blocks = np.concatenate([lane.next_blocks(blocks_per_lane) for lane in lanes])
-    return UpdateBlocks(blocks, hash_blocks(blocks), states, wait_seconds=0.0)
+    return UpdateBlocks(blocks, to_tensors(blocks, device), hash_blocks(blocks), states, wait_seconds=0.0)
 
 
 class UpdateReader:
-    """The blocks of `updates` updates, read, tokenized and packed in a background thread that starts now.
+    """The blocks of `updates` updates, read, tokenized, packed and moved to the device in a background thread that starts now.
 
     At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its own, however far the thread
     has read.
@@ -99,6 +101,7 @@ class UpdateReader:
         lanes: of this rank.
         blocks_per_lane: of each in an update.
         updates: how many to read.
+        device: where they go.
         done: updates before the first.
         skipped_draws: draws to leave out.
         stop: a request to stop ends the waiting for data.
@@ -110,13 +113,14 @@ class UpdateReader:
         lanes: Sequence[Lane],
         blocks_per_lane: int,
         updates: int,
+        device: torch.device,
         *,
         done: int = 0,
         skipped_draws: Sequence[int] = (),
         stop: StopRequest | None = None,
         rank: int = 0,
     ) -> None:
-        self._stop, self._rank = stop, rank
+        self._stop, self._rank, self._device = stop, rank, device
         self._ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -161,7 +165,7 @@ class UpdateReader:
     ) -> None:
         try:
             for draw in range(draw_of(done, skipped_draws) + 1, draw_of(done + updates, skipped_draws) + 1):
-                blocks = next_update(lanes, blocks_per_lane)
+                blocks = next_update(lanes, blocks_per_lane, self._device)
                 if draw not in skipped_draws:
                     self._put(replace(blocks, skipped_draws=skipped_draws))
                 if self._stopped.is_set():
@@ -189,17 +193,22 @@ def combine_hashes(hashes: np.ndarray) -> str:
 
 
 def split_into_micro_batches(
-    blocks: np.ndarray, plan: UpdatePlan, rank: int, device: torch.device, *, masked_row_last: bool = False
+    batch: MicroBatch, plan: UpdatePlan, rank: int, *, masked_row_last: bool = False
 ) -> list[MicroBatch]:
-    """Inputs and targets of each micro-batch of the plan; a rank with fewer blocks than steps gets fully masked rows.
+    """Cut the rank's inputs and targets, [blocks of the rank, tokens], into the micro-batches of the plan.
 
-    With `masked_row_last` one more follows, of one masked row.
+    A rank with fewer blocks than steps gets fully masked rows. With `masked_row_last` one more micro-batch follows, fully
+    masked and as large as the smallest, so that a compiled model knows its shape.
     """
+    inputs, targets = batch
     first = plan.blocks_of_rank(rank).start
-    masked_row = np.full((1, plan.sequence_length + 1), _PADDING, dtype=np.int32)
-    rows = [blocks[block.start - first : block.stop - first] for block in plan.micro_batches(rank)]
-    rows += [masked_row] if masked_row_last else []
-    return [to_tensors(some if len(some) else masked_row, device) for some in rows]
+    cuts = [slice(blocks.start - first, blocks.stop - first) for blocks in plan.micro_batches(rank)]
+    smallest = max(1, min(cut.stop - cut.start for cut in cuts))
+    masked = torch.zeros_like(inputs[:1]), torch.full_like(targets[:1], IGNORED_TARGET)
+    micro_batches = [(inputs[cut], targets[cut]) if cut.stop > cut.start else masked for cut in cuts]
+    if masked_row_last:
+        micro_batches.append((masked[0].expand(smallest, -1), masked[1].expand(smallest, -1)))
+    return micro_batches
 
 
 def to_tensors(blocks: np.ndarray, device: torch.device) -> MicroBatch:

@@ -60,6 +60,7 @@ def evaluate(
     import torch
 
     from recipe.data import to_tensors
+    from recipe.kernels import eager
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
     blocks = validation.blocks
@@ -68,7 +69,7 @@ def evaluate(
     was_training = plain.training
     plain.eval()
     losses = []
-    with torch.no_grad():
+    with torch.no_grad(), eager(plain):
         for first in range(0, len(share), rows):
             if stop is not None and stop.signal:
                 break

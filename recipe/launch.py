@@ -13,6 +13,7 @@ import torch
 
 from recipe.config import Config
 from recipe.errors import RecipeError
+from recipe.kernels import eager
 from recipe.loss import IGNORED_TARGET
 from recipe.plan import world_size_of_launcher
 
@@ -98,8 +99,9 @@ def settle_buckets(model: Any, accelerator: Any, sequence_length: int) -> None:
     if accelerator.num_processes == 1:
         return
     inputs = torch.zeros((1, sequence_length), dtype=torch.int64, device=accelerator.device)
-    for _ in range(2):
-        model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
+    with eager(model):
+        for _ in range(2):
+            model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -43,7 +43,9 @@ def summed_token_loss(
         reduction="sum",
         ignore_index=IGNORED_TARGET,
         options=torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=min(len(hidden), ROWS_PER_CHUNK["linear_cross_entropy"]), chunking_method=None
+            batch_chunk_size=min(len(hidden), ROWS_PER_CHUNK["linear_cross_entropy"]),
+            chunking_method=None,
+            allow_retain_graph=torch.compiler.is_compiling(),  # it has to be there, and warns where it is not
         ),
     )
 

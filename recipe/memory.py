@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-import torch
-
 from recipe.budget import UpdatePlan
 from recipe.console import Console
 from recipe.data import split_into_micro_batches
@@ -28,24 +25,21 @@ class FittingMicroBatches:
     Args:
         cut: the update's division; `self.cut` is the one in force.
         rank: whose micro-batches they are.
-        device: where they go.
         stop: through which the ranks agree.
         ledger: receives an event for each change.
         console: receives a line.
     """
 
-    def __init__(
-        self, cut: UpdatePlan, rank: int, device: torch.device, *, stop: StopRequest, ledger: Ledger, console: Console
-    ) -> None:
-        self.cut, self.rank, self.device = cut, rank, device
+    def __init__(self, cut: UpdatePlan, rank: int, *, stop: StopRequest, ledger: Ledger, console: Console) -> None:
+        self.cut, self.rank = cut, rank
         self.stop, self.ledger, self.console = stop, ledger, console
         self._on_trial = UPDATES_ON_TRIAL
 
-    def split(self, blocks: np.ndarray) -> list[MicroBatch]:
-        """Micro-batches of this rank's blocks of an update."""
+    def split(self, batch: MicroBatch) -> list[MicroBatch]:
+        """Micro-batches of this rank's blocks of an update, [blocks, tokens]."""
         on_trial = self._on_trial > 0 and self.cut.world_size > 1
         self._on_trial -= 1
-        return split_into_micro_batches(blocks, self.cut, self.rank, self.device, masked_row_last=on_trial)
+        return split_into_micro_batches(batch, self.cut, self.rank, masked_row_last=on_trial)
 
     def shrink(self, update: int) -> bool:
         """Halve the micro-batch if the update was abandoned because a rank ran out of memory; whether to run it again."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -141,8 +140,10 @@ def checkpoint_activations(gpt2: Any, every: int) -> None:
     """Let every n-th transformer block keep only its input and run again in backward; 0: none."""
     if not every:
         return
-    has_dropout = gpt2.config.resid_pdrop > 0
-    gpt2.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": has_dropout})
+    enable = getattr(
+        gpt2, "activation_checkpointing_enable", gpt2.gradient_checkpointing_enable
+    )  # the name before 5.23
+    enable({"use_reentrant": False, "preserve_rng_state": gpt2.config.resid_pdrop > 0})
     for number, block in enumerate(gpt2.transformer.h):
         block.gradient_checkpointing = number % every == 0
 
@@ -178,20 +179,33 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (fused, also on a CPU: 8 times faster there than the loop) or SGD without momentum."""
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (fused, also on a CPU: 8 times faster there than the loop), lean AdamW, or SGD without momentum.
+
+    Args:
+        model: its parameters are taken.
+        optimizer: the settings.
+        seed: of lean AdamW's rounding.
+    """
     groups = parameter_groups(model, optimizer.weight_decay)
     if optimizer.name == "sgd":
         return torch.optim.SGD(groups, lr=optimizer.learning_rate)
-    return torch.optim.AdamW(
-        groups,
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.epsilon,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.epsilon,
+    }
+    if optimizer.state == "lean":
+        from recipe.lean import LeanAdamW
+
+        return LeanAdamW(groups, seed=seed, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def seed_dropout(seed: int, update: int, rank: int) -> None:
-    """Make dropout a function of (seed, update, rank), so that no random state has to be saved."""
-    torch.manual_seed(int.from_bytes(sha256(f"dropout/{seed}/{update}/{rank}".encode()).digest()[:8], "big") >> 1)
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # lean AdamW keeps a tensor, which compiled code reads
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recipe.budget import UpdatePlan
 from recipe.data import split_into_micro_batches
 from recipe.errors import RecipeError
-from recipe.update import Scaling, accumulate_gradient
+from recipe.kernels import eager
+from recipe.update import MicroBatch, Scaling, accumulate_gradient
 
 # Largest relative difference allowed, in the 2-norm of the gradient. float32 rounds at 6e-8, and sums of thousands of
 # tokens differ by some times that; under bf16 autocast each micro-batch's gradient is rounded at 4e-3.
@@ -51,9 +51,9 @@ class ParityReceipt:
 
 
 def parity_receipt(
-    model: nn.Module, blocks: np.ndarray, plan: UpdatePlan, *, accelerator: Any, scaling: Scaling, precision: str
+    model: nn.Module, batch: MicroBatch, plan: UpdatePlan, *, accelerator: Any, scaling: Scaling, precision: str
 ) -> ParityReceipt:
-    """Compute the gradient of this rank's `blocks` in up to four ways, without dropout; gradients are cleared afterwards.
+    """Compute the gradient of this rank's `batch` in up to four ways, without dropout; gradients are cleared afterwards.
 
     Raises:
         RecipeError: a difference above the tolerance: the update would depend on how it is cut up.
@@ -64,7 +64,7 @@ def parity_receipt(
 
     def gradient(micro_batch_size: int, path: Scaling) -> tuple[str, list[Tensor]]:
         cut = replace(plan, micro_batch_size=micro_batch_size)
-        micro_batches = split_into_micro_batches(blocks, cut, accelerator.process_index, accelerator.device)
+        micro_batches = split_into_micro_batches(batch, cut, accelerator.process_index)
         accumulate_gradient(  # no stop request: it is a moment
             model, micro_batches, accelerator=accelerator, scaling=path, target_tokens=plan.tokens_per_update
         )
@@ -73,12 +73,13 @@ def parity_receipt(
         steps = cut.gradient_accumulation_steps
         return f"{path}, micro-batch {micro_batch_size} x {steps} steps", gradients
 
-    reference_name, reference = gradient(plan.micro_batch_size, scaling)
+    with eager(model):
+        reference_name, reference = gradient(plan.micro_batch_size, scaling)
+        compared = [gradient(size, scaling) for size in _other_micro_batch_sizes(plan)]
+        compared.append(gradient(plan.micro_batch_size, other))
     norm = torch.stack([g.norm() for g in reference]).norm()
     differences = []
-    others = [(size, scaling) for size in _other_micro_batch_sizes(plan)]
-    for size, path in (*others, (plan.micro_batch_size, other)):
-        name, gradients = gradient(size, path)
+    for name, gradients in compared:
         apart = torch.stack([(a - b).norm() for a, b in zip(gradients, reference, strict=True)]).norm()
         differences.append((name, float(apart / norm)))
     model.train(was_training)

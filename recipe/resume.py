@@ -11,9 +11,10 @@ from recipe.budget import UpdatePlan
 from recipe.checkpoint import TrainingState, list_checkpoints, load_checkpoint, read_state, why_invalid
 from recipe.command_line import as_dictionary
 from recipe.config import Config
-from recipe.data import UpdateBlocks, draw_of, next_update, to_tensors
+from recipe.data import UpdateBlocks, draw_of, next_update
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.hub import download_checkpoint
+from recipe.kernels import eager
 from recipe.lanes import Lane
 from recipe.ledger import Ledger, gather_hash, read_events
 from recipe.parity import TOLERANCE
@@ -223,7 +224,7 @@ def restore(
     load_checkpoint(start.checkpoint, accelerator.unwrap_model(model), optimizer.optimizer)
     for lane in lanes:
         lane.load_state_dict(state.lane_states[lane.index])
-    blocks = next_update(lanes, plan.blocks_per_lane)
+    blocks = next_update(lanes, plan.blocks_per_lane, accelerator.device)
     if gather_hash(accelerator, plan, blocks) != state.blocks_sha256:
         raise RecipeError(
             f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
@@ -247,8 +248,8 @@ def proof_loss(model: Any, blocks: UpdateBlocks, *, accelerator: Any) -> float:
     plain = accelerator.unwrap_model(model)
     was_training = plain.training
     plain.eval()
-    inputs, targets = to_tensors(blocks.blocks[:1, : PROOF_TOKENS + 1], accelerator.device)
-    with torch.no_grad():
+    inputs, targets = (tokens[:1, :PROOF_TOKENS] for tokens in blocks.batch)
+    with torch.no_grad(), eager(plain):
         loss = plain(inputs, targets).item() / targets.numel()
     plain.train(was_training)
     return loss

@@ -32,10 +32,13 @@ def train(config: Config) -> None:
 
     stop = StopRequest()
 
+    from recipe.chance import seed_dropout
     from recipe.console import Console
     from recipe.data import UpdateReader, make_lanes, next_update
     from recipe.finish import finish_run
+    from recipe.footprint import choose_loss
     from recipe.initial_model import initial_model
+    from recipe.kernels import compile_model, set_kernels
     from recipe.launch import (
         announced_world_size,
         choose_precision,
@@ -47,7 +50,7 @@ def train(config: Config) -> None:
     from recipe.ledger import Ledger, entry_of, peak_flops, start_trackers
     from recipe.machine import describe_machine
     from recipe.memory import FittingMicroBatches
-    from recipe.model import build_model, build_optimizer, seed_dropout
+    from recipe.model import build_model, build_optimizer, set_learning_rate
     from recipe.parity import parity_receipt
     from recipe.pusher import Pusher, check_hub
     from recipe.resume import find_start, on_spike, restore, roll_back
@@ -65,6 +68,7 @@ def train(config: Config) -> None:
     precision, why = choose_precision(config.precision, device_type())
     accelerator = start_accelerator(config, precision)
     stop.connect(accelerator.num_processes)
+    set_kernels(config, accelerator.device, precision)
     rank, directory = accelerator.process_index, Path(config.run.directory)
     console = Console(accelerator.is_main_process, plan.planned_updates)
     console.section("plan", f"{plan}\n  precision           {precision}: {why}")
@@ -86,8 +90,11 @@ def train(config: Config) -> None:
     validation_sets = read_validation_sets(config, source, tokenizer)
 
     # Model and optimizer: the only two things accelerate prepares.
-    model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    loss = choose_loss(config.performance.loss, accelerator.device.type, precision)
+    model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from, loss=loss)
+    if config.performance.compile:
+        compile_model(model)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, config.run.seed))
     settle_buckets(model, accelerator, cut.sequence_length)
 
     def read_from(start: Start) -> UpdateReader:
@@ -99,12 +106,20 @@ def train(config: Config) -> None:
         left = plan.planned_updates - start.update
         skipped = start.skipped_draws
         return UpdateReader(
-            lanes, cut.blocks_per_lane, left, done=start.update, skipped_draws=skipped, stop=stop, rank=rank
+            lanes,
+            cut.blocks_per_lane,
+            left,
+            accelerator.device,
+            done=start.update,
+            skipped_draws=skipped,
+            stop=stop,
+            rank=rank,
         )
 
     receipt = None
     if config.run.parity_receipt and not start.checkpoint:
-        first = next_update(make_lanes(config, cut, rank, source, tokenizer), cut.blocks_per_lane).blocks
+        lanes = make_lanes(config, cut, rank, source, tokenizer)
+        first = next_update(lanes, cut.blocks_per_lane, accelerator.device).batch
         receipt = parity_receipt(
             model, first, cut, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
         )
@@ -125,7 +140,7 @@ def train(config: Config) -> None:
         ledger.event(
             "resume", start.update, checkpoint=str(start.checkpoint), changes=start.changes, skipped=start.skipped
         )
-    memory = FittingMicroBatches(cut, rank, accelerator.device, stop=stop, ledger=ledger, console=console)
+    memory = FittingMicroBatches(cut, rank, stop=stop, ledger=ledger, console=console)
     spikes = SpikeDetector(config.stability, start.recent)
 
     if HELD_OUT not in validation_sets:
@@ -147,15 +162,14 @@ def train(config: Config) -> None:
             break
         tokens = update * cut.tokens_per_update
         rate = learning_rate(tokens, plan.total_tokens, config.optimizer, config.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         result = None
         while result is None and not is_stopped:
             seed_dropout(config.run.seed, update, rank)
             result = run_update(
                 model,
                 optimizer,
-                memory.split(blocks.blocks),
+                memory.split(blocks.batch),
                 accelerator=accelerator,
                 scaling=config.batch.scaling,
                 max_grad_norm=config.optimizer.max_grad_norm,

@@ -20,7 +20,7 @@ import recipe.checkpoint
 import recipe.lanes
 import recipe.schedule
 import recipe.update
-from recipe.data import UpdateBlocks, UpdateReader, hash_blocks
+from recipe.data import UpdateBlocks, UpdateReader, hash_blocks, to_tensors
 from recipe.lanes import Lane
 from recipe.update import MicroBatch
 
@@ -119,9 +119,9 @@ def prepare_the_data_loader() -> None:
 
     start, original = UpdateReader.__init__, UpdateReader.next_update
 
-    def init(self: Any, lanes: Any, blocks_per_lane: int, updates: int, **more: Any) -> None:
+    def init(self: Any, lanes: Any, blocks_per_lane: int, updates: int, device: Any, **more: Any) -> None:
         self.share = len(lanes) * blocks_per_lane
-        start(self, lanes, blocks_per_lane, updates * 8, **more)
+        start(self, lanes, blocks_per_lane, updates * 8, device, **more)
 
     def next_update(self: Any) -> UpdateBlocks | None:
         if not hasattr(self, "batches"):
@@ -130,7 +130,7 @@ def prepare_the_data_loader() -> None:
             loader = torch.utils.data.DataLoader(Blocks(lambda: original(self)), batch_size=self.share)
             self.batches = iter(Accelerator(cpu=True).prepare(loader))
         blocks = next(self.batches).numpy().astype(np.int32)
-        return UpdateBlocks(blocks, hash_blocks(blocks), [], 0.0)
+        return UpdateBlocks(blocks, to_tensors(blocks, torch.device("cpu")), hash_blocks(blocks), [], 0.0)
 
     setattr(UpdateReader, "__init__", init)  # noqa: B010
     setattr(UpdateReader, "next_update", next_update)  # noqa: B010
@@ -206,7 +206,7 @@ def forget_to_restore_dropout() -> None:
     """Dropout goes on from wherever the process's random state is."""
     import recipe.model
 
-    recipe.model.seed_dropout = lambda seed, update, rank: None
+    recipe.chance.seed_dropout = lambda seed, update, rank: None
 
 
 def forget_skipped_draws() -> None:

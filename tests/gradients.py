@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from recipe.budget import UpdatePlan
 from recipe.config import Config, ModelConfig
-from recipe.data import split_into_micro_batches
+from recipe.data import split_into_micro_batches, to_tensors
 from recipe.loss import IGNORED_TARGET
 from recipe.model import CausalLanguageModel, build_model
 from recipe.update import MicroBatch, Scaling, accumulate_gradient
@@ -63,7 +63,7 @@ def make_mask(count: int, masked: bool) -> Tensor:
 def micro_batches_of(plan: UpdatePlan, rank: int, blocks: np.ndarray, mask: Tensor) -> list[MicroBatch]:
     """The rank's micro-batches as the recipe cuts them, with the masked targets left out."""
     share = plan.blocks_of_rank(rank)
-    cut = split_into_micro_batches(blocks[share.start : share.stop], plan, rank, torch.device("cpu"))
+    cut = split_into_micro_batches(to_tensors(blocks[share.start : share.stop], torch.device("cpu")), plan, rank)
     return [
         (inputs, targets.masked_fill(mask[held.start : held.stop], IGNORED_TARGET) if len(held) else targets)
         for (inputs, targets), held in zip(cut, plan.micro_batches(rank), strict=True)

@@ -29,6 +29,7 @@ from recipe.data import (
     next_update,
     pack_validation,
     split_into_micro_batches,
+    to_tensors,
 )
 from recipe.documents import Source
 from recipe.errors import RecipeError
@@ -38,6 +39,7 @@ from recipe.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, stan
 from recipe.tokenizer import END_OF_TEXT, document_encoder, load_tokenizer, train_tokenizer
 from tests.helpers import write_texts
 
+CPU = torch.device("cpu")
 END = 256  # of the byte encoding below
 LENGTH = 32
 
@@ -229,7 +231,7 @@ def test_a_reader_that_is_never_read_is_stopped(tmp_path: Path) -> None:
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
     plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 1, 3)
-    reader = UpdateReader(make_lanes(config, plan, 0, source, load_tokenizer(config, source)), 2, 10**9)
+    reader = UpdateReader(make_lanes(config, plan, 0, source, load_tokenizer(config, source)), 2, 10**9, CPU)
     reader.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "data-reader"]
 
@@ -243,7 +245,7 @@ def test_an_error_while_reading_reaches_the_training(tmp_path: Path) -> None:
             raise RecipeError("cannot read on")
 
     with pytest.raises(RecipeError, match="cannot read on"):
-        UpdateReader([Broken()], 1, 5).next_update()  # type: ignore[list-item]
+        UpdateReader([Broken()], 1, 5, CPU).next_update()  # type: ignore[list-item]
 
 
 def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> None:
@@ -253,14 +255,14 @@ def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> 
     source = open_source(config)
     tokenizer = load_tokenizer(config, source)
     plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 2, 3)
-    reader = UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12)
+    reader = UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12, CPU)
     updates = [update for _ in range(12) if (update := reader.next_update()) is not None]
     for stop in (0, 4, 10):
         lanes = make_lanes(config, plan, 1, source, tokenizer)
         for lane, state in zip(lanes, updates[stop].lane_states, strict=True):
             lane.load_state_dict(state)
-        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane).blocks, updates[stop].blocks)
-        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane).blocks, updates[stop + 1].blocks)
+        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane, CPU).blocks, updates[stop].blocks)
+        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane, CPU).blocks, updates[stop + 1].blocks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -270,9 +272,9 @@ def test_ranks_share_the_same_blocks(tmp_path: Path, ranks: int) -> None:
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=8, tokenizer=None)
     source = open_source(config)
     tokenizer = load_tokenizer(config, source)
-    whole = next_update(make_lanes(config, UpdatePlan(16 * LENGTH, LENGTH, 8, 1, 1), 0, source, tokenizer), 2)
+    whole = next_update(make_lanes(config, UpdatePlan(16 * LENGTH, LENGTH, 8, 1, 1), 0, source, tokenizer), 2, CPU)
     plan = UpdatePlan(16 * LENGTH, LENGTH, 8, ranks, 1)
-    shares = [next_update(make_lanes(config, plan, rank, source, tokenizer), 2) for rank in range(ranks)]
+    shares = [next_update(make_lanes(config, plan, rank, source, tokenizer), 2, CPU) for rank in range(ranks)]
     np.testing.assert_array_equal(np.concatenate([share.blocks for share in shares]), whole.blocks)
     assert combine_hashes(np.concatenate([share.sha256 for share in reversed(shares)])) == combine_hashes(whole.sha256)
 
@@ -450,7 +452,7 @@ def test_validation_counts_every_token_and_byte_of_whole_documents() -> None:
     assert validation.text_bytes == sum(len(text.encode()) for text in texts)
     assert (validation.blocks[:, 1:] != -1).sum() == validation.tokens
     plan = UpdatePlan(len(validation.blocks) * 16, 16, 1, 1, 100)
-    ((inputs, targets),) = split_into_micro_batches(validation.blocks, plan, 0, torch.device("cpu"))
+    ((inputs, targets),) = split_into_micro_batches(to_tensors(validation.blocks, CPU), plan, 0)
     assert (targets != IGNORED_TARGET).sum() == validation.tokens
     assert inputs.min() >= 0
     cut = pack_validation(iter(texts), tokenizer, 16, 2)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from recipe.chance import seed_dropout
 from recipe.command_line import load_config
 from recipe.config import Config, ModelConfig, OptimizerConfig
 from recipe.errors import RecipeError
 from recipe.footprint import ROWS_PER_CHUNK, LossMethod
 from recipe.loss import IGNORED_TARGET, summed_token_loss
-from recipe.model import build_model, build_optimizer, check_initialisation, gpt2_config, seed_dropout
+from recipe.model import build_model, build_optimizer, check_initialisation, gpt2_config
 from recipe.plan import flops_per_token, make_plan, parameter_count
 from tests.helpers import ROOT
 
