@@ -73,7 +73,7 @@ def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, dire
 
 
 def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
-    """Load float32 tensors, by their names in a model directory, into a GPT2LMHeadModel, in place and bit for bit.
+    """Load tensors, by their names in a model directory, into a GPT2LMHeadModel of their precision, in place and bit for bit.
 
     Rows of the embedding that the tensors do not have are padding, and set to 0.
 
@@ -94,7 +94,7 @@ def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
                 raise RecipeError(
                     f"{name} does not fit this model: {parameter_name} is {found}, not {tuple(parameter.shape)}"
                 )
-            assert source.dtype == torch.float32, f"{parameter_name} is {source.dtype}"
+            assert source.dtype == parameter.dtype, f"{parameter_name} is {source.dtype}"
             parameter[rows:] = 0
             parameter[:rows] = source
 

@@ -94,6 +94,7 @@ def compile_model(model: Any, **options: Any) -> None:
     # Under DDP, dynamo would cut the graph at the buckets, so that their reduction overlaps with backward; it then refuses
     # checkpointed parts. Ranks add up in one micro-batch of an update only, so the overlap is worth little.
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 64  # each time that memory does not suffice brings two sizes more
     model.compile(dynamic=False, fullgraph=True, **options)
 
 
