@@ -10,19 +10,8 @@ from recipe.budget import UpdatePlan
 from recipe.command_line import load_config
 from recipe.config import Config, ModelConfig
 from recipe.errors import RecipeError, run_command
+from recipe.footprint import _MOMENTS, parameter_count
 from recipe.schedule import total_updates
-
-_MOMENTS = {"adamw": 2, "sgd": 0}
-
-
-def parameter_count(model: ModelConfig, n_positions: int) -> int:
-    """Trainable parameters of GPT-2 with a tied output layer."""
-    width = model.n_embd
-    embeddings = (model.vocab_size + n_positions) * width
-    attention = (width * 3 * width + 3 * width) + (width * width + width)
-    feed_forward = (width * 4 * width + 4 * width) + (4 * width * width + width)
-    layer_norms = 2 * 2 * width
-    return embeddings + model.n_layer * (attention + feed_forward + layer_norms) + 2 * width
 
 
 def flops_per_token(model: ModelConfig, n_positions: int, sequence_length: int) -> int:
