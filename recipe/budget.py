@@ -86,6 +86,11 @@ class UpdatePlan:
         """Micro-batches per update, the same number on every rank: ceil(largest share / micro_batch_size)."""
         return -(-self.largest_share // self.micro_batch_size)
 
+    @property
+    def largest_micro_batch(self) -> int:
+        """Blocks of the largest micro-batch there is: a share of 8 in micro-batches of at most 7 is cut into 4 and 4."""
+        return -(-self.largest_share // self.gradient_accumulation_steps)
+
     def micro_batches(self, rank: int) -> list[range]:
         """The blocks of each micro-batch of `rank`: `gradient_accumulation_steps` ranges, sizes within one of each other.
 

@@ -12,11 +12,10 @@ import numpy as np
 from recipe.budget import UpdatePlan
 from recipe.config import STANDARD_LIBRARY, Config
 from recipe.errors import RecipeError
-from recipe.plan import size_text
 from recipe.record import Part, Record, column_of
 from recipe.smoothing import smoothing_window
 from recipe.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN
-from recipe.words import duration, event_name, percent, value_text
+from recipe.words import duration, event_name, percent, size_text, value_text
 
 Rows = list[tuple[str, str]]
 

@@ -20,6 +20,7 @@ from recipe.budget import UpdatePlan
 from recipe.command_line import flat_dictionary
 from recipe.config import Config
 from recipe.data import UpdateBlocks, combine_hashes
+from recipe.devices import bf16_peak_flops
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.update import UpdateResult
 
@@ -281,24 +282,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# Dense bf16 peak in FLOP/s by part of the device name, the most specific first; vendors' data sheets, without sparsity.
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,  # also GB200, as H200 is GH200
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of one device in `precision`; None where it is not known."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    return bf16_peak_flops(torch.cuda.get_device_name(device))

@@ -7,22 +7,11 @@ import sys
 from dataclasses import dataclass
 
 from recipe.budget import UpdatePlan
-from recipe.command_line import load_config
 from recipe.config import Config, ModelConfig
 from recipe.errors import RecipeError, run_command
+from recipe.footprint import parameter_count, state_bytes
 from recipe.schedule import total_updates
-
-_MOMENTS = {"adamw": 2, "sgd": 0}
-
-
-def parameter_count(model: ModelConfig, n_positions: int) -> int:
-    """Trainable parameters of GPT-2 with a tied output layer."""
-    width = model.n_embd
-    embeddings = (model.vocab_size + n_positions) * width
-    attention = (width * 3 * width + 3 * width) + (width * width + width)
-    feed_forward = (width * 4 * width + 4 * width) + (4 * width * width + width)
-    layer_norms = 2 * 2 * width
-    return embeddings + model.n_layer * (attention + feed_forward + layer_norms) + 2 * width
+from recipe.words import aligned, size_text
 
 
 def flops_per_token(model: ModelConfig, n_positions: int, sequence_length: int) -> int:
@@ -32,14 +21,25 @@ def flops_per_token(model: ModelConfig, n_positions: int, sequence_length: int) 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that follows from a configuration and a number of ranks."""
+    """Everything that follows from a configuration and a number of ranks.
+
+    Args:
+        update: how an update is cut; in micro-batches of one block while `is_open`.
+        parameters: of the model.
+        flops_per_token: forward and backward.
+        state_bytes: of (parameters, gradients, optimizer) on a rank.
+        total_updates: over which the schedules stretch.
+        planned_updates: after which the run stops.
+        is_open: the micro-batch is `auto`, and its size not found yet.
+    """
 
     update: UpdatePlan
     parameters: int
     flops_per_token: int
-    optimizer_moments: int
+    state_bytes: tuple[int, int, int]
     total_updates: int
     planned_updates: int
+    is_open: bool = False
 
     @property
     def total_tokens(self) -> int:
@@ -51,43 +51,49 @@ class RunPlan:
         update = self.update
         shares = sorted({len(update.lanes_of_rank(rank)) for rank in range(update.world_size)})
         share = f"{shares[0]} to {shares[-1]} lanes each" if len(shares) > 1 else f"{shares[0]} lanes each"
-        size = self.parameters * 4
-        moments = size * self.optimizer_moments
+        size = f"{update.micro_batch_size} x {update.sequence_length:,} tokens at most"
+        weights, gradients, moments = self.state_bytes
         stops = f", stops after {self.planned_updates:,}" if self.planned_updates < self.total_updates else ""
         return [
             ("tokens per update", f"{update.tokens_per_update:,}"),
             ("blocks", f"{update.tokens_per_update:,} / {update.sequence_length:,} = {update.blocks_per_update:,}"),
             ("lanes", f"{update.lanes}, {update.blocks_per_lane} blocks of each in an update"),
             ("ranks", f"{update.world_size}, {share}"),
-            ("micro-batch", f"{update.micro_batch_size} x {update.sequence_length:,} tokens at most"),
-            ("accumulation steps", update.division),
+            ("micro-batch", "auto: as many blocks as fit into memory" if self.is_open else size),
+            ("accumulation steps", f"1 to {update.largest_share}" if self.is_open else update.division),
             ("parameters", f"{self.parameters:,}"),
             ("total tokens", f"{self.total_tokens:,} = {self.total_tokens / self.parameters:.1f} per parameter"),
             ("updates", f"{self.total_tokens:,} / {update.tokens_per_update:,} = {self.total_updates:,}{stops}"),
             (
                 "memory",
-                f"{size_text(size)} parameters + {size_text(size)} gradients + {size_text(moments)} optimizer "
-                f"= {size_text(2 * size + moments)} per rank, before activations",
+                f"{size_text(weights)} parameters + {size_text(gradients)} gradients + {size_text(moments)} optimizer "
+                f"= {size_text(weights + gradients + moments)} per rank, before activations",
             ),
         ]
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"  {name:<{width}}  {value}" for name, value in self.rows())
+        return aligned(self.rows())
 
 
-def make_plan(config: Config, world_size: int) -> RunPlan:
+def make_plan(config: Config, world_size: int, micro_batch_size: int | None = None) -> RunPlan:
     """The plan of `config` on `world_size` ranks.
+
+    Args:
+        config: the settings.
+        world_size: ranks.
+        micro_batch_size: what `batch.micro_batch_size: auto` came to, where that is known.
 
     Raises:
         RecipeError: a budget that does not divide, or a warm-up longer than the run.
     """
+    configured = config.batch.micro_batch_size
+    size = micro_batch_size if configured == "auto" else configured
     update = UpdatePlan(
         tokens_per_update=config.batch.tokens_per_update,
         sequence_length=config.data.sequence_length,
         lanes=config.batch.lanes,
         world_size=world_size,
-        micro_batch_size=1 if config.batch.micro_batch_size == "auto" else config.batch.micro_batch_size,
+        micro_batch_size=size or 1,
     )
     parameters = parameter_count(config.model, config.n_positions)
     updates = total_updates(config.schedule, parameters, update.tokens_per_update)
@@ -100,18 +106,11 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
         update=update,
         parameters=parameters,
         flops_per_token=flops_per_token(config.model, config.n_positions, config.data.sequence_length),
-        optimizer_moments=_MOMENTS[config.optimizer.name],
+        state_bytes=state_bytes(config),
         total_updates=updates,
         planned_updates=min(updates, config.run.max_updates or updates),
+        is_open=size is None,
     )
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes in kB, MB or GB, powers of ten."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
-    return f"{size_bytes / 1e3:.0f} kB" if size_bytes else "0"
 
 
 def world_size_of_launcher() -> int:
@@ -127,8 +126,10 @@ def world_size_of_launcher() -> int:
 
 
 def main() -> None:
-    """Print the plan for WORLD_SIZE ranks (default 1)."""
-    print(make_plan(load_config(sys.argv[1:]), world_size_of_launcher()))
+    """Print how an update is cut, what a rank holds in memory, how long the run takes and what it costs."""
+    from recipe.forecast import forecast
+
+    print(forecast(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -158,11 +158,11 @@ def read_record(directory: Path, update: int | None = None) -> Record:
         columns[column_of("bits_per_byte", name)] = np.array(
             [_number(values.get("bits_per_byte")) for values in of_set]
         )
-    ranks = columns["world_size"][-1]
+    ranks, micro_batch_size = columns["world_size"][-1], columns["micro_batch_size"][-1]
     record = Record(
         directory=directory,
         config=config,
-        plan=make_plan(config, int(ranks) if ranks >= 1 else 1),
+        plan=make_plan(config, *(int(number) if number >= 1 else 1 for number in (ranks, micro_batch_size))),
         columns=columns,
         hours=np.array(seconds) / 3600,
         events=events,

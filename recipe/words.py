@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,25 @@ def duration(seconds: float) -> str:
             text = f"{whole:,} {large} {rest} {small}"
             break
     return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in kB, MB or GB, powers of ten."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes / 1e3:.0f} kB" if size_bytes else "0"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines with columns below each other: the first and the last to the left, sizes between them to the right."""
+    last = len(rows[0]) - 1
+    widths = [max(len(row[column]) for row in rows) for column in range(last)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  " + "  ".join([*cells, row[last]]).rstrip())
+    return "\n".join(lines)
