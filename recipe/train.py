@@ -15,7 +15,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from recipe.command_line import load_config
 from recipe.config import Config
 from recipe.errors import run_command
-from recipe.plan import make_plan
 
 if TYPE_CHECKING:
     from recipe.resume import Start
@@ -36,11 +35,11 @@ def train(config: Config) -> None:
     from recipe.console import Console
     from recipe.data import UpdateReader, make_lanes, next_update
     from recipe.finish import finish_run
+    from recipe.fit import confirm, fitting_plan
     from recipe.footprint import choose_loss
     from recipe.initial_model import initial_model
     from recipe.kernels import compile_model, set_kernels
     from recipe.launch import (
-        announced_world_size,
         choose_precision,
         device_type,
         on_main,
@@ -63,12 +62,11 @@ def train(config: Config) -> None:
     from recipe.update import run_update
     from recipe.validation import HELD_OUT, RunEvaluation, ledger_values, read_validation_sets
 
-    plan = make_plan(config, announced_world_size())
-    cut = plan.update
     precision, why = choose_precision(config.precision, device_type())
     accelerator = start_accelerator(config, precision)
     stop.connect(accelerator.num_processes)
     set_kernels(config, accelerator.device, precision)
+    plan = fitting_plan(config, accelerator, precision)
     rank, directory = accelerator.process_index, Path(config.run.directory)
     console = Console(accelerator.is_main_process, plan.planned_updates)
     console.section("plan", f"{plan}\n  precision           {precision}: {why}")
@@ -95,7 +93,9 @@ def train(config: Config) -> None:
     if config.performance.compile:
         compile_model(model)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, config.run.seed))
-    settle_buckets(model, accelerator, cut.sequence_length)
+    settle_buckets(model, accelerator, config.data.sequence_length)
+    plan = confirm(plan, config, model, accelerator, console)
+    cut = plan.update
 
     def read_from(start: Start) -> UpdateReader:
         """Put model, optimizer and lanes where `start` is, and begin to read what comes after it."""

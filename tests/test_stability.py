@@ -217,3 +217,21 @@ def test_a_spike_is_told_once_the_window_is_full_and_only_upwards() -> None:
     assert spike is not None
     assert spike.loss_score > 7 > spike.grad_norm_score
     assert len(detector.recent) == 8
+
+
+def test_an_automatic_micro_batch_fits_and_gives_the_same_updates(healthy: Path) -> None:
+    """By the plan all 24 blocks fit; on two ranks, of which one turns out to have memory for 3 blocks only, 3 do."""
+    directory = healthy.parent / "auto"
+    done = train(*plain_arguments(directory, "--batch.micro_batch_size", "auto"))
+    assert done.returncode == 0, done.stderr
+    assert "micro-batches of 24 blocks fit" in done.stdout
+    codes, output = two_ranks(healthy.parent / "two", 3, "backward", 0, "--batch.micro_batch_size", "auto")
+    assert codes == [0, 0], output
+    assert "micro-batches of 12 blocks do not fit after all; trying 6" in output
+    expected = read_ledger(healthy)
+    for name, size in (("auto", 24), ("two", 3)):
+        found = read_ledger(healthy.parent / name)
+        assert {entry["micro_batch_size"] for entry in found} == {size}
+        assert not [line for line in read_ledger_lines(healthy.parent / name) if line.get("event") == "micro_batch"]
+        assert [entry["blocks_sha256"] for entry in found] == [entry["blocks_sha256"] for entry in expected]
+        assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
