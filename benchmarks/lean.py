@@ -174,7 +174,7 @@ that differ in nothing that matters. Validation loss at the end in nats per toke
 ## Adding up gradients in bf16
 
 ||g - g'|| / ||g'|| of an update's gradient, of the quickstart's shape at its start, 64 blocks in N micro-batches. First column:
-lean, whose gradients and residual stream are bf16, against bf16 autocast with the same weights in float32. Second: bf16 autocast
+lean, whose gradients and residual stream are bf16, against bf16 autocast with the same weights in float32. Second: autocast
 against float32, both with float32 gradients. Third: relative error of the norm in the first.
 
 {table(["N", "lean against autocast", "autocast against fp32", "norm, lean"], errors)}"""
