@@ -12,15 +12,17 @@ import numpy as np
 
 from benchmarks.savers import Ours
 from benchmarks.worker import Setting, Turns
+from recipe.chance import seed_dropout
 from recipe.command_line import load_config
 from recipe.console import Console
 from recipe.data import UpdateReader, ValidationSet, split_into_micro_batches
 from recipe.evaluate import evaluate
 from recipe.footprint import choose_loss
+from recipe.kernels import compile_model, set_kernels
 from recipe.launch import announced_world_size, settle_buckets, start_accelerator
 from recipe.ledger import Ledger, entry_of
 from recipe.memory import FittingMicroBatches
-from recipe.model import build_model, build_optimizer, seed_dropout
+from recipe.model import build_model, build_optimizer, set_learning_rate
 from recipe.plan import make_plan
 from recipe.schedule import learning_rate
 from recipe.stop import StopRequest
@@ -62,19 +64,20 @@ class RecipeTraining:
         self.accelerator = start_accelerator(self.config, PRECISION)
         self.stop.connect(self.accelerator.num_processes)
         self.rank = self.accelerator.process_index
+        set_kernels(self.config, self.accelerator.device, PRECISION)
         loss = choose_loss(self.config.performance.loss, self.accelerator.device.type, PRECISION)
         model = build_model(self.config, setting.vocabulary, 0, loss=loss)
         if self.config.performance.compile:
-            model.compile()
-        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, self.config.optimizer))
+            compile_model(model)
+        optimizer = build_optimizer(model, self.config.optimizer, self.config.run.seed)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         settle_buckets(self.model, self.accelerator, self.cut.sequence_length)
         lanes: Any = [BlockLane(setting, lane) for lane in self.cut.lanes_of_rank(self.rank)]
-        self.reader = UpdateReader(lanes, self.cut.blocks_per_lane, UPDATES, stop=self.stop)
+        device = self.accelerator.device
+        self.reader = UpdateReader(lanes, self.cut.blocks_per_lane, UPDATES, device, stop=self.stop, rank=self.rank)
         self.ledger = Ledger(directory / "ledger.jsonl", self.accelerator, 1)
         self.console = Console(self.accelerator.is_main_process, UPDATES)
-        self.memory = FittingMicroBatches(
-            self.cut, self.rank, self.accelerator.device, stop=self.stop, ledger=self.ledger, console=self.console
-        )
+        self.memory = FittingMicroBatches(self.cut, self.rank, stop=self.stop, ledger=self.ledger, console=self.console)
         self.model.train()
         self.console.start(0)
         self.done = 0
@@ -88,10 +91,9 @@ class RecipeTraining:
         self.blocks = blocks
         tokens = self.done * self.cut.tokens_per_update
         rate = learning_rate(tokens, self.plan.total_tokens, self.config.optimizer, self.config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         seed_dropout(self.config.run.seed, self.done, self.rank)
-        result = self.run_update(self.memory.split(blocks.blocks))
+        result = self.run_update(self.memory.split(blocks.batch))
         computed = time.perf_counter()
         entry = entry_of(
             self.done,
@@ -155,12 +157,9 @@ def accumulation(setting: Setting, turns: Turns) -> None:
     """In each turn updates of 1, 4, 16 and 64 micro-batches, and what they consist of, timed apart."""
     training = RecipeTraining(setting)
     model, optimizer = training.model, training.optimizer
-    one = split_into_micro_batches(
-        training.reader.next_update().blocks,  # type: ignore[union-attr]
-        training.cut,
-        0,
-        training.accelerator.device,
-    )
+    blocks = training.reader.next_update()
+    assert blocks is not None
+    one = split_into_micro_batches(blocks.batch, training.cut, 0)
     inputs, targets = one[0]
 
     def forward_backward() -> float:
