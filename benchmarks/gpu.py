@@ -31,14 +31,17 @@ from recipe.kernels import check_compiler
 from recipe.launch import device_type
 from recipe.ledger import peak_flops
 from recipe.machine import utc_now
+from recipe.parity import TOLERANCE, relative_difference
 from recipe.plan import make_plan
 from recipe.update import is_out_of_memory
 
 PRESET = "configs/gpt2-1.3b.yaml"
 VOCABULARY = 50_257  # GPT-2's; the embedding has 50,304 rows
-# Of the gradient of biases and layer norms, relative to the baseline's: two ways that round each product to bf16, over 24
-# layers. A kernel that computes something else is off by some tenths at least.
-ROW_TOLERANCE = 5e-2
+# Largest relative differences to the baseline's gradient of the weights that make queries, keys and values. With 24 layers in
+# bf16 on a CPU other kernels, fp32 and lean weights gave up to 6e-3 for values and 2e-2 for the others (at initialisation
+# they are small differences of large numbers). Attention that is not causal gave 0.7 and 0.7, a wrong scale 0.08 and 7, and a
+# loss that leaves out one target in 16 gave 0.1 and 0.1, and 0.06 of the loss.
+GRADIENT_TOLERANCE = {"query": 0.2, "key": 0.2, "value": TOLERANCE["bf16"]}
 LOSS_TOLERANCE = 1e-3
 LEAVE_SECONDS = 15  # for writing, and for the interpreter to end
 # A small model for a machine without a GPU: the same rows, to see that each of them runs.
@@ -77,7 +80,7 @@ class Benchmark:
         self.base = preset  # what rows start from
         self.best: tuple[Config, dict[str, Any]] | None = None
         self.compile_seconds = 0.0
-        self.reference: tuple[float, torch.Tensor] | None = None  # loss and gradient of the baseline
+        self.reference: tuple[float, dict[str, torch.Tensor]] | None = None  # loss and gradient of the baseline
         self.out_of_memory: list[int] = []
         self.peak = peak_flops(device, preset.precision)
         self.values: dict[str, Any] = {
@@ -88,7 +91,7 @@ class Benchmark:
             "preset_changes": differences(preset, read_preset(PRESET)),
             "machine": {},
             "peak_flops_is": "the device's data sheet",
-            "tolerance": {"loss": LOSS_TOLERANCE, "gradient": ROW_TOLERANCE},
+            "tolerance": {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE},
             "limits": None,
             "rows": [],
             "parity": None,
@@ -178,7 +181,7 @@ class Benchmark:
 
     def parity(self) -> dict[str, Any]:
         """Each way to the same gradient."""
-        found = measure_parity(self.preset, self.vocabulary, self.device)
+        found = measure_parity(self.preset, self.device)
         for of_precision in found:
             numbers = [d for d in of_precision["differences"].values() if isinstance(d, float)]
             verdict = "agree" if of_precision["agree"] else "DO NOT AGREE"
@@ -252,15 +255,16 @@ class Benchmark:
         found["profile"] = profile_update(lambda: (trial.accumulate(2), trial.step()), self.device)
         return {"status": "measured"}
 
-    def compared(self, loss: float, gradient: torch.Tensor) -> dict[str, Any]:
+    def compared(self, loss: float, gradient: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Whether the first loss and gradient are the baseline's."""
         if self.reference is None:
-            return {"loss_difference": None, "gradient_difference": None, "agrees": False}
+            return {"loss_difference": None, "gradient_differences": None, "agrees": False}
         reference_loss, reference = self.reference
         of_loss = abs(loss - reference_loss) / reference_loss
-        of_gradient = float((gradient - reference).norm() / reference.norm())
-        agrees = of_loss <= LOSS_TOLERANCE and of_gradient <= ROW_TOLERANCE  # not where one is not a number
-        return {"loss_difference": of_loss, "gradient_difference": of_gradient, "agrees": agrees}
+        of_gradient = {name: relative_difference([g], [reference[name]]) for name, g in gradient.items()}
+        agrees = of_loss <= LOSS_TOLERANCE  # not where a difference is not a number
+        agrees = agrees and all(of_gradient[name] <= largest for name, largest in GRADIENT_TOLERANCE.items())
+        return {"loss_difference": of_loss, "gradient_differences": of_gradient, "agrees": agrees}
 
     def whole(self, trial: Trial, updates: int) -> list[dict[str, Any]]:
         """Whole updates with `run_update`."""
@@ -372,6 +376,8 @@ def main() -> None:
     benchmark = Benchmark(preset, vocabulary, device, path, arguments.minutes, is_dry)
     benchmark.run()
     say(f"written to {path}")
+    if any(row["status"] == "cut off" for row in benchmark.values["rows"]):
+        os._exit(0)  # a compiler that was interrupted may keep threads that nobody ends
     if benchmark.values["parity"].get("agree") is False:
         raise RecipeError("gradients that have to agree do not: do not train with this installation", exit_code=1)
 

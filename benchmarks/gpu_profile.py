@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _ATTENTION = re.compile(r"aten::_scaled_dot_product_(flash|cudnn|efficient|fused
 _TOP = 15
 
 
+@cache
 def kind_of(name: str) -> str:
     """What a kernel of this name is for."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
@@ -51,19 +53,23 @@ def profile_update(action: Callable[[], Any], device: torch.device) -> dict[str,
         if is_cuda:
             torch.cuda.synchronize(device)
         wall_seconds = time.perf_counter() - started
-    events = list(profiler.events() or [])
+    return summarize(list(profiler.events() or []), wall_seconds, is_cuda)
+
+
+def summarize(events: Sequence[Any], wall_seconds: float, is_cuda: bool) -> dict[str, Any]:
+    """What `profile_update` returns, of torch's profiler events."""
     if is_cuda:
         kernels = [e for e in events if e.device_type == DeviceType.CUDA and not is_annotation(e)]
         spans = [(e.time_range.start, e.time_range.end) for e in kernels]
-        named = [(e.name, (e.time_range.end - e.time_range.start) / 1e6) for e in kernels]
-        span_seconds = (
-            (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e6 if spans else wall_seconds
-        )
-        idle = 1 - covered(spans) / 1e6 / span_seconds if spans else None
+        named = [(e.name, (end - start) / 1e6) for e, (start, end) in zip(kernels, spans, strict=True)]
     else:
+        spans = []  # operators call each other
         named = [(e.name, e.self_cpu_time_total / 1e6) for e in events if e.device_type == DeviceType.CPU]
-        span_seconds, idle = wall_seconds, None
-    return {"span_seconds": span_seconds, "idle_share": idle, **by_kind(named), **_attention(events, named)}
+    span_seconds, idle_share = wall_seconds, None
+    if spans:
+        span_seconds = (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e6
+        idle_share = 1 - covered(spans) / 1e6 / span_seconds
+    return {"span_seconds": span_seconds, "idle_share": idle_share, **by_kind(named), **_attention(events, named)}
 
 
 def is_annotation(event: Any) -> bool:
