@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -35,4 +36,12 @@ def write_result(path: Path, text: str, values: Mapping[str, Any]) -> None:
     """Write `path.md` for people and `path.json` with every single measurement."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_values(path.with_suffix(".json"), values)
+
+
+def write_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `path` whole or not at all, so that what is cut off leaves what it had measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

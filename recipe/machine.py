@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,18 @@ def describe_machine(accelerator: Any, precision: str, peak_flops: float | None)
         "cpu_cores": os.cpu_count(),
         "precision": precision,
         "peak_flops": peak_flops,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "versions": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
         "recipe_commit": _recipe_commit(),
     }
+
+
+def installed_versions(names: Sequence[str]) -> dict[str, str]:
+    """Version of each of these distributions that is installed."""
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def utc_now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,29 +65,38 @@ def parity_receipt(
 
     def gradient(micro_batch_size: int, path: Scaling) -> tuple[str, list[Tensor]]:
         cut = replace(plan, micro_batch_size=micro_batch_size)
-        micro_batches = split_into_micro_batches(batch, cut, accelerator.process_index)
-        accumulate_gradient(  # no stop request: it is a moment
-            model, micro_batches, accelerator=accelerator, scaling=path, target_tokens=plan.tokens_per_update
-        )
-        gradients = [p.grad.detach().cpu().double() for p in model.parameters() if p.grad is not None]
-        model.zero_grad(set_to_none=True)
-        steps = cut.gradient_accumulation_steps
-        return f"{path}, micro-batch {micro_batch_size} x {steps} steps", gradients
+        name = f"{path}, micro-batch {micro_batch_size} x {cut.gradient_accumulation_steps} steps"
+        return name, update_gradient(model, batch, cut, accelerator=accelerator, scaling=path)
 
     with eager(model):
         reference_name, reference = gradient(plan.micro_batch_size, scaling)
         compared = [gradient(size, scaling) for size in _other_micro_batch_sizes(plan)]
         compared.append(gradient(plan.micro_batch_size, other))
-    norm = torch.stack([g.norm() for g in reference]).norm()
-    differences = []
-    for name, gradients in compared:
-        apart = torch.stack([(a - b).norm() for a, b in zip(gradients, reference, strict=True)]).norm()
-        differences.append((name, float(apart / norm)))
+    differences = [(name, relative_difference(gradients, reference)) for name, gradients in compared]
     model.train(was_training)
     receipt = ParityReceipt(reference_name, differences, TOLERANCE[precision])
     if not receipt.largest <= receipt.tolerance:  # also where it is not a number
         raise RecipeError(f"parity receipt: {receipt}; do not train with this installation")
     return receipt
+
+
+def update_gradient(
+    model: nn.Module, batch: MicroBatch, cut: UpdatePlan, *, accelerator: Any, scaling: Scaling
+) -> list[Tensor]:
+    """The gradient of an update, of which this rank has `batch`, cut as `cut` says: float64 on the CPU, by parameter."""
+    micro_batches = split_into_micro_batches(batch, cut, accelerator.process_index)
+    accumulate_gradient(  # no stop request: it is a moment
+        model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=cut.tokens_per_update
+    )
+    gradients = [p.grad.detach().cpu().double() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def relative_difference(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """||g - reference|| / ||reference||, over all tensors together."""
+    apart = torch.stack([(a - b).norm() for a, b in zip(gradients, reference, strict=True)]).norm()
+    return float(apart / torch.stack([g.norm() for g in reference]).norm())
 
 
 def _other_micro_batch_sizes(plan: UpdatePlan) -> list[int]:
