@@ -79,5 +79,5 @@ def _liger(hidden: Tensor, embedding: Tensor, targets: Tensor, bias: Tensor) -> 
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, embedding, bias = hidden.to(dtype), embedding.to(dtype), bias.to(dtype)
-    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_TARGET, reduction="sum")
+    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_TARGET, reduction="sum", accum_dtype=torch.float32)
     return fused(embedding, hidden, targets, bias)
