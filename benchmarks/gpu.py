@@ -253,6 +253,7 @@ class Benchmark:
                 found["whole_updates"] = self.whole(trial, row.whole_updates)
             self.best = config, {"name": row.name, **found}
         found["profile"] = profile_update(lambda: (trial.accumulate(2), trial.step()), self.device)
+        found["profile"]["micro_batches"] = min(2, values["micro_batches_per_update"])
         return {"status": "measured"}
 
     def compared(self, loss: float, gradient: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -320,6 +321,7 @@ def line(entry: Mapping[str, Any]) -> str:
     parts = [f"{entry['name']:<48} micro-batch {entry['micro_batch_size']:>2}"]
     if "agrees" in entry:
         memory = f"{entry['peak_memory_bytes'] / 2**30:5.1f} GiB"
+        memory += f" of {entry['planned_memory_bytes'] / 2**30:.1f} planned" if entry["planned_memory_bytes"] else ""
         parts.append(f"{entry['tokens_per_second']:>9,.0f} tokens/s  {share(entry['mfu']):>6} MFU  {memory}")
         parts += [] if entry["agrees"] else ["DOES NOT AGREE with the baseline"]
     if entry["status"] != "measured":

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.gpu_trial import synchronize, with_settings
 from recipe.config import Config
+from recipe.footprint import parameter_count
 from recipe.kernels import set_kernels
-from recipe.plan import parameter_count
 
 # torch's names of the kernels, as `performance.attention` has them.
 ATTENTION_KERNELS = ("flash", "cudnn", "efficient")

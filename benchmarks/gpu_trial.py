@@ -22,7 +22,8 @@ from torch import Tensor
 from recipe.checks import validate
 from recipe.config import Config, value_of
 from recipe.data import split_into_micro_batches, to_tensors
-from recipe.footprint import choose_loss
+from recipe.errors import RecipeError
+from recipe.footprint import choose_loss, footprint
 from recipe.kernels import compile_model, set_kernels
 from recipe.launch import start_accelerator
 from recipe.ledger import peak_memory_bytes
@@ -241,9 +242,15 @@ class Trial:
         flops = self.plan.flops_per_token * tokens_per_second
         return {"update_seconds": update_seconds, "tokens_per_second": tokens_per_second, "flops_per_second": flops}
 
-    def memory(self) -> dict[str, int]:
-        """Bytes at the peak; on CUDA also what the allocator took from the device, and how often it had to give back first."""
-        peak = {"peak_memory_bytes": peak_memory_bytes(self.device)}
+    def memory(self) -> dict[str, int | None]:
+        """Bytes at the peak, and as planned; on CUDA what the allocator took, and how often it had to give back first."""
+        peak: dict[str, int | None] = {
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "planned_memory_bytes": None,
+        }
+        with suppress(RecipeError):  # a loss that the recipe would not take
+            planned = footprint(self.config, self._rows, self.device.type, self.config.precision)
+            peak["planned_memory_bytes"] = planned.peak_bytes
         if self.device.type == "cuda":
             peak["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
             peak["allocation_retries"] = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)

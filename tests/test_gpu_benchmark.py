@@ -128,7 +128,7 @@ def break_attention(monkeypatch: pytest.MonkeyPatch, **wrong: Any) -> None:
     monkeypatch.setattr(recipe.model, "F", SimpleNamespace(scaled_dot_product_attention=attention))
 
 
-@pytest.mark.parametrize("fault", ["not causal", "scale", "targets"])
+@pytest.mark.parametrize("fault", ["not causal", "scale", "not a number", "targets"])
 def test_a_row_that_computes_something_else_does_not_become_the_best(
     benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -141,7 +141,12 @@ def test_a_row_that_computes_something_else_does_not_become_the_best(
         every = lambda labels: torch.where(torch.arange(len(labels)) % 16 == 0, -100, labels)  # noqa: E731
         monkeypatch.setattr(recipe.loss, "_plain", lambda h, e, labels, v: plain(h, e, every(labels), v))
     else:
-        break_attention(monkeypatch, **({"is_causal": False} if fault == "not causal" else {"scale": 1.0}))
+        wrong: dict[str, dict[str, Any]] = {
+            "not causal": {"is_causal": False},
+            "scale": {"scale": 1.0},
+            "not a number": {"scale": float("nan")},
+        }
+        break_attention(monkeypatch, **wrong[fault])
     benchmark.row(Row("wrong"))
     assert last_row(benchmark)["status"] == "measured"
     assert not last_row(benchmark)["agrees"]
