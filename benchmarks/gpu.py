@@ -249,9 +249,9 @@ class Benchmark:
             self.compile_seconds = values["first_seconds"]
         is_best = not self.best or values["tokens_per_second"] > self.best[1]["tokens_per_second"]
         if is_best and row.is_candidate and found["agrees"]:
-            if row.whole_updates:
-                found["whole_updates"] = self.whole(trial, row.whole_updates)
             self.best = config, {"name": row.name, **found}
+            if row.whole_updates:
+                found["whole_updates"] = self.best[1]["whole_updates"] = self.whole(trial, row.whole_updates)
         found["profile"] = profile_update(lambda: (trial.accumulate(2), trial.step()), self.device)
         found["profile"]["micro_batches"] = min(2, values["micro_batches_per_update"])
         return {"status": "measured"}
@@ -321,7 +321,8 @@ def line(entry: Mapping[str, Any]) -> str:
     parts = [f"{entry['name']:<48} micro-batch {entry['micro_batch_size']:>2}"]
     if "agrees" in entry:
         memory = f"{entry['peak_memory_bytes'] / 2**30:5.1f} GiB"
-        memory += f" of {entry['planned_memory_bytes'] / 2**30:.1f} planned" if entry["planned_memory_bytes"] else ""
+        if entry["planned_memory_bytes"] and "peak_reserved_bytes" in entry:  # on a CPU the peak is that of the process
+            memory += f" of {entry['planned_memory_bytes'] / 2**30:.1f} planned"
         parts.append(f"{entry['tokens_per_second']:>9,.0f} tokens/s  {share(entry['mfu']):>6} MFU  {memory}")
         parts += [] if entry["agrees"] else ["DOES NOT AGREE with the baseline"]
     if entry["status"] != "measured":
