@@ -9,7 +9,6 @@ from recipe.budget import UpdatePlan
 from recipe.config import Config
 from recipe.errors import RecipeError
 from recipe.footprint import (
-    ROWS_PER_CHUNK,
     USABLE_SHARE,
     Footprint,
     LossMethod,
@@ -17,6 +16,7 @@ from recipe.footprint import (
     footprint,
     largest_micro_batch,
     parameter_count,
+    rows_at_once,
 )
 from recipe.words import duration, percent, short_count, size_text
 
@@ -162,7 +162,7 @@ def memory_rows(memory: Memory, config: Config, update: UpdatePlan) -> list[tupl
     parameters = parameter_count(config.model, config.n_positions)
     per_parameter = " or ".join(f"{other.parameters_bytes // parameters}" for other in footprints)
     tokens = update.largest_micro_batch * update.sequence_length
-    at_once = min(tokens, ROWS_PER_CHUNK.get(memory.loss, tokens))
+    at_once = rows_at_once(memory.loss, tokens, config.model)
     every = config.performance.activation_checkpointing
     again = f", {'each block' if every == 1 else f'one block in {every}'} again in backward" if every else ""
     copies = ", autocast's copy of weights" if every and memory.precision == "bf16" else ""

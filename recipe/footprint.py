@@ -1,7 +1,7 @@
 """What a step holds in memory, and which way of computing it is taken for that. Pure arithmetic; imports no torch.
 
 Seen with `torch.autograd.graph.saved_tensors_hooks` and the profiler's memory events (torch 2.13, transformers 5.23), then
-written down as the sums below; `tests/test_plan.py` holds them against what the allocator hands out. N = tokens of a
+written down as the sums below; `tests/test_footprint.py` holds them against what the allocator hands out. N = tokens of a
 micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is not counted: the plan is then an upper bound.
 """
 
@@ -143,9 +143,8 @@ def footprint(
     block += 2 * values * mask if model.dropout else 0
     computed_again = [bool(every) and number % every == 0 for number in range(model.n_layer)]
     kept = [values * state if again else block for again in computed_again]
-    ends = values * normed + (
-        values * (4 if is_cpu else 1) if model.dropout else 0
-    )  # final layer norm, embedding dropout
+    ends = values * normed  # the final layer norm's input, and the embedding's dropout
+    ends += values * (4 if is_cpu else 1) if model.dropout else 0
     activations = sum(kept) + ends + 16 * update.largest_share * update.sequence_length  # the update's token ids, int64
 
     # Backward of the last block: its output's gradient, the one of GELU's output (4) before that output is let go, and that
@@ -230,24 +229,33 @@ def _attention_bytes(config: Config, rows: int, product: int, is_cpu: bool) -> i
     return 3 * values * 4 + values * product + weights * (4 + (4 + (4 if is_cpu else 1) if model.dropout else 0))
 
 
+def rows_at_once(loss: LossMethod, tokens: int, model: ModelConfig) -> int:
+    """Tokens whose logits exist together. Liger's are about N d logits, in rows rounded up to a power of 2 (0.6.5)."""
+    if loss == "liger":
+        return min(tokens, 1 << (-(-tokens // -(-model.vocab_size // model.n_embd)) - 1).bit_length())
+    return min(tokens, ROWS_PER_CHUNK.get(loss, tokens))
+
+
 def _logits_bytes(
     loss: LossMethod, tokens: int, model: ModelConfig, product: int, cast: int, normed: int, forward: int
 ) -> int:
     """What the loss takes: the larger of its forward, with `forward` bytes that end with it, and its backward."""
     values, head = tokens * model.n_embd, model.vocab_size * model.n_embd
-    rows = min(tokens, ROWS_PER_CHUNK.get(loss, tokens))
+    rows = rows_at_once(loss, tokens, model)
     logits = rows * model.vocab_size
-    if (
-        loss == "linear_cross_entropy"
-    ):  # logits that become their own gradient; both gradients are there before backward
+    if loss == "linear_cross_entropy":
+        # Logits that become their own gradient; both gradients, which backward scales into new tensors.
         gradients = 4 * (values + head)
         return max(forward + values * 4 + logits * 4 + gradients + rows * model.n_embd * 4, 2 * gradients)
-    if loss == "liger":  # the same in bf16, in chunks of about N d logits (Hsu et al., 2024, section 3.2)
-        return forward + (3 * values + 2 * head) * product
+    if loss == "liger":
+        # The same, scaled in place; the weight's gradient is added up in float32. Read in 0.6.5, not measured.
+        gradients = values * product + head * 4
+        passing = logits * product + max(logits * product, head * (product + 4))
+        return forward + values * (normed + cast) + head * cast + gradients + passing
     # Logits, log-probabilities; in backward log-probabilities, their gradient, the logits' gradient; float32.
-    chunked = rows < tokens
+    is_chunked = rows < tokens
     before = forward + values * normed + head * cast + logits * 8
-    behind = values * (normed if chunked else product) + head * cast + logits * 12
-    if chunked:  # what chunks before left: their gradients; and the weight, rounded again for each
+    behind = values * (normed if is_chunked else product) + head * cast + logits * 12
+    if is_chunked:  # what chunks before left: their gradients; and the weight, rounded again for each
         behind += head * product + values * normed
     return max(before, behind)
