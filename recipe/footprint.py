@@ -225,8 +225,8 @@ def _attention_bytes(config: Config, rows: int, product: int, is_cpu: bool) -> i
     values = rows * length * model.n_embd
     if config.performance.attention != "math" and not (is_cpu and model.dropout):
         return 4 * values * product + 4 * rows * length * model.n_head
-    weights = rows * model.n_head * length * length
-    return 3 * values * 4 + values * product + weights * (4 + (4 + (4 if is_cpu else 1) if model.dropout else 0))
+    dropped = 4 + (4 if is_cpu else 1) if model.dropout else 0
+    return 3 * values * 4 + values * product + rows * model.n_head * length * length * (4 + dropped)
 
 
 def rows_at_once(loss: LossMethod, tokens: int, model: ModelConfig) -> int:
