@@ -163,6 +163,8 @@ class UpdateReader:
     def _read(
         self, lanes: Sequence[Lane], blocks_per_lane: int, done: int, updates: int, skipped_draws: tuple[int, ...]
     ) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread: pinned memory would else open the first GPU too
         try:
             for draw in range(draw_of(done, skipped_draws) + 1, draw_of(done + updates, skipped_draws) + 1):
                 blocks = next_update(lanes, blocks_per_lane, self._device)

@@ -27,12 +27,12 @@ def summed_token_loss(
     Returns: 0-d tensor, float32, or float64 for float64 hidden states.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if method == "chunked":
-        return _chunked(hidden, embedding, targets, vocabulary)
-    if method == "plain":
-        return _plain(hidden, embedding, targets, vocabulary)
     is_padding = torch.arange(len(embedding), device=hidden.device) >= vocabulary
     bias = torch.zeros(len(embedding), device=hidden.device, dtype=hidden.dtype).masked_fill(is_padding, float("-inf"))
+    if method == "chunked":
+        return _chunked(hidden, embedding, targets, bias)
+    if method == "plain":
+        return _plain(hidden, embedding, targets, bias)
     if method == "liger":
         return _liger(hidden, embedding, targets, bias)
     return F.linear_cross_entropy(
@@ -50,25 +50,23 @@ def summed_token_loss(
     )
 
 
-def _chunked(hidden: Tensor, embedding: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+def _chunked(hidden: Tensor, embedding: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
     """Chunks of rows are computed again in backward, so that logits exist for one chunk at a time."""
     rows_per_chunk = ROWS_PER_CHUNK["chunked"]
     chunks = list(zip(hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
-        losses = [_plain(rows, embedding, labels, vocabulary) for rows, labels in chunks]
+        losses = [_plain(rows, embedding, labels, bias) for rows, labels in chunks]
     else:
         losses = [
-            checkpoint(_plain, rows, embedding, labels, vocabulary, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(_plain, rows, embedding, labels, bias, use_reentrant=False, preserve_rng_state=False)
             for rows, labels in chunks
         ]
     return torch.stack(losses).sum()
 
 
-def _plain(hidden: Tensor, embedding: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    logits = F.linear(hidden, embedding)
+def _plain(hidden: Tensor, embedding: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
+    logits = F.linear(hidden, embedding, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if vocabulary < len(embedding):
-        logits[:, vocabulary:] = float("-inf")
     return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
 
 

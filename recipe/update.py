@@ -148,7 +148,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known: int | None) -> Tensor:
     device = micro_batches[0][1].device
     if known is not None:
-        return torch.tensor(known, device=device)
+        return torch.full((), known, device=device)  # torch.tensor would wait for the device
     counts = [(targets != IGNORED_TARGET).sum() for _, targets in micro_batches]
     return accelerator.reduce(torch.stack(counts).sum(), reduction="sum").clamp(min=1)
 
