@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -154,7 +154,7 @@ def costs(setting: Setting, turns: Turns) -> None:
 
 
 def accumulation(setting: Setting, turns: Turns) -> None:
-    """In each turn updates of 1, 4, 16 and 64 micro-batches, and what they consist of, timed apart."""
+    """In each turn updates of 1, 4, 16 and 64 micro-batches, and what they consist of, timed alone."""
     training = RecipeTraining(setting)
     model, optimizer = training.model, training.optimizer
     blocks = training.reader.next_update()
@@ -174,20 +174,23 @@ def accumulation(setting: Setting, turns: Turns) -> None:
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
+    def alone(times: int) -> dict[str, float]:
+        """Seconds of each: the first finds no gradient, the others add to it."""
+        first = forward_backward()
+        others = [forward_backward() for _ in range(times)]
+        return {"into no gradient": first, "forward and backward": mean(others), "step": step()}
+
     while True:
-        seconds: dict[str, Any] = {}
-        into_none, into_some, steps = [], [], []
+        parts = {}
         for count in ACCUMULATED:
-            into_none.append(forward_backward())
-            into_some += [forward_backward(), forward_backward()]
-            steps.append(step())
+            times = max(2, count // 8)
+            before = alone(times)
             started = time.perf_counter()
             training.run_update(one * count)
-            seconds[str(count)] = time.perf_counter() - started
-        seconds["forward and backward"] = median(into_some)
-        seconds["forward and backward into no gradient"] = median(into_none)
-        seconds["step"] = median(steps)
-        turns.tick(parts=seconds)
+            seconds = time.perf_counter() - started
+            after = alone(times)  # a machine that becomes slower slows both
+            parts[str(count)] = {"update": seconds, **{name: (before[name] + after[name]) / 2 for name in before}}
+        turns.tick(parts=parts)
 
 
 def _arguments(setting: Setting, directory: Path) -> list[str]:

@@ -102,37 +102,34 @@ before 2.7.1.
 
 
 def _accumulation(section: Result, setting: Setting) -> str:
-    parts = section["trainings"][OURS]["parts"]
-    one, step = ([part[name] for part in parts] for name in ("forward and backward", "step"))
-    fresh = [part["forward and backward into no gradient"] for part in parts]
+    rounds = section["trainings"][OURS]["parts"]
     rows = []
-    for count in (1, 4, 16, 64):
-        update = [part[str(count)] for part in parts]
+    for count in rounds[0]:
+        update, alone, fresh, step = (
+            [parts[count][name] for parts in rounds]
+            for name in ("update", "forward and backward", "into no gradient", "step")
+        )
         without_step = [whole - end for whole, end in zip(update, step, strict=True)]
+        added = [int(count) * seconds for seconds in alone]
         rows.append(
-            [
-                str(count),
-                ratio(without_step, [count * seconds for seconds in one]),
-                ratio(update, [count * seconds for seconds in one]),
-                ratio(without_step, [count * seconds for seconds in fresh]),
-                spread(update),
-            ]
+            [count, ratio(without_step, added), ratio(update, added), *map(spread, (update, alone, fresh, step))]
         )
     header = [
         "micro-batches",
-        "without the step",
-        "with it",
-        "without the step, over forwards into no gradient",
-        "seconds",
+        "update without step",
+        "update",
+        "s",
+        "forward and backward, s",
+        "into no gradient, s",
+        "step, s",
     ]
     return f"""## Accumulation
 
-Seconds of an update of N micro-batches of one block over N times those of one forward and backward alone.
+Seconds of an update of N micro-batches of one block over N times those of one forward and backward alone, which adds to a
+gradient that is there. Into no gradient, autograd keeps the new one instead of adding it. The step: clip, AdamW, forget the
+gradient.
 
 {table(header, rows)}
-One forward and backward that adds to a gradient that is there: {spread(one)} s; into none, where autograd keeps the new one
-instead of adding: {spread(fresh)} s. Clipping, AdamW and forgetting the gradient: {spread(step)} s.
-
 """
 
 
