@@ -186,9 +186,11 @@ def main() -> None:
     began = time.perf_counter()
     machine = _machine()
     sections = {}
-    for name in names:
-        print(f"{time.perf_counter() - began:5.0f} s  {name}", flush=True)
-        sections[name] = SECTIONS[name](benchmark)
+    with tempfile.TemporaryDirectory(prefix="benchmark-step-") as root:
+        os.environ["TMPDIR"] = root  # whatever the trainings leave behind
+        for name in names:
+            print(f"{time.perf_counter() - began:5.0f} s  {name}", flush=True)
+            sections[name] = SECTIONS[name](benchmark)
     command = "python -m benchmarks.step" + " --quick" * options.quick + f" --rounds {benchmark.rounds}"
     command += " --nanogpt model.py" * bool(options.nanogpt) + (f" --only {' '.join(names)}" if options.only else "")
     result = {
