@@ -16,8 +16,9 @@ def allocator_peak(action: Callable[[], Result], device: torch.device | None = N
 
     On CUDA this is what the caching allocator counts, tensors from before included. On a CPU nothing is counted unless the
     profiler runs: every allocation and release becomes an event, and the peak is that of their running sum, so tensors from
-    before do not count: build the model inside `action`. Neither sees what libraries take for themselves (MKL's and oneDNN's
-    buffers, cuBLAS's workspace), nor what an allocator holds back; the CPU's is malloc, which rounds up.
+    before do not count (build the model inside `action`), and what another thread lets go of is not seen. Neither sees what
+    libraries take for themselves (MKL's and oneDNN's buffers, cuBLAS's workspace), nor what an allocator holds back; the
+    CPU's is malloc, which rounds up.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
