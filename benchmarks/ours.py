@@ -24,6 +24,7 @@ from recipe.ledger import Ledger, entry_of
 from recipe.memory import FittingMicroBatches
 from recipe.model import build_model, build_optimizer, set_learning_rate
 from recipe.plan import make_plan
+from recipe.products import choose_products, use_onednn
 from recipe.schedule import learning_rate
 from recipe.stop import StopRequest
 from recipe.update import run_update
@@ -67,6 +68,8 @@ class RecipeTraining:
         set_kernels(self.config, self.accelerator.device, PRECISION)
         loss = choose_loss(self.config.performance.loss, self.accelerator.device.type, PRECISION)
         model = build_model(self.config, setting.vocabulary, 0, loss=loss)
+        if choose_products(self.config.performance, self.accelerator.device.type, PRECISION) == "onednn":
+            use_onednn(model)
         if self.config.performance.compile:
             compile_model(model)
         optimizer = build_optimizer(model, self.config.optimizer, self.config.run.seed)

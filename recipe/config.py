@@ -135,6 +135,9 @@ class PerformanceConfig:
     """plain: all logits of a micro-batch at once. chunked: some rows at a time, computed again in backward.
     linear_cross_entropy: torch's, some rows at a time, whose gradient is computed in forward; for fp32. liger: Liger's kernel,
     for CUDA. auto: what was measured to be the fastest of those that hold no logits."""
+    products: Literal["auto", "torch", "onednn"] = "auto"
+    """Library of the linear layers' matrix products: torch's own choice, or on a CPU in float32 oneDNN. auto: oneDNN where the
+    CPU has AVX-512, unless the model is compiled."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Kernel of scaled_dot_product_attention; one that the device has not is an error. auto: torch chooses."""
     compile: bool = False

@@ -18,17 +18,15 @@ from recipe.plan import RunPlan, make_plan
 from recipe.update import is_out_of_memory
 
 
-def fitting_plan(config: Config, accelerator: Any, precision: str) -> RunPlan:
-    """The plan of the run, with the micro-batch that fits into the smallest memory of any rank for `auto`. Collective.
+def fitting_plan(plan: RunPlan, config: Config, accelerator: Any, precision: str) -> RunPlan:
+    """The plan with the micro-batch that fits into the smallest memory of any rank, where it is `auto`. Collective.
 
     Raises:
-        RecipeError: the plan's, or not even one block fits.
+        RecipeError: not even one block fits.
     """
-    ranks = accelerator.num_processes
-    if config.batch.micro_batch_size != "auto":
-        return make_plan(config, ranks)
-    make_plan(config, ranks)  # a budget that does not divide is said first
-    device = accelerator.device
+    if not plan.is_open:
+        return plan
+    ranks, device = accelerator.num_processes, accelerator.device
     memory = torch.tensor([available_bytes(device)], device=device)
     least = int(accelerator.gather(memory).min())
     return make_plan(config, ranks, largest_micro_batch(config, ranks, least, device.type, precision))

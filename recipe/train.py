@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from recipe.command_line import load_config
 from recipe.config import Config
 from recipe.errors import run_command
+from recipe.plan import make_plan
 
 if TYPE_CHECKING:
     from recipe.resume import Start
@@ -40,6 +41,7 @@ def train(config: Config) -> None:
     from recipe.initial_model import initial_model
     from recipe.kernels import compile_model, set_kernels
     from recipe.launch import (
+        announced_world_size,
         choose_precision,
         device_type,
         on_main,
@@ -51,6 +53,7 @@ def train(config: Config) -> None:
     from recipe.memory import FittingMicroBatches
     from recipe.model import build_model, build_optimizer, set_learning_rate
     from recipe.parity import parity_receipt
+    from recipe.products import choose_products, use_onednn
     from recipe.pusher import Pusher, check_hub
     from recipe.resume import find_start, on_spike, restore, roll_back
     from recipe.run_directory import begin_run, claim_run_directory, usage
@@ -62,11 +65,12 @@ def train(config: Config) -> None:
     from recipe.update import run_update
     from recipe.validation import HELD_OUT, RunEvaluation, ledger_values, read_validation_sets
 
+    plan = make_plan(config, announced_world_size())
     precision, why = choose_precision(config.precision, device_type())
     accelerator = start_accelerator(config, precision)
     stop.connect(accelerator.num_processes)
     set_kernels(config, accelerator.device, precision)
-    plan = fitting_plan(config, accelerator, precision)
+    plan = fitting_plan(plan, config, accelerator, precision)
     rank, directory = accelerator.process_index, Path(config.run.directory)
     console = Console(accelerator.is_main_process, plan.planned_updates)
     console.section("plan", f"{plan}\n  precision           {precision}: {why}")
@@ -90,6 +94,8 @@ def train(config: Config) -> None:
     # Model and optimizer: the only two things accelerate prepares.
     loss = choose_loss(config.performance.loss, accelerator.device.type, precision)
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from, loss=loss)
+    if choose_products(config.performance, accelerator.device.type, precision) == "onednn":
+        use_onednn(model)
     if config.performance.compile:
         compile_model(model)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, config.run.seed))

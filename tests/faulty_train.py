@@ -204,7 +204,7 @@ def small_memory() -> None:
 
 def forget_to_restore_dropout() -> None:
     """Dropout goes on from wherever the process's random state is."""
-    import recipe.model
+    import recipe.chance
 
     recipe.chance.seed_dropout = lambda seed, update, rank: None
 

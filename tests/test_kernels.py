@@ -17,6 +17,7 @@ from recipe.config import Config, ModelConfig, PerformanceConfig
 from recipe.footprint import LossMethod, choose_loss
 from recipe.kernels import compile_model, eager
 from recipe.model import build_model
+from recipe.products import choose_products, use_onednn
 from tests.helpers import TINY, read_ledger, run_ranks, train, write_texts
 
 LENGTH = 32
@@ -145,6 +146,30 @@ def test_every_nth_block_is_computed_again(every: int, computed_again: list[int]
     torch.testing.assert_close(found, gradient(model_of()), rtol=0, atol=0)
 
 
+def test_products_by_onednn_are_torchs() -> None:
+    """Loss and gradient to float32 rounding; under a mode that sees every operation no product of a linear layer is torch's."""
+    expected, model = gradient(model_of("plain")), model_of("plain")
+    use_onednn(model)
+    with _Operations() as seen:
+        found = gradient(model)
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    assert seen.counts["_linear_pointwise.default"] == 3 * 4 * 4  # products, layers, linear layers of each
+    assert seen.counts["addmm.default"] == 1, "the output layer"
+    with torch.no_grad():
+        double = model.double()(*batch_of(3))
+    assert double.item() == pytest.approx(model_of("plain").double()(*batch_of(3)).item(), rel=1e-12)
+
+
+def test_products_are_chosen_by_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    performance = PerformanceConfig()
+    for capability, expected in (("AVX512", "onednn"), ("AVX2", "torch")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert choose_products(performance, "cpu", "fp32") == expected
+        assert choose_products(performance, "cpu", "bf16") == choose_products(performance, "cuda", "fp32") == "torch"
+        assert choose_products(PerformanceConfig(compile=True), "cpu", "fp32") == "torch"
+        assert choose_products(PerformanceConfig(products="onednn"), "cpu", "fp32") == "onednn"
+
+
 def test_the_loss_is_chosen_by_device_and_precision() -> None:
     assert choose_loss("auto", "cpu", "fp32") == "linear_cross_entropy"
     assert choose_loss("auto", "cpu", "bf16") == choose_loss("auto", "cuda", "bf16") == "chunked"
@@ -166,6 +191,10 @@ def test_the_sum_of_linear_cross_entropy_is_too_coarse_in_bf16() -> None:
         (["--performance.attention", "cudnn"], ["performance.attention = cudnn", "cpu", "width 16", "auto"]),
         (["--performance.loss", "liger"], ["performance.loss = liger", "CUDA only", "auto"]),
         (["--performance.loss", "linear_cross_entropy", "--precision", "bf16"], ["linear_cross_entropy", "8 bits"]),
+        (
+            ["--performance.products", "onednn", "--precision", "bf16"],
+            ["performance.products = onednn", "bf16", "auto"],
+        ),
         (["--optimizer.state", "lean"], ["optimizer.state = lean", "bf16", "fp32"]),
         (["--performance.compile", "true"], ["performance.compile", "C++ compiler", "CXX"]),
     ],
