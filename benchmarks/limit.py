@@ -1,4 +1,7 @@
-"""The limit of the machine: the matrix products of an update and nothing else, each by one `torch.mm` into memory it has.
+"""The limit of the machine: the matrix products of an update and nothing else, each by the faster of two libraries.
+
+They are `torch.mm` into memory that is there already, and oneDNN where the recipe can call it; `torch.mm` alone is timed too,
+since it is what the peers have.
 
 A linear layer from width k to n over the R tokens of a micro-batch has three products of 2 R k n FLOPs: its output, the
 gradient of its input, the gradient of its weight. Attention has six over the T x T pairs of each head, of 2 R T d FLOPs in
@@ -14,6 +17,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.worker import Setting, Turns
+from recipe.config import PerformanceConfig
+from recipe.products import choose_products, onednn_product
 
 
 def linear_layers(setting: Setting) -> list[tuple[int, int, int]]:
@@ -40,19 +45,18 @@ def attention_flops(setting: Setting) -> int:
 
 
 def matrix_products(setting: Setting, turns: Turns) -> None:
-    """The products of an update in each turn; the parts are `linear` and `attention`, over all pairs."""
+    """The products of an update in each turn; the parts are `linear`, `linear by torch.mm` and `attention`, over all pairs."""
     rows, heads = setting.micro_batch_size * setting.sequence_length, setting.micro_batch_size * setting.n_head
     linear = [(count, _linear(rows, inputs, outputs)) for count, inputs, outputs in linear_layers(setting)]
     pairs = _attention(heads, setting.sequence_length, setting.n_embd // setting.n_head)
     while True:
-        seconds = {"linear": 0.0, "attention": 0.0}
+        seconds = {"linear": 0.0, "linear by torch.mm": 0.0, "attention": 0.0}
         for _ in range(setting.steps):
-            started = time.perf_counter()
             for count, products in linear:
-                for _ in range(count):
-                    for product in products:
-                        product()
-            seconds["linear"] += time.perf_counter() - started
+                for libraries in products:
+                    by_library = [_seconds(product, count) for product in libraries]
+                    seconds["linear by torch.mm"] += by_library[0]
+                    seconds["linear"] += min(by_library)
             started = time.perf_counter()
             for _ in range(setting.n_layer):
                 pairs()
@@ -60,15 +64,30 @@ def matrix_products(setting: Setting, turns: Turns) -> None:
         turns.tick(parts=seconds)
 
 
-def _linear(rows: int, inputs: int, outputs: int) -> list[Callable[[], torch.Tensor]]:
-    """The products of one layer, with the layouts that GPT-2's weight [inputs, outputs] has in transformers."""
+def _linear(rows: int, inputs: int, outputs: int) -> list[list[Callable[[], torch.Tensor]]]:
+    """The products of one layer, each by torch and, if it is there, by oneDNN; a weight is [inputs, outputs], as GPT-2's."""
     x, y, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(inputs, outputs)
     to_y, to_x, to_weight = torch.empty_like(y), torch.empty_like(x), torch.empty_like(weight)
-    return [
+    by_torch: list[Callable[[], torch.Tensor]] = [
         lambda: torch.mm(x, weight, out=to_y),
         lambda: torch.mm(y, weight.T, out=to_x),
         lambda: torch.mm(x.T, y, out=to_weight),
     ]
+    if choose_products(PerformanceConfig(), "cpu", "fp32") == "torch":
+        return [[product] for product in by_torch]
+    by_onednn: list[Callable[[], torch.Tensor]] = [
+        lambda: onednn_product(x, weight),
+        lambda: onednn_product(y, weight.T),
+        lambda: onednn_product(x.T, y),
+    ]
+    return [list(pair) for pair in zip(by_torch, by_onednn, strict=True)]
+
+
+def _seconds(action: Callable[[], object], times: int) -> float:
+    started = time.perf_counter()
+    for _ in range(times):
+        action()
+    return time.perf_counter() - started
 
 
 def _attention(heads: int, tokens: int, width: int) -> Callable[[], None]:

@@ -82,6 +82,7 @@ def _peers(section: Result, setting: Setting) -> str:
         "million",
     ]
     linear = [linear_flops(setting) / parts["linear"] / 1e9 for parts in limit["parts"]]
+    by_torch = [linear_flops(setting) / parts["linear by torch.mm"] / 1e9 for parts in limit["parts"]]
     attention = [attention_flops(setting) / parts["attention"] / 1e9 for parts in limit["parts"]]
     missing = "".join(f"Not measured: {name} ({reason}).\n" for name, reason in section["missing"].items())
     idle = max(training["idle_share"] for training in trainings.values())
@@ -89,9 +90,9 @@ def _peers(section: Result, setting: Setting) -> str:
 
 {table(header, rows)}
 Memory: peak resident set over this recipe's. First: seconds from the start of the process to the end of its first update.
-Million: parameters. The limit: the same matrix products alone, each one `torch.mm` into memory that is there already, at the
+Million: parameters. The limit: the same matrix products alone, each by the faster of `torch.mm` and oneDNN, at the
 same shapes, forward and backward, with half of attention's time, since a causal kernel may leave out half. They reached
-{spread(linear)} GFLOP/s in the linear layers and the output layer,
+{spread(linear)} GFLOP/s in the linear layers and the output layer ({spread(by_torch)} by `torch.mm` alone),
 {spread(attention)} in attention. A process that waited used at most {idle:.1%} of a core.
 Load average before a round, this command's own included: {spread(section["load"])}.
 {missing}

@@ -54,15 +54,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return _product(gradient, weight.t()), _product(x.t(), gradient), gradient.sum(0)
+        return onednn_product(gradient, weight.t()), onednn_product(x.t(), gradient), gradient.sum(0)
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias, for a [rows, inner], b [inner, columns], bias [columns]; by torch where they are not float32."""
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         return a @ b if bias is None else torch.addmm(bias, a, b)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
