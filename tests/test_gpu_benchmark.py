@@ -73,6 +73,9 @@ def test_dry_run_measures_every_row_without_datasets_or_jsonargparse(tmp_path: P
     cannot = dict.fromkeys(("loss liger", "attention cudnn", "attention efficient"), "needs CUDA")
     if importlib.util.find_spec("torchao") is None:
         cannot["lean optimizer"] = "torchao is not installed"
+    # which micro-batch is the fastest, and doubled later, is a matter of time
+    too_large = [name for name, row in rows.items() if row["micro_batch_size"] > 32]
+    cannot |= dict.fromkeys(too_large, "only 32 blocks are compared with the baseline")
     assert unmeasured == cannot
     config = with_settings(read_preset(PRESET), DRY_RUN)
     parameters = 512 * 64 + 32 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64  # of 2 layers, 64 wide
