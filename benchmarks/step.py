@@ -71,7 +71,7 @@ class Benchmark:
     def growth(self) -> dict[str, Any]:
         """Updates of one micro-batch of other sequence lengths and other sizes of the model."""
         lengths, sizes = (LENGTHS[:1], ()) if self.is_quick else (LENGTHS, SIZES)
-        one = replace(self.setting, steps=1)
+        one = replace(self.setting, steps=1, nanogpt="")
         points = [replace(one, sequence_length=length, micro_batch_size=blocks) for length, blocks in lengths]
         points += [replace(one, n_layer=layers, n_embd=width, n_head=heads) for layers, width, heads in sizes]
         return {

@@ -23,6 +23,8 @@ def describe_machine(accelerator: Any, precision: str, peak_flops: float | None)
         precision: in use, after `auto` was decided.
         peak_flops: FLOP/s of one device that `mfu` is relative to; None where unknown.
     """
+    import torch
+
     return {
         "time_utc": utc_now(),
         "device": _device_name(accelerator.device),
@@ -30,6 +32,7 @@ def describe_machine(accelerator: Any, precision: str, peak_flops: float | None)
         "world_size": accelerator.num_processes,
         "cpu": _cpu_name(),
         "cpu_cores": os.cpu_count(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...: which kernels it gets
         "precision": precision,
         "peak_flops": peak_flops,
         "versions": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},

@@ -94,7 +94,8 @@ def train(config: Config) -> None:
     # Model and optimizer: the only two things accelerate prepares.
     loss = choose_loss(config.performance.loss, accelerator.device.type, precision)
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from, loss=loss)
-    if choose_products(config.performance, accelerator.device.type, precision) == "onednn":
+    products = choose_products(config.performance, accelerator.device.type, precision)
+    if products == "onednn":
         use_onednn(model)
     if config.performance.compile:
         compile_model(model)
@@ -137,7 +138,8 @@ def train(config: Config) -> None:
     start_trackers(config, accelerator, start.update)
     ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
     peak = peak_flops(accelerator.device, precision)
-    on_main(accelerator, lambda: ledger.event("start", start.update, **describe_machine(accelerator, precision, peak)))
+    machine = describe_machine(accelerator, precision, peak)
+    on_main(accelerator, lambda: ledger.event("start", start.update, **machine, loss=loss, products=products))
     pusher = Pusher(config, ledger, console, is_main=accelerator.is_main_process, done=start.update)
     saver = CheckpointSaver(
         config, plan, model, optimizer, tokenizer, pusher, accelerator=accelerator, ledger=ledger, console=console
