@@ -75,7 +75,11 @@ test)
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/mypy
-    exec .venv/bin/python -m pytest "$@"
+    # What tests leave among the temporary files, as launchers and compilers that are killed do, goes with them.
+    TMPDIR=$(mktemp -d)
+    export TMPDIR
+    trap 'rm -rf "$TMPDIR"' EXIT
+    .venv/bin/python -m pytest "$@"
     ;;
 "") # again after it is complete trains it again; after it was stopped it goes on
     if [[ -d runs/quickstart/final ]]; then train configs/quickstart.yaml --resume never; else train configs/quickstart.yaml; fi
