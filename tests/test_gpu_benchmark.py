@@ -136,6 +136,7 @@ def break_attention(monkeypatch: pytest.MonkeyPatch, **wrong: Any) -> None:
     monkeypatch.setattr(recipe.model, "F", SimpleNamespace(scaled_dot_product_attention=attention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["not causal", "scale", "not a number", "targets"])
 def test_a_row_that_computes_something_else_does_not_become_the_best(
     benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -161,6 +162,7 @@ def test_a_row_that_computes_something_else_does_not_become_the_best(
     assert benchmark.best is None
 
 
+@pytest.mark.slow
 def test_a_mask_is_seen(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     length = benchmark.preset.data.sequence_length
     break_attention(monkeypatch, is_causal=False, attn_mask=torch.ones(length, length).tril().bool())

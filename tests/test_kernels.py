@@ -18,7 +18,7 @@ from recipe.footprint import LossMethod, choose_loss
 from recipe.kernels import compile_model, eager
 from recipe.model import build_model
 from recipe.products import choose_products, use_onednn
-from tests.helpers import TINY, read_ledger, run_ranks, train, write_texts
+from tests.helpers import TINY, read_ledger, read_ledger_lines, run_ranks, train, write_texts
 
 LENGTH = 32
 
@@ -210,7 +210,7 @@ def test_what_the_device_cannot_do_is_one_line(arguments: list[str], words: list
 def test_options_do_not_change_the_update(tmp_path: Path) -> None:
     """The same blocks, and the same losses to rounding."""
     write_texts(tmp_path / "texts")
-    ledgers = []
+    ledgers, starts = [], []
     for number, more in enumerate(
         (
             [],
@@ -222,6 +222,10 @@ def test_options_do_not_change_the_update(tmp_path: Path) -> None:
         cache = ["--data.cache_directory", f"{tmp_path}/cache", "--run.max_updates", "6"]
         assert (done := train(*TINY, *given, *cache, *more)).returncode == 0, done.stderr
         ledgers.append(read_ledger(tmp_path / str(number)))
+        starts.append(next(line for line in read_ledger_lines(tmp_path / str(number)) if line.get("event") == "start"))
+    assert [start["loss"] for start in starts] == ["linear_cross_entropy", "linear_cross_entropy", "chunked"]
+    has_avx512 = starts[0]["cpu_instructions"] == "AVX512"
+    assert {start["products"] for start in starts} == {"onednn" if has_avx512 else "torch"}
     for ledger in ledgers[1:]:
         assert [e["blocks_sha256"] for e in ledger] == [e["blocks_sha256"] for e in ledgers[0]]
         assert [e["loss"] for e in ledger] == pytest.approx([e["loss"] for e in ledgers[0]], rel=1e-5)
