@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,14 +32,20 @@ def set_kernels(config: Config, device: torch.device, precision: str) -> None:
     if performance.attention != "auto":
         _check_attention(config, device, precision)
     if config.optimizer.state == "lean":
-        if importlib.util.find_spec("torchao") is None:
-            raise RecipeError("optimizer.state = lean needs torchao: pip install --editable '.[lean]', or leave it out")
+        _check_extra("optimizer.state", "lean", "torchao")
         # torchao says of each of its CUDA libraries that this CPU cannot load it, and torch that torchao is old-fashioned.
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
         check_compiler(device.type, "optimizer.state = lean")
+    if performance.loss == "liger" and device.type == "cuda":  # elsewhere it is refused, installed or not
+        _check_extra("performance.loss", "liger", "liger_kernel")
     if performance.compile:
         check_compiler(device.type, "performance.compile")
+
+
+def _check_extra(setting: str, extra: str, module: str) -> None:
+    if find_spec(module) is None:
+        raise RecipeError(f"{setting} = {extra} needs {module}: pip install --editable '.[{extra}]', or leave it out")
 
 
 def _set_attention(performance: PerformanceConfig, device: torch.device) -> None:

@@ -70,6 +70,8 @@ def train(config: Config) -> None:
     accelerator = start_accelerator(config, precision)
     stop.connect(accelerator.num_processes)
     set_kernels(config, accelerator.device, precision)
+    loss = choose_loss(config.performance.loss, accelerator.device.type, precision)
+    products = choose_products(config.performance, accelerator.device.type, precision)
     plan = fitting_plan(plan, config, accelerator, precision)
     rank, directory = accelerator.process_index, Path(config.run.directory)
     console = Console(accelerator.is_main_process, plan.planned_updates)
@@ -92,9 +94,7 @@ def train(config: Config) -> None:
     validation_sets = read_validation_sets(config, source, tokenizer)
 
     # Model and optimizer: the only two things accelerate prepares.
-    loss = choose_loss(config.performance.loss, accelerator.device.type, precision)
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from, loss=loss)
-    products = choose_products(config.performance, accelerator.device.type, precision)
     if products == "onednn":
         use_onednn(model)
     if config.performance.compile:

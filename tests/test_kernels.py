@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.config import Config, ModelConfig, PerformanceConfig
+from recipe.errors import RecipeError
 from recipe.footprint import LossMethod, choose_loss
-from recipe.kernels import compile_model, eager
+from recipe.kernels import compile_model, eager, set_kernels
 from recipe.model import build_model
 from recipe.products import choose_products, use_onednn
 from tests.helpers import TINY, read_ledger, read_ledger_lines, run_ranks, train, write_texts
@@ -205,6 +206,14 @@ def test_what_the_device_cannot_do_is_one_line(arguments: list[str], words: list
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert all(word in line for word in words), line
     assert "Traceback" not in done.stderr
+    assert not done.stdout  # nothing was begun
+
+
+def test_a_missing_extra_is_named_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipe.kernels.find_spec", lambda name: None)
+    config = Config(performance=PerformanceConfig(loss="liger"))
+    with pytest.raises(RecipeError, match=r"performance\.loss = liger needs liger_kernel: pip install .*\[liger\]"):
+        set_kernels(config, torch.device("cuda"), "bf16")
 
 
 def test_options_do_not_change_the_update(tmp_path: Path) -> None:
