@@ -60,7 +60,7 @@ train() {
     done
     [[ $(<"$settings") =~ num_processes:\ ([0-9]+) ]]
     # A mistake in a setting is answered here, in a moment and in one line, before anything is launched.
-    WORLD_SIZE=${BASH_REMATCH[1]} .venv/bin/python -m recipe.plan --config "$preset" "$@" >/dev/null
+    WORLD_SIZE=${BASH_REMATCH[1]} .venv/bin/python -m recipe plan --config "$preset" "$@" >/dev/null
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python -c \
         'import os, sys; print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "${BASH_REMATCH[1]}")}
     trap '' INT # Ctrl-C is for the training, which saves and ends; the launcher only waits for it
@@ -82,7 +82,7 @@ test)
     .venv/bin/python -m pytest "$@"
     ;;
 "") # again after it is complete trains it again; after it was stopped it goes on
-    if [[ -d runs/quickstart/final ]]; then train configs/quickstart.yaml --resume never; else train configs/quickstart.yaml; fi
+    if [[ -d runs/quickstart/final ]]; then train configs/quickstart.yaml --resume fresh; else train configs/quickstart.yaml; fi
     ;;
 --*) train configs/quickstart.yaml "$@" ;;
 *) train "$@" ;;

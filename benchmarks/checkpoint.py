@@ -23,7 +23,7 @@ import transformers
 
 from benchmarks.measure import circumstances, ratio, spread, table, write_result
 from benchmarks.savers import Accelerate, HuggingFaceTrainer, Ours, TorchAsync, Training, Way
-from recipe.machine import describe_machine
+from recipe.run.environment import describe_machine
 
 FULL = ["--config", "configs/gpt2-124m.yaml", "--precision", "fp32"]
 QUICK = ["--config", "configs/quickstart.yaml", "--model.n_layer", "2", "--model.n_embd", "64", "--model.n_head", "2"]

@@ -25,15 +25,15 @@ from benchmarks.gpu_profile import profile_update
 from benchmarks.gpu_rows import COMPILED, EAGER, Row, unavailable
 from benchmarks.gpu_trial import Trial, differences, free_memory, read_preset, synthetic_batch, with_settings
 from benchmarks.measure import write_values
-from recipe.config import Config
+from recipe.config.settings import Config
 from recipe.errors import RecipeError, run_command
-from recipe.kernels import check_compiler
-from recipe.launch import device_type
-from recipe.ledger import peak_flops
-from recipe.machine import utc_now
-from recipe.parity import TOLERANCE, relative_difference
-from recipe.plan import make_plan
-from recipe.update import is_out_of_memory
+from recipe.model.kernels import check_compiler
+from recipe.plan.run_plan import make_plan
+from recipe.run.environment import utc_now
+from recipe.run.launch import device_type
+from recipe.run.ledger import peak_flops
+from recipe.step.parity import TOLERANCE, relative_difference
+from recipe.step.update import is_out_of_memory
 
 PRESET = "configs/gpt2-1.3b.yaml"
 VOCABULARY = 50_257  # GPT-2's; the embedding has 50,304 rows
@@ -203,7 +203,7 @@ class Benchmark:
             "name": row.name,
             "settings": differences(config, self.preset),
             "micro_batch_size": size,
-            "compiled": "whole" if config.performance.compile else "block by block" if row.by_block else "no",
+            "compiled": "whole" if config.performance.compile is True else "block by block" if row.by_block else "no",
             "compile_options": dict(row.compile_options),
         }
         if size > self.check_blocks:
@@ -219,7 +219,7 @@ class Benchmark:
         elif missing := unavailable(config, self.device.type):
             entry |= {"status": "unavailable", "reason": missing}
         else:
-            seconds = max(row.seconds, self.compile_seconds + 20) if config.performance.compile else row.seconds
+            seconds = max(row.seconds, self.compile_seconds + 20) if config.performance.compile is True else row.seconds
             found: dict[str, Any] = {}  # filled step by step: what was measured before something failed stays
             outcome = self.attempt(lambda: self.measured(row, config, found), seconds)
             entry |= found | outcome
@@ -245,7 +245,7 @@ class Benchmark:
         if row.name == "baseline":
             self.reference = values["first_loss"], gradient
         found |= self.compared(values["first_loss"], gradient)
-        if config.performance.compile:
+        if config.performance.compile is True:
             self.compile_seconds = values["first_seconds"]
         is_best = not self.best or values["tokens_per_second"] > self.best[1]["tokens_per_second"]
         if is_best and row.is_candidate and found["agrees"]:
@@ -292,7 +292,9 @@ class Benchmark:
 
         whole_updates = found.get("whole_updates")
         if whole_updates is None:
-            outcome = self.attempt(whole, max(25.0, self.compile_seconds + 20 if config.performance.compile else 0.0))
+            outcome = self.attempt(
+                whole, max(25.0, self.compile_seconds + 20 if config.performance.compile is True else 0.0)
+            )
             whole_updates = outcome.pop("whole_updates", None)
             best |= {f"whole_updates_{name}": why for name, why in outcome.items()}
         best["whole_updates"] = whole_updates

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_trial import synchronize, with_settings
-from recipe.config import Config
-from recipe.footprint import parameter_count
-from recipe.kernels import set_kernels
+from recipe.config.settings import Config
+from recipe.model.kernels import set_kernels
+from recipe.plan.memory import parameter_count
 
 # torch's names of the kernels, as `performance.attention` has them.
 ATTENTION_KERNELS = ("flash", "cudnn", "efficient")

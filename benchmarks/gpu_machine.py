@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_trial import fresh_accelerator
-from recipe.config import Config
-from recipe.machine import describe_machine, installed_versions
+from recipe.config.settings import Config
+from recipe.run.environment import describe_machine, installed_versions
 
 
 def machine(config: Config, device: torch.device, peak: float | None) -> dict[str, Any]:

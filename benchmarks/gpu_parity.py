@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_trial import Trial, free_memory, synthetic_batch, with_settings
-from recipe.config import Config
-from recipe.kernels import set_kernels
-from recipe.parity import TOLERANCE, relative_difference, update_gradient
-from recipe.update import Scaling
+from recipe.config.settings import Config
+from recipe.model.kernels import set_kernels
+from recipe.step.parity import TOLERANCE, relative_difference, update_gradient
+from recipe.step.update import Scaling
 
 MICRO_BATCH_SIZES = (1, 4, 8)
 PADDING = 3  # rows of the embedding without a token

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from recipe.config import Config
+from recipe.config.settings import Config
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
 
 COMPILE = {"performance.compile": True}
 CHECKPOINTED = {"performance.activation_checkpointing": 1}
-LEAN = {"optimizer.state": "lean"}
+LEAN = {"optimizer.state": "bf16"}
 BY_BLOCK: dict[str, Any] = {"by_block": True, "is_candidate": False, "seconds": 25}
 EAGER = [
     Row("baseline", on_best=False),
@@ -82,6 +82,6 @@ def unavailable(config: Config, device_type: str) -> str | None:
         return "liger-kernel is not installed"
     if loss == "linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         return f"not in torch {torch.__version__}"
-    if config.optimizer.state == "lean" and importlib.util.find_spec("torchao") is None:
+    if config.optimizer.state == "bf16" and importlib.util.find_spec("torchao") is None:
         return "torchao is not installed"
     return None

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipe.checks import validate
-from recipe.config import Config, value_of
-from recipe.data import split_into_micro_batches, to_tensors
+from recipe.config.checks import validate
+from recipe.config.settings import Config, value_of
+from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.errors import RecipeError
-from recipe.footprint import choose_loss, footprint
-from recipe.kernels import compile_model, set_kernels
-from recipe.launch import start_accelerator
-from recipe.ledger import peak_memory_bytes
-from recipe.model import build_model, build_optimizer, set_learning_rate
-from recipe.plan import make_plan
-from recipe.schedule import learning_rate
-from recipe.update import MicroBatch, accumulate_gradient, run_update
+from recipe.model.gpt2 import build_model, build_optimizer, set_learning_rate
+from recipe.model.kernels import compile_model, set_kernels
+from recipe.plan.memory import choose_loss, estimate_memory
+from recipe.plan.run_plan import make_plan
+from recipe.plan.schedule import learning_rate
+from recipe.run.launch import start_accelerator
+from recipe.run.ledger import peak_memory_bytes
+from recipe.step.update import MicroBatch, accumulate_gradient, run_update
 
 REPEATS = 3
 
@@ -137,7 +137,7 @@ class Trial:
         loss: Any = choose_loss(requested, self.device.type, config.precision) if requested == "auto" else requested
         with self.device:  # initialised there: a CPU needs ten seconds for 1.3 billion normal numbers
             model: Any = build_model(config, vocabulary, vocabulary - 1, loss=loss)
-        if config.performance.compile:
+        if config.performance.compile is True:
             compile_model(model, **(compile_options or {}))
         if by_block:
             for block in model.gpt2.transformer.h:
@@ -209,7 +209,7 @@ class Trial:
             "first_seconds": first_seconds,  # compilation and the choice of algorithms included
             "micro_batch_seconds": micro_batch_seconds,
             "micro_batches_per_repeat": count,
-            "step_seconds": step_seconds,
+            "update_seconds": update_seconds,
             "micro_batches_per_update": steps,
             **self.speed(update_seconds),
             **self.memory(),
@@ -249,7 +249,7 @@ class Trial:
             "planned_memory_bytes": None,
         }
         with suppress(RecipeError):  # a loss that the recipe would not take
-            planned = footprint(self.config, self._rows, self.device.type, self.config.precision)
+            planned = estimate_memory(self.config, self._rows, self.device.type, self.config.precision)
             peak["planned_memory_bytes"] = planned.peak_bytes
         if self.device.type == "cuda":
             peak["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)

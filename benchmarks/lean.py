@@ -1,6 +1,6 @@
 """What lean AdamW costs in quality: loss curves on the quickstart, and the error of adding up gradients in bf16.
 
-`python -m benchmarks.lean`; torchao has to be installed: `pip install --editable '.[lean]'`.
+`python -m benchmarks.lean`; torchao has to be installed: `pip install --editable '.[bf16-state]'`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import circumstances, table, write_result
-from recipe.budget import UpdatePlan
-from recipe.charts import library, theme
-from recipe.config import Config, ModelConfig, OptimizerConfig
-from recipe.data import split_into_micro_batches
-from recipe.launch import start_accelerator
-from recipe.machine import describe_machine
-from recipe.model import CausalLanguageModel, build_model
-from recipe.record import Record, read_record
-from recipe.update import MicroBatch, accumulate_gradient
+from recipe.config.settings import Config, ModelConfig, OptimizerConfig
+from recipe.data.blocks import split_into_micro_batches
+from recipe.model.gpt2 import CausalLanguageModel, build_model
+from recipe.plan.budget import UpdatePlan
+from recipe.report.charts import library, theme
+from recipe.report.record import Record, read_record
+from recipe.run.environment import describe_machine
+from recipe.run.launch import start_accelerator
+from recipe.step.update import MicroBatch, accumulate_gradient
 
 # The second seed shows how far two runs are apart that differ in nothing that matters.
 RUNS = {
     "fp32": [],
     "fp32, another seed": ["--run.seed", "4321"],
     "bf16 autocast, fp32 state": ["--precision", "bf16"],
-    "lean": ["--precision", "bf16", "--optimizer.state", "lean"],
+    "bf16": ["--precision", "bf16", "--optimizer.state", "bf16"],
 }
 STEPS = (1, 4, 16, 64)
 LAST_UPDATES = 40  # of which the training loss is averaged
@@ -46,7 +46,7 @@ def train(root: Path, arguments: Sequence[str]) -> dict[str, Record]:
         directory = root / name.replace(" ", "-").replace(",", "")
         command = [sys.executable, "recipe/train.py", "--config", "configs/quickstart.yaml", *arguments, *more]
         command += ["--run.directory", str(directory), "--data.cache_directory", str(root / "cache")]
-        command += ["--run.parity_receipt", "false", "--evaluation.sample_tokens", "0"]
+        command += ["--run.parity_check", "false", "--evaluation.sample_tokens", "null"]
         print(f"training: {name}", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         records[name] = read_record(directory)
@@ -62,7 +62,7 @@ def accumulation_errors(accelerator: Any) -> dict[int, dict[str, float]]:
     shape = ModelConfig(n_layer=4, n_embd=128, n_head=4, vocab_size=2048, n_positions=64)
     tokens = torch.randint(2048, (64, 65), generator=torch.Generator().manual_seed(0))
     batch = tokens[:, :-1], tokens[:, 1:]
-    lean = build_model(Config(model=shape, optimizer=OptimizerConfig(state="lean")), 2048, 0)
+    lean = build_model(Config(model=shape, optimizer=OptimizerConfig(state="bf16")), 2048, 0)
     exact = build_model(Config(model=shape), 2048, 0)
     exact.load_state_dict(lean.state_dict())  # the rounded weights, in float32
     errors = {}

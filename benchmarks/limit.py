@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.worker import Setting, Turns
-from recipe.config import PerformanceConfig
-from recipe.products import choose_products, onednn_product
+from recipe.config.settings import PerformanceConfig
+from recipe.model.onednn import choose_matmul, onednn_matmul
 
 
 def linear_layers(setting: Setting) -> list[tuple[int, int, int]]:
@@ -73,12 +73,12 @@ def _linear(rows: int, inputs: int, outputs: int) -> list[list[Callable[[], torc
         lambda: torch.mm(y, weight.T, out=to_x),
         lambda: torch.mm(x.T, y, out=to_weight),
     ]
-    if choose_products(PerformanceConfig(), "cpu", "fp32") == "torch":
+    if choose_matmul(PerformanceConfig(), "cpu", "fp32") == "torch":
         return [[product] for product in by_torch]
     by_onednn: list[Callable[[], torch.Tensor]] = [
-        lambda: onednn_product(x, weight),
-        lambda: onednn_product(y, weight.T),
-        lambda: onednn_product(x.T, y),
+        lambda: onednn_matmul(x, weight),
+        lambda: onednn_matmul(y, weight.T),
+        lambda: onednn_matmul(x.T, y),
     ]
     return [list(pair) for pair in zip(by_torch, by_onednn, strict=True)]
 

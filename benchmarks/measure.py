@@ -28,7 +28,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def circumstances(machine: Mapping[str, Any]) -> str:
-    """Of `recipe.machine.describe_machine`, in words: what a number needs beside it."""
+    """Of `recipe.run.environment.describe_machine`, in words: what a number needs beside it."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     cpu = f"{machine['cpu_cores']} cores of {machine['cpu']} with {machine['cpu_instructions']}"
     return f"commit {machine['recipe_commit']}, on {cpu};\n{versions}"

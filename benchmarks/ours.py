@@ -12,22 +12,22 @@ import numpy as np
 
 from benchmarks.savers import Ours
 from benchmarks.worker import Setting, Turns
-from recipe.chance import seed_dropout
-from recipe.command_line import load_config
-from recipe.console import Console
-from recipe.data import UpdateReader, ValidationSet, split_into_micro_batches
-from recipe.evaluate import evaluate
-from recipe.footprint import choose_loss
-from recipe.kernels import compile_model, set_kernels
-from recipe.launch import announced_world_size, settle_buckets, start_accelerator
-from recipe.ledger import Ledger, entry_of
-from recipe.memory import FittingMicroBatches
-from recipe.model import build_model, build_optimizer, set_learning_rate
-from recipe.plan import make_plan
-from recipe.products import choose_products, use_onednn
-from recipe.schedule import learning_rate
-from recipe.stop import StopRequest
-from recipe.update import run_update
+from recipe.config.command_line import load_config
+from recipe.data.blocks import UpdateReader, ValidationSet, split_into_micro_batches
+from recipe.evaluation.evaluate import evaluate
+from recipe.model.gpt2 import build_model, build_optimizer, set_learning_rate
+from recipe.model.kernels import compile_model, is_compiled, set_kernels
+from recipe.model.onednn import choose_matmul, use_onednn
+from recipe.model.seeds import seed_dropout
+from recipe.plan.memory import choose_loss
+from recipe.plan.run_plan import make_plan
+from recipe.plan.schedule import learning_rate
+from recipe.run.console import Console
+from recipe.run.launch import announced_world_size, start_accelerator, warm_up_ddp
+from recipe.run.ledger import Ledger, entry_of
+from recipe.run.stop import StopRequest
+from recipe.step.micro_batches import MicroBatches
+from recipe.step.update import run_update
 
 PRECISION = "fp32"
 ACCUMULATED = (1, 4, 16, 64)
@@ -68,19 +68,19 @@ class RecipeTraining:
         set_kernels(self.config, self.accelerator.device, PRECISION)
         loss = choose_loss(self.config.performance.loss, self.accelerator.device.type, PRECISION)
         model = build_model(self.config, setting.vocabulary, 0, loss=loss)
-        if choose_products(self.config.performance, self.accelerator.device.type, PRECISION) == "onednn":
+        if choose_matmul(self.config.performance, self.accelerator.device.type, PRECISION) == "onednn":
             use_onednn(model)
-        if self.config.performance.compile:
+        if is_compiled(self.config.performance.compile, "cpu"):
             compile_model(model)
         optimizer = build_optimizer(model, self.config.optimizer, self.config.run.seed)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        settle_buckets(self.model, self.accelerator, self.cut.sequence_length)
+        warm_up_ddp(self.model, self.accelerator, self.cut.sequence_length)
         lanes: Any = [BlockLane(setting, lane) for lane in self.cut.lanes_of_rank(self.rank)]
         device = self.accelerator.device
         self.reader = UpdateReader(lanes, self.cut.blocks_per_lane, UPDATES, device, stop=self.stop, rank=self.rank)
         self.ledger = Ledger(directory / "ledger.jsonl", self.accelerator, 1)
         self.console = Console(self.accelerator.is_main_process, UPDATES)
-        self.memory = FittingMicroBatches(self.cut, self.rank, stop=self.stop, ledger=self.ledger, console=self.console)
+        self.memory = MicroBatches(self.cut, self.rank, stop=self.stop, ledger=self.ledger, console=self.console)
         self.model.train()
         self.console.start(0)
         self.done = 0
@@ -200,7 +200,7 @@ def _arguments(setting: Setting, directory: Path) -> list[str]:
     values = {
         "config": "configs/quickstart.yaml",
         "run.directory": directory,
-        "run.parity_receipt": "false",
+        "run.parity_check": "false",
         "precision": PRECISION,
         "model.n_layer": setting.n_layer,
         "model.n_embd": setting.n_embd,

@@ -14,17 +14,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from recipe.command_line import load_config
-from recipe.console import Console
-from recipe.data import next_update, to_tensors
-from recipe.launch import start_accelerator
-from recipe.ledger import Ledger, gather_hash
-from recipe.model import build_model, build_optimizer
-from recipe.plan import make_plan
-from recipe.pusher import Pusher
-from recipe.resume import find_start, restore
-from recipe.saver import CheckpointSaver
-from recipe.update import run_update
+from recipe.checkpoint.resume import find_resume_point, restore
+from recipe.checkpoint.saver import CheckpointSaver
+from recipe.config.command_line import load_config
+from recipe.data.blocks import next_update, to_tensors
+from recipe.hub.background import Pusher
+from recipe.model.gpt2 import build_model, build_optimizer
+from recipe.plan.run_plan import make_plan
+from recipe.run.console import Console
+from recipe.run.launch import start_accelerator
+from recipe.run.ledger import Ledger, gather_hash
+from recipe.step.update import run_update
 
 
 class RandomLane:
@@ -110,7 +110,7 @@ class Way(Protocol):
 
 
 class Ours:
-    """`recipe.saver` and `recipe.resume`, called as `recipe/train.py` calls them."""
+    """`recipe.checkpoint.saver` and `recipe.checkpoint.resume`, called as `recipe/train.py` calls them."""
 
     name = "this recipe"
 
@@ -149,7 +149,7 @@ class Ours:
     def load(self, number: int) -> float:
         training = self.training
         started = time.perf_counter()
-        start = find_start(training.config)
+        start = find_resume_point(training.config)
         assert start.update == number, start
         restore(
             start,

@@ -20,8 +20,8 @@ from benchmarks.measure import write_result
 from benchmarks.step_report import OURS, PRODUCTS, RANK_STEPS, picture, report
 from benchmarks.turns import Worker, compare
 from benchmarks.worker import Setting
-from recipe.charts import library
 from recipe.errors import RecipeError, run_command
+from recipe.report.charts import library
 
 PEERS = {
     "transformers.Trainer": "trainer",
@@ -138,7 +138,7 @@ def _launch(root: Path, cache: str, is_compiled: bool, threads: int) -> float:
     run = root / cache
     command = [sys.executable, "recipe/train.py", "--config", "configs/quickstart.yaml"]
     command += ["--run.directory", str(run), "--data.cache_directory", str(root / "cache")]
-    command += ["--performance.compile", str(is_compiled).lower(), "--run.parity_receipt", "false"]
+    command += ["--performance.compile", str(is_compiled).lower(), "--run.parity_check", "false"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
@@ -208,9 +208,9 @@ def main() -> None:
 
 
 def _machine() -> dict[str, Any]:
-    from recipe.command_line import load_config
-    from recipe.launch import start_accelerator
-    from recipe.machine import describe_machine
+    from recipe.config.command_line import load_config
+    from recipe.run.environment import describe_machine
+    from recipe.run.launch import start_accelerator
 
     config = load_config(["--config", "configs/quickstart.yaml"])
     return describe_machine(start_accelerator(config, "fp32"), "fp32", None)

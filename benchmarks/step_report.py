@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks.limit import attention_flops, linear_flops
 from benchmarks.measure import circumstances, ratio, spread, table
 from benchmarks.worker import Setting
-from recipe.charts import library, theme
-from recipe.config import ModelConfig
-from recipe.plan import flops_per_token
+from recipe.config.settings import ModelConfig
+from recipe.plan.run_plan import flops_per_token
+from recipe.report.charts import library, theme
 
 OURS, PRODUCTS = "this recipe", "matrix products alone"
 RANK_STEPS = 2  # micro-batches of an update in the comparison of ranks
@@ -235,7 +235,7 @@ def _start(section: Result, setting: Setting) -> str:
     rows = [[name, ratio(values, reference), spread(values)] for name, values in section.items()]
     return f"""## To the first update
 
-`recipe/train.py --config configs/quickstart.yaml`, without the parity receipt, from the launch until its first update is in the
+`recipe/train.py --config configs/quickstart.yaml`, without the parity check, from the launch until its first update is in the
 ledger. Cold: neither the tokenizer nor compiled kernels are there. What is imported may be in the page cache.
 
 {table(["", "ratio to the first", "seconds"], rows)}

@@ -105,9 +105,9 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     import torch
 
-    import recipe.ledger
+    import recipe.run.ledger
 
-    return recipe.ledger.peak_memory_bytes(torch.device("cpu"))
+    return recipe.run.ledger.peak_memory_bytes(torch.device("cpu"))
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ def main() -> None:
         raise RecipeError(f"{name} is not a command: choose one of {', '.join(COMMANDS)}")
     else:
         sys.argv[:2] = [f"python -m recipe {name}"]
-        runpy.run_module(f"recipe.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(
+            "recipe.train" if name == "train" else f"recipe.commands.{name}", run_name="__main__", alter_sys=True
+        )
 
 
 if __name__ == "__main__":

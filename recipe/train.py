@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 # Launched as a file, Python puts recipe/ first on its path, where evaluate.py would stand for an installed `evaluate`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from recipe.command_line import load_config
-from recipe.config import Config
+from recipe.config.command_line import load_config
+from recipe.config.settings import Config
 from recipe.errors import run_command
-from recipe.plan import make_plan
+from recipe.plan.run_plan import make_plan
 
 if TYPE_CHECKING:
-    from recipe.resume import Start
+    from recipe.checkpoint.resume import Start
 
 
 def main() -> None:
@@ -28,42 +28,42 @@ def main() -> None:
 
 def train(config: Config) -> None:
     """The whole run, on each rank. Exits with 128 + n where signal n stopped it."""
-    from recipe.stop import StopRequest
+    from recipe.run.stop import StopRequest
 
     stop = StopRequest()
 
-    from recipe.chance import seed_dropout
-    from recipe.console import Console
-    from recipe.data import UpdateReader, make_lanes, next_update
+    from recipe.checkpoint.resume import find_resume_point, on_spike, restore, roll_back
+    from recipe.checkpoint.saver import CheckpointSaver
+    from recipe.data.blocks import UpdateReader, make_lanes, next_update
+    from recipe.data.sources import open_source
+    from recipe.data.tokenizer import load_tokenizer
+    from recipe.evaluation.in_run import HELD_OUT, RunEvaluation, ledger_values, read_validation_sets
     from recipe.finish import finish_run
-    from recipe.fit import confirm, fitting_plan
-    from recipe.footprint import choose_loss
-    from recipe.initial_model import initial_model
-    from recipe.kernels import compile_model, set_kernels
-    from recipe.launch import (
+    from recipe.hub.background import Pusher, check_hub
+    from recipe.model.gpt2 import build_model, build_optimizer, set_learning_rate
+    from recipe.model.init_from import initial_model
+    from recipe.model.kernels import compile_model, is_compiled, set_kernels
+    from recipe.model.onednn import choose_matmul, use_onednn
+    from recipe.model.seeds import seed_dropout
+    from recipe.plan.memory import choose_loss
+    from recipe.plan.schedule import crosses, learning_rate
+    from recipe.run.console import Console
+    from recipe.run.directory import begin_run, claim_run_directory, usage
+    from recipe.run.environment import describe_machine
+    from recipe.run.launch import (
         announced_world_size,
         choose_precision,
         device_type,
         on_main,
-        settle_buckets,
         start_accelerator,
+        warm_up_ddp,
     )
-    from recipe.ledger import Ledger, entry_of, peak_flops, start_trackers
-    from recipe.machine import describe_machine
-    from recipe.memory import FittingMicroBatches
-    from recipe.model import build_model, build_optimizer, set_learning_rate
-    from recipe.parity import parity_receipt
-    from recipe.products import choose_products, use_onednn
-    from recipe.pusher import Pusher, check_hub
-    from recipe.resume import find_start, on_spike, restore, roll_back
-    from recipe.run_directory import begin_run, claim_run_directory, usage
-    from recipe.saver import CheckpointSaver
-    from recipe.schedule import crosses, learning_rate
-    from recipe.sources import open_source
-    from recipe.spikes import SpikeDetector
-    from recipe.tokenizer import load_tokenizer
-    from recipe.update import run_update
-    from recipe.validation import HELD_OUT, RunEvaluation, ledger_values, read_validation_sets
+    from recipe.run.ledger import Ledger, entry_of, peak_flops, start_trackers
+    from recipe.step.fit import confirm, resolve_auto_micro_batch
+    from recipe.step.micro_batches import MicroBatches
+    from recipe.step.parity import parity_check
+    from recipe.step.spikes import SpikeDetector
+    from recipe.step.update import run_update
 
     plan = make_plan(config, announced_world_size())
     precision, why = choose_precision(config.precision, device_type())
@@ -71,8 +71,8 @@ def train(config: Config) -> None:
     stop.connect(accelerator.num_processes)
     set_kernels(config, accelerator.device, precision)
     loss = choose_loss(config.performance.loss, accelerator.device.type, precision)
-    products = choose_products(config.performance, accelerator.device.type, precision)
-    plan = fitting_plan(plan, config, accelerator, precision)
+    products = choose_matmul(config.performance, accelerator.device.type, precision)
+    plan = resolve_auto_micro_batch(plan, config, accelerator, precision)
     rank, directory = accelerator.process_index, Path(config.run.directory)
     console = Console(accelerator.is_main_process, plan.planned_updates)
     console.section("plan", f"{plan}\n  precision           {precision}: {why}")
@@ -80,9 +80,9 @@ def train(config: Config) -> None:
     # The run directory: held by these ranks alone, and new, or gone on with.
     held: list[object] = []
     on_main(accelerator, lambda: held.append(claim_run_directory(config)))
-    start = on_main(accelerator, lambda: find_start(config))
+    start = on_main(accelerator, lambda: find_resume_point(config))
     if start.update >= plan.planned_updates and (directory / "final").is_dir():
-        console.section("this run is complete; --resume never trains it again", usage(directory / "final"))
+        console.section("this run is complete; --resume fresh trains it again", usage(directory / "final"))
         return accelerator.end_training()
     on_main(accelerator, lambda: check_hub(config, console))
 
@@ -97,10 +97,10 @@ def train(config: Config) -> None:
     model = build_model(config, len(tokenizer), tokenizer.eos_token_id, init_from, loss=loss)
     if products == "onednn":
         use_onednn(model)
-    if config.performance.compile:
+    if is_compiled(config.performance.compile, accelerator.device.type):
         compile_model(model)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, config.run.seed))
-    settle_buckets(model, accelerator, config.data.sequence_length)
+    warm_up_ddp(model, accelerator, config.data.sequence_length)
     plan = confirm(plan, config, model, accelerator, console)
     cut = plan.update
 
@@ -111,23 +111,23 @@ def train(config: Config) -> None:
             console.say(f"\n{start}")
             restore(start, model, optimizer, lanes, accelerator=accelerator, plan=cut, precision=precision)
         left = plan.planned_updates - start.update
-        skipped = start.skipped_draws
+        skipped = start.skipped_batches
         return UpdateReader(
             lanes,
             cut.blocks_per_lane,
             left,
             accelerator.device,
             done=start.update,
-            skipped_draws=skipped,
+            skipped_batches=skipped,
             stop=stop,
             rank=rank,
         )
 
-    receipt = None
-    if config.run.parity_receipt and not start.checkpoint:
+    parity = None
+    if config.run.parity_check and not start.checkpoint:
         lanes = make_lanes(config, cut, rank, source, tokenizer)
         first = next_update(lanes, cut.blocks_per_lane, accelerator.device).batch
-        receipt = parity_receipt(
+        parity = parity_check(
             model, first, cut, accelerator=accelerator, scaling=config.batch.scaling, precision=precision
         )
     updates = read_from(start)
@@ -139,7 +139,7 @@ def train(config: Config) -> None:
     ledger = Ledger(directory / "ledger.jsonl", accelerator, config.stability.max_skipped_updates)
     peak = peak_flops(accelerator.device, precision)
     machine = describe_machine(accelerator, precision, peak)
-    on_main(accelerator, lambda: ledger.event("start", start.update, **machine, loss=loss, products=products))
+    on_main(accelerator, lambda: ledger.event("start", start.update, **machine, loss=loss, matmul=products))
     pusher = Pusher(config, ledger, console, is_main=accelerator.is_main_process, done=start.update)
     saver = CheckpointSaver(
         config, plan, model, optimizer, tokenizer, pusher, accelerator=accelerator, ledger=ledger, console=console
@@ -148,7 +148,7 @@ def train(config: Config) -> None:
         ledger.event(
             "resume", start.update, checkpoint=str(start.checkpoint), changes=start.changes, skipped=start.skipped
         )
-    memory = FittingMicroBatches(cut, rank, stop=stop, ledger=ledger, console=console)
+    memory = MicroBatches(cut, rank, stop=stop, ledger=ledger, console=console)
     spikes = SpikeDetector(config.stability, start.recent)
 
     if HELD_OUT not in validation_sets:
@@ -166,7 +166,7 @@ def train(config: Config) -> None:
         started = time.perf_counter()
         blocks = updates.next_update()
         if blocks is None:
-            is_stopped = stop.agreed()
+            is_stopped = stop.should_stop()
             break
         tokens = update * cut.tokens_per_update
         rate = learning_rate(tokens, plan.total_tokens, config.optimizer, config.schedule)
@@ -198,14 +198,14 @@ def train(config: Config) -> None:
             started=started,
             peak=peak,
         )
-        spike = spikes.look_at(entry.loss, entry.grad_norm)
+        spike = spikes.check(entry.loss, entry.grad_norm)
         if spike:
             console.say(f"update {update:,}: {spike}")
             on_spike(config, spike, update, ledger)
         if spike and config.stability.on_spike == "rollback":
             updates.close()
             saver.settle()
-            start = on_main(accelerator, partial(roll_back, config, spike, update, blocks.skipped_draws, ledger))
+            start = on_main(accelerator, partial(roll_back, config, spike, update, blocks.skipped_batches, ledger))
             updates, spikes = read_from(start), SpikeDetector(config.stability, start.recent)
             update = start.update
             continue
@@ -230,7 +230,7 @@ def train(config: Config) -> None:
 
     if accelerator.is_main_process:
         plain, samples = accelerator.unwrap_model(model), evaluation.samples
-        finish_run(config, plan, plain, tokenizer, console, precision, before, after, samples, receipt)
+        finish_run(config, plan, plain, tokenizer, console, precision, before, after, samples, parity)
     accelerator.end_training()
     pusher.finished_model(plan.planned_updates, directory / "final")
     pusher.finish(stop)  # no rank waits for this one any more

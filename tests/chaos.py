@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from recipe.checkpoint import list_checkpoints, why_invalid
+from recipe.checkpoint.files import list_checkpoints, why_invalid
 from tests.helpers import TINY, read_ledger_lines, start_ranks, write_texts
 
 RANKS = 2
@@ -89,14 +89,14 @@ def chaos(interruptions: int, seed: int, root: Path) -> Counter[str]:
     Raises:
         AssertionError: something was lost.
     """
-    from tests.test_resume import assert_same_run
+    from tests.checkpoint.test_resume import assert_same_run
 
     chance, happened = random.Random(seed), Counter[str]()
     updates = UPDATES_PER_INTERRUPTION * (interruptions + 1)
     write_texts(root / "texts", count=16, largest=1200)
     whole = start_ranks(RANKS, ["recipe/train.py", *arguments(root / "whole", updates)])
     assert finish(whole, timeout=600) == [0] * RANKS
-    command = ["tests/faulty_train.py", "slow_checkpoint_writer", *arguments(root / "chaos", updates)]
+    command = ["tests/support/faulty_train.py", "slow_checkpoint_writer", *arguments(root / "chaos", updates)]
     for number in range(interruptions):
         processes = start_ranks(RANKS, command, PYTHONUNBUFFERED="1")
         how = interrupt(processes, root / "chaos/ledger.jsonl", chance)

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe.sources import standard_library_files
+from recipe.data.sources import standard_library_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # A model that trains in seconds; everything else is the quickstart's.
 TINY = [
-    *["--config", str(ROOT / "configs/quickstart.yaml"), "--run.parity_receipt", "false", "--precision", "fp32"],
+    *["--config", str(ROOT / "configs/quickstart.yaml"), "--run.parity_check", "false", "--precision", "fp32"],
     *["--model.n_layer", "2", "--model.n_embd", "32", "--model.n_head", "2", "--model.vocab_size", "384"],
     *["--data.sequence_length", "64", "--batch.tokens_per_update", "1536", "--batch.lanes", "8"],
     *["--schedule.total_tokens", "61440", "--schedule.warmup_tokens", "7680"],
-    *["--data.validation_one_in", "0", "--evaluation.sample_tokens", "8"],
+    *["--data.validation_one_in", "null", "--evaluation.sample_tokens", "8"],
 ]
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipe.command_line import load_config
-from recipe.config import Config, DataConfig, ModelConfig
+from recipe.checkpoint.resume import find_resume_point
+from recipe.config.command_line import load_config
+from recipe.config.settings import Config, DataConfig, ModelConfig
+from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.errors import RecipeError
-from recipe.export import load_pretrained
-from recipe.initial_model import initial_model
-from recipe.model import build_model
-from recipe.resume import find_start
-from recipe.tokenizer import load_tokenizer, train_tokenizer
+from recipe.model.export import load_pretrained
+from recipe.model.gpt2 import build_model
+from recipe.model.init_from import initial_model
 from tests.helpers import TINY, read_ledger, train, write_texts
 
 
@@ -147,7 +147,7 @@ def test_another_tokenizer_than_the_models_is_refused(final: Path, tmp_path: Pat
 
 def test_a_run_under_way_does_not_start_from_another_model(root: Path, final: Path) -> None:
     with pytest.raises(RecipeError, match=r"model\.init_from was None and is "):
-        find_start(load_config([*arguments(root, "first"), "--model.init_from", str(final)]))
+        find_resume_point(load_config([*arguments(root, "first"), "--model.init_from", str(final)]))
 
 
 def test_pipeline_and_generate_take_the_finished_model(final: Path) -> None:

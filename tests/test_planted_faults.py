@@ -11,18 +11,22 @@ from typing import Any
 
 import pytest
 
-from tests import faulty_train, test_checkpoint, test_data, test_resume, test_train, test_update
-from tests.faulty_train import FAULTS
+from tests import test_train
+from tests.checkpoint import test_checkpoint, test_resume
+from tests.data import test_data
 from tests.helpers import read_ledger, run, train, write_texts
+from tests.step import test_update
+from tests.support import faulty_train
+from tests.support.faulty_train import FAULTS
 
-PATCHED = ("recipe.update", "recipe.schedule", "recipe.data", "recipe.checkpoint")
+PATCHED = ("recipe.step.update", "recipe.plan.schedule", "recipe.data.blocks", "recipe.checkpoint.files")
 
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Plant a fault in this process; everything it replaced is put back."""
-    from recipe.data import UpdateReader
-    from recipe.lanes import Lane
+    from recipe.data.blocks import UpdateReader
+    from recipe.data.lanes import Lane
 
     for module in map(importlib.import_module, PATCHED):
         keep(monkeypatch, module)
@@ -63,9 +67,9 @@ def test_the_parity_receipt_stops_a_run_with_a_wrong_gradient(fault: str, tmp_pa
     write_texts(tmp_path / "texts")
     arguments = test_train.arguments(tmp_path / "run", tmp_path / "texts", "adamw", 5)
     script = (faulty_train.__file__, fault)
-    done = train(*arguments, "--run.parity_receipt", "true", script=script)
+    done = train(*arguments, "--run.parity_check", "true", script=script)
     assert done.returncode == 2
-    assert "parity receipt" in done.stderr
+    assert "parity check" in done.stderr
     assert "DO NOT AGREE" in done.stderr
     assert not (tmp_path / "run/ledger.jsonl").exists()
 
@@ -122,7 +126,7 @@ def test_a_manifest_that_is_not_synced_is_noticed(
 
 def test_pruning_before_the_new_checkpoint_is_there_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_texts(tmp_path / "texts", count=16, largest=1200)
-    monkeypatch.setattr(test_resume, "SCRIPT", ["tests/faulty_train.py", "prune_before_writing"])
+    monkeypatch.setattr(test_resume, "SCRIPT", ["tests/support/faulty_train.py", "prune_before_writing"])
     with pytest.raises(IndexError):  # no checkpoint is left
         test_resume.test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkpoint(tmp_path)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from recipe.command_line import load_config
-from recipe.ledger import LedgerEntry
-from recipe.plan import make_plan
-from recipe.schedule import learning_rate
+from recipe.config.command_line import load_config
+from recipe.plan.run_plan import make_plan
+from recipe.plan.schedule import learning_rate
+from recipe.run.ledger import LedgerEntry
 from tests.helpers import ROOT, TINY, read_ledger, run, train, write_texts
 
 UPDATES = 20
@@ -118,8 +118,8 @@ def test_ledger_fields_and_their_meaning(runs: dict[tuple[str, int, int], Path])
             assert (entry["world_size"], entry["micro_batch_size"]) == (ranks, size)
             assert entry["gradient_accumulation_steps"] == {(1, 8): 3, (1, 3): 8, (2, 5): 3, (3, 2): 5}[ranks, size]
             assert len(entry["blocks_sha256"]) == 64
-            assert 0 <= entry["data_wait_seconds"] <= entry["step_seconds"] * 1.01 + 0.01
-            assert entry["tokens_per_second"] == pytest.approx(1536 / entry["step_seconds"])
+            assert 0 <= entry["data_wait_seconds"] <= entry["update_seconds"] * 1.01 + 0.01
+            assert entry["tokens_per_second"] == pytest.approx(1536 / entry["update_seconds"])
             assert entry["mfu"] is None, "the peak of this CPU is not known"
             assert entry["peak_memory_bytes"] > 1e8
 
@@ -170,10 +170,10 @@ def test_a_written_configuration_can_be_given_back(runs: dict[tuple[str, int, in
 def test_commands_read_the_finished_model(runs: dict[tuple[str, int, int], Path]) -> None:
     directory = runs["adamw", 1, 3]
     model, texts = str(directory / "final"), f"{directory.parent}/texts/*.txt"
-    sample = run([sys.executable, "-m", "recipe.generate", model, "--prompt", "import os", "--max_new_tokens", "8"])
+    sample = run([sys.executable, "-m", "recipe", "generate", model, "--prompt", "import os", "--max_new_tokens", "8"])
     assert sample.returncode == 0, sample.stderr
     assert sample.stdout.startswith("import os")
-    evaluated = run([sys.executable, "-m", "recipe.evaluate", model, "--data.text_files", texts])
+    evaluated = run([sys.executable, "-m", "recipe", "evaluate", model, "--data.text_files", texts])
     assert evaluated.returncode == 0, evaluated.stderr
     loss = float(evaluated.stdout.split("loss")[1].split()[0])
     assert loss == pytest.approx(read_ledger(directory)[-1]["loss"], abs=0.5), "on the text it was trained on"
@@ -182,11 +182,11 @@ def test_commands_read_the_finished_model(runs: dict[tuple[str, int, int], Path]
 
 
 def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Path) -> None:
-    """Plan, validation, progress, sample, receipt, model; twice in one directory; evaluated times are in the ledger."""
+    """Plan, validation, progress, sample, parity, model; twice in one directory; evaluated times are in the ledger."""
     write_texts(tmp_path / "texts", count=60)
     command = [
         *arguments(tmp_path / "run", tmp_path / "texts", "adamw", 8),
-        *["--run.max_updates", "4", "--run.parity_receipt", "true", "--data.validation_one_in", "10"],
+        *["--run.max_updates", "4", "--run.parity_check", "true", "--data.validation_one_in", "10"],
         *["--evaluation.every_tokens", "3072", "--batch.scaling", "manual"],
     ]
     first = train(*command)
@@ -198,7 +198,7 @@ def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Pat
         "  before  ",
         "  after   ",
         "\nsample\n",
-        "parity receipt",
+        "parity check",
     ]
     shown += ["manual, micro-batch 7 x 4 steps", "they agree", "finished model", "GPT2LMHeadModel.from_pretrained"]
     positions = [first.stdout.index(words) for words in shown]
@@ -212,7 +212,7 @@ def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Pat
     ]
     summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
     assert summary["validation_after"]["loss"] == ledger[-1]["validation_loss"] < summary["validation_before"]["loss"]
-    assert max(d for _, d in summary["parity_receipt"]["differences"]) < 1e-6
+    assert max(d for _, d in summary["parity_check"]["differences"]) < 1e-6
     script = first.stdout.rsplit("\n\n", 1)[1]
     loaded = run([sys.executable, "-c", script], cwd=ROOT, PYTHONPATH="")
     assert loaded.returncode == 0, loaded.stderr
@@ -221,7 +221,7 @@ def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Pat
     assert again.returncode == 0, again.stderr
     assert "this run is complete" in again.stdout
     assert read_ledger(tmp_path / "run") == ledger
-    second = train(*command, "--resume", "never")
+    second = train(*command, "--resume", "fresh")
     assert second.returncode == 0, second.stderr
     earlier = tmp_path / "run/previous/1"
     assert str(earlier) in second.stdout
@@ -235,7 +235,7 @@ def test_bf16_keeps_parameters_in_float32_and_learns(tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
         command = arguments(tmp_path / precision, tmp_path / "texts", "sgd", 8)
-        done = train(*command, "--run.max_updates", "2", "--precision", precision, "--run.parity_receipt", "true")
+        done = train(*command, "--run.max_updates", "2", "--precision", precision, "--run.parity_check", "true")
         assert done.returncode == 0, done.stderr
         assert f"{precision}: as configured" in done.stdout
         losses[precision] = [entry["loss"] for entry in read_ledger(tmp_path / precision)]

@@ -1,0 +1,249 @@
+"""A checkpoint: a plain Hugging Face model directory, `training/`, and a manifest that is written last.
+
+```
+step-000500/  model.safetensors config.json tokenizer.json ...   <- from_pretrained(dir) just works
+              training/*.safetensors training/state.json         <- optimizer, and where the run is
+              manifest.json                                      <- size and sha256 of every file above
+```
+
+Written into a temporary directory, synced, renamed; only then is an older one pruned. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipe.model.export import load_weights, write_model
+from recipe.plan.schedule import crosses
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+STATE = "training/state.json"
+OPTIMIZER = "training/optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run is. Everything else follows from it.
+
+    Args:
+        update: updates done.
+        tokens: target tokens seen.
+        config: the whole configuration, nested.
+        blocks_sha256: hash of the blocks of that last update.
+        lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
+            leads exactly to the next update, and their hash proves that the data is what it was.
+        verification_loss: mean loss of lane 0's first targets of that last update, with the weights of this checkpoint.
+        skipped_batches: draws (see `recipe.data.blocks.batch_index`) that rollbacks have left out.
+        recent: [loss, gradient norm] of the updates that a spike is compared with.
+        format: version of this layout.
+    """
+
+    update: int
+    tokens: int
+    config: dict[str, Any]
+    blocks_sha256: str
+    lane_states: list[dict[str, Any]]
+    verification_loss: float
+    skipped_batches: list[int] = field(default_factory=list)
+    recent: list[list[float]] = field(default_factory=list)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of what training goes on changing: name -> tensor on the CPU."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, memory: Snapshot | None = None) -> Snapshot:
+    """Copy the weights of an unwrapped `CausalLanguageModel` and its optimizer's state to the CPU.
+
+    Args:
+        model: unwrapped.
+        optimizer: unwrapped.
+        memory: an earlier snapshot that is no longer needed; it is overwritten. Memory that is new to the process costs
+            more time than the copy.
+    """
+    gpt2: Any = model.gpt2
+    old = memory or Snapshot({}, {})
+    weights = _copy(dict(gpt2.named_parameters()), old.model)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one tensor, copied once
+    return Snapshot(weights, _copy(_optimizer_tensors(model, optimizer), old.optimizer))
+
+
+def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_config: Any, tokenizer: Any) -> Path:
+    """Write `root/step-N`, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, a permission is missing, ...; what was there before is untouched.
+    """
+    final = root / f"step-{state.update:06d}"
+    temporary = root / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        (temporary / "training").mkdir(parents=True)
+        write_model(snapshot.model, gpt2_config, tokenizer, temporary)
+        _save_optimizer(snapshot.optimizer, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        files = {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            _sync(path)
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        for path in (temporary / MANIFEST, temporary / "training", temporary):
+            _sync(path)
+        if final.exists():  # one that did not verify, or this run would not be here
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """`step-N` directories, the newest first; anything else in `root` is none of our business."""
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def why_invalid(directory: Path) -> str | None:
+    """None where every file is what the manifest says, else the reason."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this recipe reads {FORMAT}"
+        for name, expected in manifest["files"].items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+        if STATE not in manifest["files"]:
+            return "it has no training state"
+    except FileNotFoundError:
+        return "it has no manifest, so it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return None
+
+
+def read_state(directory: Path) -> TrainingState:
+    """The training state of a verified checkpoint."""
+    return TrainingState(**json.loads((directory / STATE).read_text(encoding="utf-8")))
+
+
+def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load a verified checkpoint into an unwrapped `CausalLanguageModel` and its optimizer, in place, bit for bit.
+
+    Raises:
+        RecipeError: other tensors than this model and optimizer have.
+    """
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    load_weights(model.gpt2, load_file(directory / "model.safetensors"), str(directory))
+    if not (directory / OPTIMIZER).exists():  # it has no state, or had not stepped yet
+        optimizer.state.clear()
+        return
+    everything = _flat_optimizer_state(model, optimizer)
+    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process: this rank reads for itself
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory / "training")), no_dist=True)
+    set_optimizer_state_dict(model, optimizer, everything | tensors, options=_flat())
+
+
+def prune(
+    root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int, held: Collection[str] = ()
+) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints, those at multiples of `keep_every_tokens`, and those named in `held`.
+
+    Returns: the removed.
+    """
+    removed = []
+    for path in list_checkpoints(root)[max(keep, 1) :]:
+        if path.name in held:
+            continue
+        tokens = int(path.name.removeprefix("step-")) * tokens_per_update
+        if keep_every_tokens is None or not crosses(tokens - tokens_per_update, tokens, keep_every_tokens):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def _flat() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def _flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(model, optimizer, options=_flat()))
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state's tensors by flat name; what is no tensor (rates, betas) is configuration. SGD has none.
+
+    Where there is no state yet torch would make one by a step of its own, on this rank alone.
+    """
+    if not optimizer.state:
+        return {}
+    return {k: v for k, v in _flat_optimizer_state(model, optimizer).items() if isinstance(v, Tensor)}
+
+
+def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: (memory[name] if name in memory else torch.empty_like(tensor, device="cpu")).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+    }
+
+
+def _save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:
+    """A plain safetensors file: torch's writer of this format copies everything twice, which takes ten times as long."""
+    from safetensors.torch import save_file
+
+    if tensors:
+        save_file(tensors, path)
+        path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    is_directory = path.is_dir()
+    if is_directory and os.name == "nt":
+        return  # Windows opens no directory, and flushes a file only through a descriptor that can write
+    descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

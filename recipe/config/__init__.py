@@ -1,0 +1,1 @@
+"""Settings: defaults, then YAML, then flags, checked. Imports no torch."""

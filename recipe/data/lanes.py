@@ -1,0 +1,157 @@
+"""A lane: one endless stream of packed blocks over a fixed share of the shards, with exact state.
+
+The order of documents is a function of (seed, lane, epoch) alone, by hashes that no library version changes: each epoch
+orders the lane's shards anew, and permutes the documents inside windows of `shuffle_window` of them. A position is therefore
+a few integers (and the small state of one shard's reader): which window, which document of it, how many of its tokens are
+used. Nothing that has been read is ever part of the state, so nothing can be lost with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from recipe.data.documents import Source
+from recipe.errors import RecipeError
+
+DOCUMENTS_PER_ENCODE = 16
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next token comes from.
+
+    Args:
+        epoch: passes over the lane's shards that are complete.
+        window: windows of this epoch before the current one.
+        shard: place, in this epoch's order, of the shard in which the window starts.
+        reader: state of that shard's reader at the window's start; None at the start of the shard.
+        document: documents of the permuted window before the current one.
+        token: tokens of the current document that have been consumed.
+    """
+
+    epoch: int = 0
+    window: int = 0
+    shard: int = 0
+    reader: dict[str, Any] | None = None
+    document: int = 0
+    token: int = 0
+
+
+class Lane:
+    """An endless iterator of packed blocks. Each document is its tokens and one end-of-text token; no token is dropped.
+
+    Args:
+        source: the documents.
+        index: which of `lanes` this is; it reads the shards index, index + lanes, ... and no others.
+        lanes: number of lanes of the run.
+        encode: list of documents -> list of token lists.
+        end_of_text: token appended to each document.
+        sequence_length: targets of a block.
+        seed: of the order.
+        shuffle_window: documents permuted among themselves.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        index: int,
+        lanes: int,
+        *,
+        encode: Callable[[list[str]], Sequence[Sequence[int]]],
+        end_of_text: int,
+        sequence_length: int,
+        seed: int,
+        shuffle_window: int,
+    ) -> None:
+        self.source = source
+        self.index = index
+        self.shards = range(index, source.num_shards, lanes)
+        self.encode = encode
+        self.end_of_text = end_of_text
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.shuffle_window = shuffle_window
+        self.load_state_dict(asdict(Position()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON value from which `load_state_dict` continues with exactly the next block."""
+        position = self._pending[0][0] if self._pending else self._start
+        return asdict(replace(position, token=position.token + self._used))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self._start = Position(**state)
+        self._pending: deque[tuple[Position, np.ndarray]] = deque()  # documents in hand; the first may be partly used
+        self._used = 0  # tokens used of the first document in hand
+        self._documents = self._read_documents(self._start)
+
+    def next_blocks(self, count: int) -> np.ndarray:
+        """The next `count` blocks: int32 [count, sequence_length + 1]; a block's last token is the first of its neighbour.
+
+        Raises:
+            RecipeError: the lane's shards hold no text, or cannot be read.
+        """
+        length = self.sequence_length
+        available = sum(len(tokens) for _, tokens in self._pending) - self._used
+        while available < count * length + 1:
+            position, tokens = next(self._documents)
+            self._pending.append((position, tokens))
+            available += len(tokens)
+        stream = np.concatenate([tokens for _, tokens in self._pending])[self._used :]
+        blocks = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length][:count].copy()
+        self._consume(count * length)
+        return blocks
+
+    def _consume(self, count: int) -> None:
+        self._used += count
+        while self._used >= len(self._pending[0][1]):
+            self._used -= len(self._pending.popleft()[1])
+
+    def _read_documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        """Tokens of each document from `start` on, with the position of its first token."""
+        skip, used = start.document, start.token
+        for window, texts in self._read_windows(start):
+            order = sorted(range(len(texts)), key=lambda i: self._chance(window.epoch, window.window, i))
+            for first in range(skip, len(order), DOCUMENTS_PER_ENCODE):
+                batch = order[first : first + DOCUMENTS_PER_ENCODE]
+                for offset, ids in enumerate(self.encode([texts[i] for i in batch])):
+                    tokens = np.array([*ids, self.end_of_text], dtype=np.int32)
+                    yield replace(window, document=first + offset, token=used), tokens[used:]
+                    used = 0
+            skip = 0
+
+    def _read_windows(self, start: Position) -> Iterator[tuple[Position, list[str]]]:
+        """(position of its start, documents in reading order) of each window from that of `start` on, for ever."""
+        window, has_text = replace(start, document=0, token=0), start.window > 0
+        while True:
+            order = sorted(self.shards, key=lambda shard: self._chance(window.epoch, "shard", shard))
+            texts: list[str] = []
+            reader = window.reader
+            for place in range(window.shard, len(order)):
+                for text, state_after in self.source.read_shard(order[place], reader):
+                    texts.append(text)
+                    has_text = has_text or bool(text)
+                    if len(texts) == self.shuffle_window:
+                        yield window, texts
+                        window, texts = Position(window.epoch, window.window + 1, place, state_after), []
+                reader = None
+            if texts:
+                yield window, texts
+            if not has_text:
+                raise RecipeError(
+                    f"{self.source.name}: no training text in lane {self.index} ({len(order)} of {self.source.num_shards} "
+                    "shards): the corpus is empty there, or all of it is held out; set --batch.lanes to less, or "
+                    "--data.validation_one_in null",
+                    on_this_rank_only=True,
+                )
+            window, has_text = Position(window.epoch + 1), False
+
+    def _chance(self, *key: object) -> bytes:
+        """A hash that orders things by chance: the same for the same (seed, lane, key), on any machine."""
+        return blake2b(repr((self.seed, self.index, *key)).encode(), digest_size=8).digest()

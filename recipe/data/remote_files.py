@@ -1,0 +1,143 @@
+"""Files that are read over a network, of which no byte goes missing unnoticed.
+
+The file systems that fsspec and the Hub's library bring take what a server answers for what was asked for. A range that comes
+back short, a page with status 200 or an empty answer with status 416 then shifts, replaces or ends the text without an error
+(docs/decisions.md). Here an answer is either exactly the bytes that were asked for, of a file as long as it was when this
+process first saw it, or a ConnectionError, after which `recipe.data.documents` reads on from the last document.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from email.message import Message
+from http.client import HTTPException
+from typing import Any, ClassVar, TypeVar
+from urllib.request import Request, urlopen
+
+import fsspec
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+from huggingface_hub import HfFileSystem
+from huggingface_hub.hf_file_system import HfFileSystemFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+Result = TypeVar("Result")
+
+SILENCE_SECONDS = 30.0  # a server that sends nothing for so long has failed
+PAUSES_SECONDS = (0.5, 2.0)  # before a range is asked for a second and a third time
+
+
+class HttpFileSystem(AbstractFileSystem):
+    """Files by their http:// or https:// addresses, read by ranges of bytes."""
+
+    protocol = ("http", "https")
+    _first_seen: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        """Size in bytes and ETag of the file as this process first saw it.
+
+        Raises:
+            ConnectionError: no such file, or a server that does not answer ranges.
+        """
+        if path not in self._first_seen:
+            headers, _ = retry(lambda: _get(path, 0, 1))
+            size = int(headers["Content-Range"].rpartition("/")[2])
+            self._first_seen[path] = {"name": path, "type": "file", "size": size, "ETag": headers["ETag"]}
+        return self._first_seen[path]
+
+    def glob(self, path: str, **options: Any) -> Any:
+        """The one file of this address, in which `?` begins a query and is no pattern."""
+        return {path: self.info(path)} if options.get("detail") else [path]
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        """As fsspec has it; `datasets` gives the encoding of a text file to the file system instead."""
+        return super().open(path, mode, **{**self.storage_options, **options})
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> HttpFile:
+        return HttpFile(self, path, mode, block_size or "default", size=self.info(path)["size"])
+
+
+class HttpFile(AbstractBufferedFile):
+    """One of them, read ahead in blocks."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return retry(lambda: _get(self.path, start, end, self.size)[1])
+
+
+class HubFileSystem(HfFileSystem):
+    """The Hub's own, but for how a file is read."""
+
+    def _open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, revision: str | None = None, **options: Any
+    ) -> HubFile:
+        return HubFile(self, path, mode=mode, revision=revision, block_size=block_size, **options)
+
+
+class HubFile(HfFileSystemFile):
+    """A file of a commit, so that its size cannot change."""
+
+    read = AbstractBufferedFile.read  # by ranges also where all of it is wanted
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return retry(lambda: self._get(start, end))
+
+    def _get(self, start: int, end: int) -> bytes:
+        asked = f"bytes {start}-{end - 1} of {self.size:,}"
+        headers = {**build_hf_headers(token=self.fs.token), "Range": f"bytes={start}-{end - 1}"}
+        try:
+            answer = get_session().get(self.url(), headers=headers, timeout=SILENCE_SECONDS)
+            hf_raise_for_status(answer)
+        except Exception as error:
+            raise ConnectionError(f"{self.path}: asked for {asked}, got {error}") from None
+        if len(answer.content) != end - start:
+            got = f"{len(answer.content):,} bytes, status {answer.status_code}"
+            raise ConnectionError(f"{self.path}: asked for {asked}, got {got}")
+        return bytes(answer.content)
+
+
+def use_checked_files() -> None:
+    """Let `datasets` open remote files through these file systems, and leave it to the recipe to try again."""
+    import datasets
+
+    for protocol, file_system in (("http", HttpFileSystem), ("https", HttpFileSystem), ("hf", HubFileSystem)):
+        fsspec.register_implementation(protocol, file_system, clobber=True)
+    # Its own way is to try 20 times, with pauses of 5 to 60 s, whenever a file is opened or read.
+    datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    datasets.config.STREAMING_OPEN_RETRY_INTERVAL = datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
+
+
+def retry(get: Callable[[], Result]) -> Result:
+    """A range that failed is asked for again, since to start from the last document is to read its file up to there again."""
+    for pause in PAUSES_SECONDS:
+        try:
+            return get()
+        except Exception:
+            time.sleep(pause)
+    return get()
+
+
+def _get(address: str, start: int, end: int, size: int | None = None) -> tuple[Message, bytes]:
+    """(headers, the bytes from `start` to before `end`) of a file, which is `size` bytes long where that is known.
+
+    Raises:
+        ConnectionError: anything else came, or nothing.
+    """
+    asked = f"bytes {start}-{end - 1}"
+    try:
+        with urlopen(Request(address, headers={"Range": asked.replace(" ", "=")}), timeout=SILENCE_SECONDS) as answer:
+            status, headers, data = answer.status, answer.headers, answer.read(end - start)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ConnectionError(f"{address}: asked for {asked}, got {error or type(error).__name__}") from None
+    given = headers["Content-Range"] or "no range"
+    if status != 206 or not re.fullmatch(f"{asked}/{size or '[0-9]+'}", given) or len(data) != end - start:
+        of_size = f" of {size:,}" if size else ""
+        got = f"{given} ({len(data):,} bytes, status {status})"
+        raise ConnectionError(f"{address}: asked for {asked}{of_size}, got {got}")
+    return headers, data

@@ -1,0 +1,132 @@
+"""Where documents come from: a Hub dataset, files, or Python's standard library; all read through `datasets`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from recipe.config.settings import STANDARD_LIBRARY, Config
+from recipe.config.text_files import expand_text_files, is_remote, text_file_format
+from recipe.data.documents import Source, hash_number, reason_of
+from recipe.errors import RecipeError
+
+# A local file that cannot be split is copied into this many shards per lane, so that shard order shuffles something.
+SHARDS_PER_LANE = 16
+# One standard-library file in this many is held out, whatever data.validation_one_in says for other sources.
+STANDARD_LIBRARY_VALIDATION_ONE_IN = 50
+# Local files are streamed in place where the largest lane holds at most this many times the bytes of the smallest.
+LARGEST_LANE_RATIO = 2
+_NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def open_source(config: Config) -> Source:
+    """Open the documents that `config.data` names, in at least `config.batch.lanes` shards.
+
+    Raises:
+        RecipeError: a source that cannot be opened, or has fewer shards or documents than lanes.
+    """
+    data = config.data
+    if data.text_files or data.dataset == STANDARD_LIBRARY:
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: nothing is counted for local files
+    import datasets
+
+    from recipe.data.remote_files import use_checked_files
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it has to say is in our one line
+    use_checked_files()
+    if data.text_files:
+        paths = expand_text_files(data.text_files)
+        name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+        retry_seconds = data.retry_seconds if any(map(is_remote, paths)) else 0.0
+        training = _files(paths, config)
+        source = Source(name, training, data.text_column, data.validation_one_in, retry_seconds=retry_seconds)
+    elif data.dataset == STANDARD_LIBRARY:
+        root, files = standard_library_files()
+        held_out = {f for f in files if hash_number(f.as_posix().encode()) % STANDARD_LIBRARY_VALIDATION_ONE_IN == 0}
+        training = _load("text", [str(root / f) for f in files if f not in held_out], config)
+        validation = _load("text", [str(root / f) for f in files if f in held_out], config)
+        source = Source(STANDARD_LIBRARY, training, "text", validation=validation)
+    else:
+        training = _hub_dataset(config)
+        source = Source(
+            data.dataset, training, data.text_column, data.validation_one_in, retry_seconds=data.retry_seconds
+        )
+    if source.num_shards < config.batch.lanes:
+        unit = "documents" if data.text_files else "shards"
+        raise RecipeError(
+            f"{source.name} has {source.num_shards} {unit}, fewer than batch.lanes = {config.batch.lanes}: "
+            f"set --batch.lanes to {source.num_shards} or less, or give more text"
+        )
+    return source
+
+
+def standard_library_files() -> tuple[Path, list[Path]]:
+    """(directory, sorted relative paths) of the running interpreter's `.py` files, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    return root, sorted(
+        path for path in files if not _NOT_TRAINED_ON.intersection(path.parts) and (root / path).is_file()
+    )
+
+
+def _files(paths: list[str], config: Config) -> Any:
+    """Streamed in place where the files have shards enough for the lanes, and lanes would get about as much text each.
+
+    Otherwise a memory-mapped copy is split by rows: each lane gives the same number of blocks to an update, so the text of a
+    lane that holds little would be repeated as often as the others hold more. No file is downloaded for that alone.
+    """
+    kind = text_file_format(paths[0])
+    assert kind is not None, paths[0]
+    streamed, lanes = _load(kind, paths, config), config.batch.lanes
+    is_even = True
+    if not any(map(is_remote, paths)):
+        streamed = streamed.reshard()
+        lane_bytes = [sum(Path(path).stat().st_size for path in paths[lane::lanes]) for lane in range(lanes)]
+        is_even = len(paths) < lanes or max(lane_bytes) <= LARGEST_LANE_RATIO * min(lane_bytes)
+    elif streamed.num_shards < lanes:
+        streamed = streamed.reshard()  # asks for the row groups of every file
+    if streamed.num_shards >= lanes and is_even:
+        return streamed
+    rows = _load(kind, paths, config, streaming=False)
+    return rows.to_iterable_dataset(num_shards=min(len(rows), lanes * SHARDS_PER_LANE)) if len(rows) else streamed
+
+
+def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True) -> Any:
+    import datasets
+
+    # A .txt file is one document; bytes that are not UTF-8 become U+FFFD.
+    options = {"text": {"sample_by": "document", "encoding_errors": "replace"}, "json": {"encoding_errors": "replace"}}
+    try:
+        return datasets.load_dataset(
+            kind,
+            # Each is taken for a pattern; of an address `recipe.data.remote_files` takes none.
+            data_files=[path if is_remote(path) else glob.escape(path) for path in paths],
+            split="train",
+            streaming=streaming,
+            cache_dir=str(config.cache_directory / "datasets"),
+            **options.get(kind, {}),
+        )
+    except Exception as error:
+        name, reason = paths[0] if len(paths) == 1 else f"{len(paths)} files", reason_of(error)
+        raise RecipeError(f"cannot read {reason if 'http' in reason else f'{name}: {reason}'}") from error
+
+
+def _hub_dataset(config: Config) -> Any:
+    import datasets
+
+    data = config.data
+    try:
+        documents = datasets.load_dataset(
+            data.repository, data.configuration, split=data.split, revision=data.revision, streaming=True
+        )
+        return documents if documents.num_shards >= config.batch.lanes else documents.reshard()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"cannot open data.dataset = {data.dataset!r} (NAME or NAME:CONFIGURATION, data.split = {data.split!r}): {reason}; "
+            "for text on this machine use --data.text_files"
+        ) from error

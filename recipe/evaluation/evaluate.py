@@ -1,0 +1,79 @@
+"""Loss, perplexity and bits per byte of a model on text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recipe.data.blocks import ValidationSet
+    from recipe.run.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a model on a validation set.
+
+    Args:
+        loss: mean over the targets, in nats per token.
+        bits_per_byte: total bits over the UTF-8 bytes of the text; comparable between tokenizers.
+        tokens: targets.
+        text_bytes: UTF-8 bytes.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
+
+
+def evaluate(
+    model: Any, validation: ValidationSet, *, accelerator: Any, rows: int, stop: StopRequest | None = None
+) -> Evaluation | None:
+    """Evaluate on all ranks, each with its share of the blocks; None where a rank was asked to stop meanwhile.
+
+    Args:
+        model: a prepared `CausalLanguageModel`; its train or eval mode is restored.
+        validation: the blocks; the same on every rank.
+        accelerator: says which share is this rank's.
+        rows: blocks in one forward.
+        stop: looked at between forwards.
+    """
+    import torch
+
+    from recipe.data.blocks import to_tensors
+    from recipe.model.kernels import eager
+
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    blocks = validation.blocks
+    share = blocks[len(blocks) * rank // ranks : len(blocks) * (rank + 1) // ranks]
+    plain = accelerator.unwrap_model(model)  # keeps autocast, leaves DDP: ranks may hold unequal numbers of blocks
+    was_training = plain.training
+    plain.eval()
+    losses = []
+    with torch.no_grad(), eager(plain):
+        for first in range(0, len(share), rows):
+            if stop is not None and stop.signal:
+                break
+            inputs, targets = to_tensors(share[first : first + rows], accelerator.device)
+            losses.append(plain(inputs, targets).float())
+    plain.train(was_training)
+    if stop is not None and stop.should_stop():
+        return None
+    local = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
+    nats = float(accelerator.reduce(local, reduction="sum"))
+    return Evaluation(
+        loss=nats / validation.tokens,
+        bits_per_byte=nats / math.log(2) / validation.text_bytes,
+        tokens=validation.tokens,
+        text_bytes=validation.text_bytes,
+    )

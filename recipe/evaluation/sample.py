@@ -1,0 +1,48 @@
+"""A sample from a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sample from a finished model."""
+
+    prompt: str = ""
+    """Text to continue. Empty: start a new document."""
+    max_new_tokens: int = 128
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """0 takes the most likely token each time."""
+    top_k: int = 50
+    """Sample among this many most likely tokens."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+def generate(gpt2: Any, tokenizer: Any, config: GenerateConfig) -> str:
+    """The prompt and its continuation. Rows of the embedding that are no token of the tokenizer are never sampled."""
+    import torch
+    from transformers import GenerationConfig
+
+    ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    room = gpt2.config.n_positions - config.max_new_tokens
+    ids = ids[-max(room, 1) :]
+    sampling = (
+        {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k} if config.temperature > 0 else {}
+    )
+    generation = GenerationConfig(
+        max_new_tokens=min(config.max_new_tokens, gpt2.config.n_positions - len(ids)),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        suppress_tokens=list(range(len(tokenizer), gpt2.config.vocab_size)) or None,
+        use_cache=True,
+        **sampling,
+    )
+    inputs = torch.tensor([ids], device=gpt2.device)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(config.seed % 2**63)
+        output = gpt2.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=generation)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

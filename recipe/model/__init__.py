@@ -1,0 +1,1 @@
+"""GPT-2, its loss and kernels, its optimizer, its files."""

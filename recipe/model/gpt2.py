@@ -1,0 +1,211 @@
+"""The GPT-2 model: built from the configuration, its initialisation checked, its parameters grouped for the optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipe.config.settings import Config, OptimizerConfig
+from recipe.errors import RecipeError
+from recipe.model.export import load_pretrained, load_weights
+from recipe.model.loss import summed_token_loss
+from recipe.plan.memory import LossMethod
+
+# transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
+# whether the position ids restart: a device synchronisation per micro-batch, and under torch.compile a dense mask that
+# loses the flash kernel. Our blocks are causal and nothing else.
+CAUSAL_ATTENTION = "causal_sdpa"
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of [batch, heads, tokens, head width] by SDPA; returns [batch, tokens, heads, head width], no weights.
+
+    A single query token with a cache sees all keys. Padding is not supported.
+    """
+    tokens = query.shape[2]
+    assert attention_mask is None
+    assert tokens in (1, key.shape[2]), (query.shape, key.shape)
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=tokens > 1, dropout_p=options.get("dropout", 0.0), scale=options.get("scaling")
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+class CausalLanguageModel(nn.Module):
+    """A GPT2LMHeadModel whose forward gives the summed token loss, so that no logits leave it.
+
+    Args:
+        gpt2: the transformers model.
+        vocabulary: tokens of the tokenizer; embedding rows above are padding.
+        loss: the way to compute it.
+    """
+
+    def __init__(self, gpt2: Any, vocabulary: int, loss: LossMethod = "chunked") -> None:
+        super().__init__()
+        self.gpt2 = gpt2
+        self.vocabulary = vocabulary
+        self.loss = loss
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed loss in nats, 0-d; inputs and targets int64 [rows, tokens], targets masked with `IGNORED_TARGET`."""
+        hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary, self.loss)
+
+
+def gpt2_config(config: Config, end_of_text: int) -> Any:
+    """The transformers configuration, with no field left to a default that is wrong for pre-training."""
+    from transformers import GPT2Config
+
+    model = config.model
+    return GPT2Config(
+        vocab_size=model.vocab_size,
+        n_positions=config.n_positions,
+        n_embd=model.n_embd,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_inner=4 * model.n_embd,
+        activation_function=model.activation_function,
+        resid_pdrop=model.dropout,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        layer_norm_epsilon=model.layer_norm_epsilon,
+        initializer_range=model.initializer_range,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=None,  # packed blocks have no padding; the exported model's generation configuration names one
+        use_cache=False,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+
+
+def build_model(
+    config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None, *, loss: LossMethod = "chunked"
+) -> CausalLanguageModel:
+    """A model with the weights of `init_from`, or freshly initialised ones that the seed decides: fp32, or bf16 if lean.
+
+    Args:
+        config: the settings.
+        vocabulary: tokens of the tokenizer.
+        end_of_text: id of the end-of-text token.
+        init_from: directory or Hub name of a GPT-2 of this shape, in any precision.
+        loss: the way to compute it.
+
+    Raises:
+        RecipeError: a tokenizer larger than the embedding, an installed transformers that initialises GPT-2 wrongly, or an
+            `init_from` that cannot be loaded.
+    """
+    from accelerate.utils import set_seed
+    from transformers import AttentionInterface, GPT2LMHeadModel
+    from transformers.activations import ACT2FN
+
+    if vocabulary > config.model.vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {vocabulary:,} tokens but model.vocab_size = {config.model.vocab_size:,}: "
+            f"set --model.vocab_size {-(-vocabulary // 64) * 64}"
+        )
+    if config.model.activation_function not in ACT2FN:
+        raise RecipeError(
+            f"model.activation_function = {config.model.activation_function!r} is unknown: choose among {sorted(ACT2FN)}"
+        )
+    AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
+    set_seed(config.run.seed)
+    gpt2 = GPT2LMHeadModel(gpt2_config(config, end_of_text))
+    gpt2.set_attn_implementation(CAUSAL_ATTENTION)
+    if init_from is None:
+        check_initialisation(gpt2)
+    else:
+        initial, _ = load_pretrained(init_from)
+        if vocabulary > initial.config.vocab_size:
+            raise RecipeError(
+                f"the tokenizer has {vocabulary:,} tokens but {init_from} has embeddings of {initial.config.vocab_size:,}: "
+                "set --data.tokenizer to the one that it was trained with"
+            )
+        load_weights(gpt2, initial.state_dict(), init_from)
+    checkpoint_activations(gpt2, config.performance.activation_checkpointing)
+    expected = torch.bfloat16 if config.optimizer.state == "bf16" else torch.float32
+    gpt2.to(expected)
+    wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != expected}
+    assert not wrong, f"parameters have to be {expected}, found {wrong}"
+    return CausalLanguageModel(gpt2, vocabulary, loss)
+
+
+def checkpoint_activations(gpt2: Any, every: int | None) -> None:
+    """Let every n-th transformer block keep only its input and run again in backward; None: none."""
+    if every is None:
+        return
+    enable = getattr(
+        gpt2, "activation_checkpointing_enable", gpt2.gradient_checkpointing_enable
+    )  # the name before 5.23
+    enable({"use_reentrant": False, "preserve_rng_state": gpt2.config.resid_pdrop > 0})
+    for number, block in enumerate(gpt2.transformer.h):
+        block.gradient_checkpointing = number % every == 0
+
+
+def check_initialisation(gpt2: Any) -> None:
+    """Compare measured standard deviations with GPT-2's scheme (Radford et al., 2019, section 2.3).
+
+    transformers 5.0 to 5.14 left the residual projections unscaled (huggingface/transformers#47458).
+
+    Raises:
+        RecipeError: a weight whose standard deviation is off by more than six standard errors and 2 %.
+    """
+    base = gpt2.config.initializer_range
+    for name, weight in gpt2.named_parameters():
+        if weight.dim() < 2:
+            continue
+        expected = base / math.sqrt(2 * gpt2.config.n_layer) if name.endswith("c_proj.weight") else base
+        measured = weight.detach().std().item()
+        tolerance = max(0.02, 6 / math.sqrt(2 * weight.numel()))
+        if abs(measured / expected - 1) > tolerance:
+            raise RecipeError(
+                f"{name} was initialised with standard deviation {measured:.5f} instead of {expected:.5f}: "
+                "install transformers 5.15 or newer"
+            )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings with `weight_decay`; biases and layer norms without."""
+    parameters: list[nn.Parameter] = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (fused, also on a CPU: 8 times faster there than the loop), lean AdamW, or SGD without momentum.
+
+    Args:
+        model: its parameters are taken.
+        optimizer: the settings.
+        seed: of lean AdamW's rounding.
+    """
+    groups = parameter_groups(model, optimizer.weight_decay)
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(groups, lr=optimizer.learning_rate)
+    options: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.epsilon,
+    }
+    if optimizer.state == "bf16":
+        from recipe.model.optimizer import Bf16AdamW
+
+        return Bf16AdamW(groups, seed=seed, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # lean AdamW keeps a tensor, which compiled code reads
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -1,0 +1,263 @@
+"""What a step holds in memory, and which way of computing it is taken for that. Pure arithmetic; imports no torch.
+
+Seen with `torch.autograd.graph.saved_tensors_hooks` and the profiler's memory events (torch 2.13, transformers 5.23), then
+written down as the sums below; `tests/plan/test_memory.py` holds them against what the allocator hands out. N = tokens of a
+micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is not counted: the plan is then an upper bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from recipe.config.settings import Config, ModelConfig
+from recipe.errors import RecipeError
+from recipe.format import size_text
+from recipe.plan.budget import UpdatePlan
+
+# Of a device's memory: the rest is for the CUDA context, cuBLAS, NCCL and what the caching allocator cannot give out again. An
+# assumption, not measured.
+USABLE_SHARE = 0.92
+LossMethod = Literal["plain", "chunked", "linear_cross_entropy", "liger"]
+# Rows of logits alive at once. 2,048 x 50,304 in fp32 are 412 MB, and as much again for their gradient. On a CPU 512 rows
+# were the fastest for linear_cross_entropy at widths 128 to 768 and vocabularies 2,048 to 50,304 (docs/decisions.md).
+ROWS_PER_CHUNK: dict[LossMethod, int] = {"chunked": 2048, "linear_cross_entropy": 512}
+# What the feed-forward layer keeps, in values per token and width: 8 for a function in one kernel of its input.
+_FEED_FORWARD_VALUES = {"relu": 4, "gelu_new": 20}  # relu needs its output alone; gelu_new keeps three steps on the way
+
+
+def choose_loss(requested: str, device_type: str, precision: str) -> LossMethod:
+    """The way to compute the loss, for `performance.loss` on a device type (`cpu`, `cuda`, ...) in `bf16` or `fp32`.
+
+    Raises:
+        RecipeError: a way that the device or the precision does not allow.
+    """
+    if requested == "linear_cross_entropy" and precision != "fp32":
+        raise RecipeError(
+            "performance.loss = linear_cross_entropy gives its sum in the precision of its inputs, 8 bits in bf16: set "
+            "--precision fp32, or --performance.loss chunked"
+        )
+    if requested == "liger" and device_type != "cuda":
+        raise RecipeError(
+            f"performance.loss = liger runs on CUDA only, and this is {device_type}: set --performance.loss auto"
+        )
+    if requested != "auto":
+        return requested  # type: ignore[return-value]
+    return "linear_cross_entropy" if device_type == "cpu" and precision == "fp32" else "chunked"
+
+
+def parameter_count(model: ModelConfig, n_positions: int) -> int:
+    """Trainable parameters of GPT-2 with a tied output layer."""
+    width = model.n_embd
+    embeddings = (model.vocab_size + n_positions) * width
+    attention = (width * 3 * width + 3 * width) + (width * width + width)
+    feed_forward = (width * 4 * width + 4 * width) + (4 * width * width + width)
+    layer_norms = 2 * 2 * width
+    return embeddings + model.n_layer * (attention + feed_forward + layer_norms) + 2 * width
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of tensors on one rank during an update, once the optimizer has its state.
+
+    Args:
+        parameters_bytes: of the model.
+        gradients_bytes: of all parameters.
+        optimizer_bytes: AdamW's two moments.
+        buckets_bytes: DDP's copy of the gradient, which it sends in buckets; 0 on one rank.
+        activations_bytes: what forward keeps for backward.
+        casts_bytes: the blocks' weights that autocast has rounded to bf16, kept with them.
+        logits_bytes: what the loss takes beyond them, forward and backward.
+        backward_bytes: what the backward of the last block takes beyond the activations.
+        embedding_bytes: what the end of backward takes, when no activations are left.
+        accumulates: whether gradients of an earlier micro-batch are there during forward.
+    """
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    buckets_bytes: int
+    activations_bytes: int
+    casts_bytes: int
+    logits_bytes: int
+    backward_bytes: int
+    embedding_bytes: int
+    accumulates: bool
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters, gradients and optimizer: what no micro-batch changes."""
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is there at once: in the loss, in the last block's backward, or at the end of backward."""
+        return self.state_bytes + self.buckets_bytes + max(self.early_bytes, self.embedding_bytes)
+
+    @property
+    def early_bytes(self) -> int:
+        """What the end of forward and the start of backward take beyond the state."""
+        kept = self.activations_bytes + self.casts_bytes + max(self.logits_bytes, self.backward_bytes)
+        return kept if self.accumulates else kept - self.gradients_bytes  # which come as the activations go
+
+
+def state_bytes(config: Config) -> tuple[int, int, int]:
+    """Bytes of (parameters, gradients, optimizer), which no micro-batch changes."""
+    size = parameter_count(config.model, config.n_positions) * (2 if config.optimizer.state == "bf16" else 4)
+    return size, size, size * {"adamw": 2, "sgd": 0}[config.optimizer.name]
+
+
+def estimate_memory(
+    config: Config, micro_batch_size: int, device_type: str, precision: str, world_size: int = 1
+) -> MemoryEstimate:
+    """Bytes of tensors for micro-batches of `micro_batch_size` blocks.
+
+    Args:
+        config: the settings.
+        micro_batch_size: blocks in one forward and backward, at most.
+        device_type: `cpu`, `cuda`, ...
+        precision: `bf16` (autocast) or `fp32`.
+        world_size: ranks, which share an update's blocks.
+
+    Raises:
+        RecipeError: a loss that the device or precision does not allow, or a budget that does not divide.
+    """
+    model, batch, every = config.model, config.batch, config.performance.activation_checkpointing
+    update = UpdatePlan(batch.tokens_per_update, config.data.sequence_length, batch.lanes, world_size, micro_batch_size)
+    width, rows = model.n_embd, update.largest_micro_batch
+    tokens = rows * update.sequence_length
+    is_lean, is_cpu = config.optimizer.state == "bf16", device_type == "cpu"
+    state = 2 if is_lean else 4  # bytes of a parameter, of its gradient, of each moment; and of the residual stream
+    product = 2 if precision == "bf16" else 4  # bytes of what goes into and comes out of a matrix product
+    normed = 2 if is_lean and is_cpu else 4  # bytes of what goes into a layer norm; autocast for CUDA makes it float32
+    cast = 2 if product != state else 0  # autocast rounds each weight once in a forward, and keeps it for backward
+    mask = product if is_cpu else 1  # bytes of a value in a dropout mask
+    values, matrices, head = tokens * width, 12 * width * width, model.vocab_size * width
+    parameters_bytes, gradients_bytes, optimizer_bytes = state_bytes(config)
+
+    # A block keeps the input of both layer norms, their outputs (2), attention, and the feed-forward layer before (4) and
+    # after (4) GELU; also mean and deviation of each token. Where it is computed again, its input is all that is kept.
+    attention = _attention_bytes(config, rows, product, is_cpu)
+    feed_forward = _FEED_FORWARD_VALUES.get(model.activation_function, 8)
+    block = values * (2 * normed + (2 + feed_forward) * product) + 4 * tokens * normed + attention
+    block += 2 * values * mask if model.dropout else 0
+    computed_again = [every is not None and number % every == 0 for number in range(model.n_layer)]
+    kept = [values * state if again else block for again in computed_again]
+    ends = values * normed  # the final layer norm's input, and the embedding's dropout
+    ends += values * (4 if is_cpu else 1) if model.dropout else 0
+    activations = sum(kept) + ends + 16 * update.largest_share * update.sequence_length  # the update's token ids, int64
+
+    # Backward of the last block: its output's gradient, the one of GELU's output (4) before that output is let go, and that
+    # of the weights between them. The head's gradient waits until the end for the embedding's, whose weight it shares.
+    passing = values * (state + 4 * product) + (values * product if cast else 0)
+    backward = passing + 4 * width * width * (product + 2 * cast) + head * state - ends
+    if computed_again[-1]:
+        backward += block - kept[-1] + matrices * cast
+    forward_casts = sum(computed_again) * matrices * cast  # of these blocks, let go when forward ends
+    loss = choose_loss(config.performance.loss, device_type, precision)
+    return MemoryEstimate(
+        parameters_bytes=parameters_bytes,
+        gradients_bytes=gradients_bytes,
+        optimizer_bytes=optimizer_bytes,
+        buckets_bytes=gradients_bytes if world_size > 1 else 0,
+        activations_bytes=activations,
+        casts_bytes=(model.n_layer - sum(computed_again)) * matrices * cast,
+        logits_bytes=_logits_bytes(loss, tokens, model, product, cast, normed, forward_casts),
+        backward_bytes=backward,
+        embedding_bytes=(2 if cast or loss == "linear_cross_entropy" else 3) * head * state + values * state,
+        accumulates=update.gradient_accumulation_steps > 1,
+    )
+
+
+def largest_micro_batch(config: Config, world_size: int, memory_bytes: float, device_type: str, precision: str) -> int:
+    """The most blocks in a forward and backward whose step takes `USABLE_SHARE` of the memory at most.
+
+    Never more than the largest micro-batch that the update is cut into: with a share of 8 blocks it is 8, 4, 3, 2 or 1.
+
+    Args:
+        config: the settings; its own `batch.micro_batch_size` is not looked at.
+        world_size: ranks.
+        memory_bytes: of the device, for this rank.
+        device_type: `cpu`, `cuda`, ...
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        RecipeError: not even one block fits.
+    """
+    batch, length = config.batch, config.data.sequence_length
+    share = UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, 1).largest_share
+    needed = 0
+    for size in sorted({-(-share // steps) for steps in range(1, share + 1)}, reverse=True):
+        needed = estimate_memory(config, size, device_type, precision, world_size).peak_bytes
+        if needed <= USABLE_SHARE * memory_bytes:
+            return size
+    raise RecipeError(_too_small(config, needed, memory_bytes, device_type, precision, world_size))
+
+
+def _too_small(
+    config: Config, needed: int, memory_bytes: float, device_type: str, precision: str, world_size: int
+) -> str:
+    """What one block needs, and which settings would make it fit."""
+    usable = USABLE_SHARE * memory_bytes
+    ways = {"": config}
+    if config.performance.activation_checkpointing != 1:
+        again = replace(config.performance, activation_checkpointing=1)
+        ways["--performance.activation_checkpointing 1"] = replace(config, performance=again)
+    if precision == "bf16" and config.optimizer.name == "adamw" and config.optimizer.state != "bf16":
+        lean = replace(config.optimizer, state="bf16")
+        ways |= {f"{way} --optimizer.state bf16".strip(): replace(other, optimizer=lean) for way, other in ways.items()}
+    sizes = {
+        way: estimate_memory(other, 1, device_type, precision, world_size).peak_bytes for way, other in ways.items()
+    }
+    advice = [f"{way} ({size_text(size)})" for way, size in sizes.items() if size <= usable]
+    return (
+        f"one block of {config.data.sequence_length:,} tokens needs {size_text(needed)}, and {100 * USABLE_SHARE:.0f} % of "
+        f"{size_text(memory_bytes)} are {size_text(usable)}: take a device with {size_text(needed / USABLE_SHARE)}, "
+        f"{', '.join([*advice, 'a shorter --data.sequence_length'])} or a smaller model"
+    )
+
+
+def _attention_bytes(config: Config, rows: int, product: int, is_cpu: bool) -> int:
+    """What the attention of a block keeps: query, key and value (3 N d), result (N d), a log-sum-exp for each head and token.
+
+    The math kernel keeps float32 copies of query, key and value and the [tokens, tokens] weights of each head instead; it is
+    also what a CPU computes dropout with, where it keeps the weights before, the mask, and the weights after.
+    """
+    model, length = config.model, config.data.sequence_length
+    values = rows * length * model.n_embd
+    if config.performance.attention != "math" and not (is_cpu and model.dropout):
+        return 4 * values * product + 4 * rows * length * model.n_head
+    dropped = 4 + (4 if is_cpu else 1) if model.dropout else 0
+    return 3 * values * 4 + values * product + rows * model.n_head * length * length * (4 + dropped)
+
+
+def rows_at_once(loss: LossMethod, tokens: int, model: ModelConfig) -> int:
+    """Tokens whose logits exist together. Liger's are about N d logits, in rows rounded up to a power of 2 (0.6.5)."""
+    if loss == "liger":
+        return min(tokens, 1 << (-(-tokens // -(-model.vocab_size // model.n_embd)) - 1).bit_length())
+    return min(tokens, ROWS_PER_CHUNK.get(loss, tokens))
+
+
+def _logits_bytes(
+    loss: LossMethod, tokens: int, model: ModelConfig, product: int, cast: int, normed: int, forward: int
+) -> int:
+    """What the loss takes: the larger of its forward, with `forward` bytes that end with it, and its backward."""
+    values, head = tokens * model.n_embd, model.vocab_size * model.n_embd
+    rows = rows_at_once(loss, tokens, model)
+    logits = rows * model.vocab_size
+    if loss == "linear_cross_entropy":
+        # Logits that become their own gradient; both gradients, which backward scales into new tensors.
+        gradients = 4 * (values + head)
+        return max(forward + values * 4 + logits * 4 + gradients + rows * model.n_embd * 4, 2 * gradients)
+    if loss == "liger":
+        # The same, scaled in place; the weight's gradient is added up in float32. Read in 0.6.5, not measured.
+        gradients = values * product + head * 4
+        passing = logits * product + max(logits * product, head * (product + 4))
+        return forward + values * (normed + cast) + head * cast + gradients + passing
+    # Logits, log-probabilities; in backward log-probabilities, their gradient, the logits' gradient; float32.
+    is_chunked = rows < tokens
+    before = forward + values * normed + head * cast + logits * 8
+    behind = values * (normed if is_chunked else product) + head * cast + logits * 12
+    if is_chunked:  # what chunks before left: their gradients; and the weight, rounded again for each
+        behind += head * product + values * normed
+    return max(before, behind)

@@ -1,0 +1,72 @@
+"""What a person sees: one bar on a terminal, plain lines in a pipe, from rank 0 only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from recipe.run.ledger import LedgerEntry
+
+PLAIN_LINES = 20  # lines of progress in a pipe
+
+
+class Console:
+    """Prints on rank 0.
+
+    Args:
+        enabled: whether this is rank 0.
+        updates: updates this run will do.
+    """
+
+    def __init__(self, enabled: bool, updates: int) -> None:
+        self.enabled = enabled
+        self.updates = updates
+        self._bar: Any = None
+        self._started, self._first = 0.0, 0
+
+    def section(self, title: str, text: object) -> None:
+        """A titled paragraph."""
+        self.say(f"\n{title}\n{text}")
+
+    def say(self, text: str) -> None:
+        """A line, above the bar where there is one."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def start(self, update: int) -> None:
+        """Training begins after `update` updates."""
+        self._started, self._first = time.perf_counter(), update
+        if self.enabled and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.updates, initial=update, unit=" updates", dynamic_ncols=True)
+
+    def progress(self, entry: LedgerEntry) -> None:
+        """One update is done."""
+        if not entry.is_finite:
+            self.say(f"update {entry.update:,} skipped: loss {entry.loss}, gradient norm {entry.grad_norm}")
+        values = f"loss {entry.loss:.4f}, {entry.tokens_per_second:,.0f} tokens/s, lr {entry.learning_rate:.2e}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(values, refresh=False)
+            self._bar.update(entry.update - self._bar.n)  # back, after a rollback
+        elif (
+            entry.update == self._first + 1
+            or entry.update % max(1, self.updates // PLAIN_LINES) == 0
+            or entry.update == self.updates
+        ):
+            done = max(entry.update - self._first, 1)
+            left = (time.perf_counter() - self._started) / done * (self.updates - entry.update)
+            minutes, seconds = divmod(round(left), 60)
+            self.say(f"update {entry.update:>6,}/{self.updates:,}  {values}, {minutes}:{seconds:02d} left")
+
+    def finish(self) -> None:
+        """Training is over."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

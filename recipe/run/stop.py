@@ -1,0 +1,87 @@
+"""What ranks agree on once per update: to stop, or that one of them ran out of memory. Either abandons the open update.
+
+A request to stop is SIGINT, SIGTERM, SIGUSR1, or an error after which a rank cannot go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from recipe.errors import RecipeError
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+REPEAT_SECONDS = 1.0
+_GAVE_UP = 1000  # beyond any signal's number; the rest is an exit code
+
+
+class StopRequest:
+    """Remembers that a signal came. The same signal a second time leaves at once, with nothing saved.
+
+    Launchers follow a Ctrl-C with a SIGTERM of their own, so another signal is not a second one; and they pass on a SIGTERM
+    that the ranks may have had already, so one that follows within a second is not either.
+
+    Attributes:
+        signal: that came to this rank, or that the ranks agreed on; 0 for none.
+        agreed_signal: the one that they agreed on.
+        received: signals that came to this rank.
+        agreements: times that the ranks have agreed.
+        rank_out_of_memory: 1 + the rank that ran out of memory in this update; 0 where none did.
+    """
+
+    def __init__(self) -> None:
+        self.signal = self.agreed_signal = self.received = 0
+        self.rank_out_of_memory = 0
+        self.agreements = 0
+        self._group: Any = None
+        self._ranks = 1
+        self._seen: dict[int, float] = {}  # signal -> when it came first
+        for number in _SIGNALS:
+            signal.signal(number, self._receive)
+
+    def connect(self, ranks: int) -> None:
+        """Form a group of all ranks on the CPU, so that agreeing never waits for a GPU. Collective."""
+        self._ranks = ranks
+        if ranks > 1:
+            import torch
+
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def should_stop(self) -> bool:
+        """Whether to abandon the open update, or the evaluation. Collective: each rank calls it once for each of them."""
+        self.agreements += 1
+        self.agreed_signal = self.signal
+        if self._ranks > 1:
+            import torch
+
+            flags = torch.tensor([self.signal, self.rank_out_of_memory])
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
+            self.agreed_signal, self.rank_out_of_memory = flags.tolist()
+            self.signal = self.agreed_signal or self.signal  # one that came meanwhile counts the next time
+        return self.agreed_signal > 0 or self.rank_out_of_memory > 0
+
+    def request_stop(self, error: RecipeError, rank: int, already_printed: bool = True) -> None:
+        """Ask to stop because this rank cannot go on; the others learn of it when they agree."""
+        if already_printed:
+            print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        self.signal = _GAVE_UP + error.exit_code
+
+    @property
+    def reason(self) -> str:
+        """What stopped the run."""
+        return f"signal {self.signal}" if self.signal < _GAVE_UP else "an error"
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it, or that of the error."""
+        return 128 + self.signal if self.signal < _GAVE_UP else self.signal - _GAVE_UP
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received += 1
+        if time.monotonic() - self._seen.setdefault(number, time.monotonic()) > REPEAT_SECONDS:
+            os._exit(128 + number)
+        self.signal = self.signal or number

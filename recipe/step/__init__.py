@@ -1,0 +1,1 @@
+"""One update of the model, and what is measured of it."""

@@ -1,0 +1,350 @@
+"""Stop a run any way you like, start it on other hardware, and get the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipe.checkpoint.files import list_checkpoints, prune, why_invalid
+from recipe.run.ledger import truncate_ledger
+from recipe.run.stop import REPEAT_SECONDS
+from tests.helpers import ROOT, TINY, environment, read_ledger, read_ledger_lines, run, train, write_texts
+from tests.test_train import launcher
+
+SCRIPT = ["recipe/train.py"]
+UPDATES = 24
+TIMES = ("update_seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
+
+
+def arguments(directory: Path, *more: str) -> list[str]:
+    """24 updates over a small corpus, so that some are of the third epoch; a checkpoint every 4, windows of 5 documents."""
+    return [
+        *TINY,
+        *["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/texts/*.txt"],
+        *["--schedule.total_tokens", str(UPDATES * 1536), "--checkpoint.every_tokens", str(4 * 1536)],
+        *["--data.shuffle_window", "5", "--batch.micro_batch_size", "8", "--model.dropout", "0.1"],
+        *["--data.cache_directory", str(directory.parent / "cache"), *more],
+    ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, and `whole`: the run that was never interrupted, on one rank."""
+    root = tmp_path_factory.mktemp("resume")
+    write_texts(root / "texts", count=16, largest=1200)
+    done = train(*arguments(root / "whole"))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def tensors_of(run_directory: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a run's last checkpoint."""
+    checkpoint = list_checkpoints(run_directory / "checkpoints")[0]
+    files = [checkpoint / "model.safetensors", *(checkpoint / "training").glob("*.safetensors")]
+    assert len(files) == 2
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def assert_same_run(whole: Path, other: Path) -> None:
+    """Bit for bit: the ledger except times, weights, optimizer state, and the finished model."""
+
+    def timeless(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
+
+    assert timeless(read_ledger(other)) == timeless(read_ledger(whole))
+    expected, found = tensors_of(whole), tensors_of(other)
+    assert set(found) == set(expected)
+    assert len(expected) > 60
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert (other / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+def start(directory: Path, *more: str, **variables: str) -> subprocess.Popen[str]:
+    """Start a run in the background; its output can be read line by line."""
+    return subprocess.Popen(
+        [sys.executable, *SCRIPT, *arguments(directory, *more)],
+        cwd=ROOT,
+        env=environment(PYTHONUNBUFFERED="1", **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"{words!r} was never printed: {process.communicate()}")
+
+
+def test_three_resumes_give_the_uninterrupted_run_bit_for_bit(root: Path) -> None:
+    """With dropout, in the middle of shuffle windows, into the third epoch."""
+    state = json.loads((list_checkpoints(root / "whole/checkpoints")[0] / "training/state.json").read_text())
+    assert max(lane["epoch"] for lane in state["lane_states"]) >= 2
+    assert any(lane["document"] for lane in state["lane_states"])
+    for stop_after in (5, 10, 17, None):
+        more = ["--run.max_updates", str(stop_after)] if stop_after else []
+        done = train(*arguments(root / "resumed", *more))
+        assert done.returncode == 0, done.stderr
+    resumes = [line for line in read_ledger_lines(root / "resumed") if line.get("event") == "resume"]
+    assert [event["update"] for event in resumes] == [5, 10, 17]
+    assert_same_run(root / "whole", root / "resumed")
+
+
+def test_a_run_moves_between_one_two_and_three_ranks(root: Path) -> None:
+    """1 -> 2 -> 3 -> 1 ranks with other micro-batches, no dropout: the same blocks, losses within 1e-5."""
+    plain = ["--model.dropout", "0"]
+    done = train(*arguments(root / "one", *plain))
+    assert done.returncode == 0, done.stderr
+    for ranks, size, stop_after in ((1, 8, 6), (2, 5, 11), (3, 2, 17), (1, 3, UPDATES)):
+        more = [*plain, "--batch.micro_batch_size", str(size), "--run.max_updates", str(stop_after)]
+        done = run([*launcher(ranks), *arguments(root / "moved", *more)])
+        assert done.returncode == 0, done.stderr
+    expected, found = read_ledger(root / "one"), read_ledger(root / "moved")
+    assert [entry["world_size"] for entry in found] == [1] * 6 + [2] * 5 + [3] * 6 + [1] * 7
+    assert [entry["blocks_sha256"] for entry in found] == [entry["blocks_sha256"] for entry in expected]
+    assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(root: Path, number: int, code: int) -> None:
+    directory = root / f"signal-{number}"
+    process = start(directory, "--checkpoint.every_tokens", "null", "--run.max_updates", "9999")
+    wait_for(process, "update      6/")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "the same command goes on from here" in output
+    assert "Traceback" not in errors
+    (checkpoint,) = list_checkpoints(directory / "checkpoints")
+    assert why_invalid(checkpoint) is None
+    assert checkpoint.name == f"step-{len(read_ledger(directory)):06d}", "what was saved is the last whole update"
+    done = train(*arguments(directory))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(root / "whole", directory)
+
+
+def test_kill_9_loses_nothing_but_time(root: Path) -> None:
+    """Killed three times at different places, also while a checkpoint is written; the lock does not stay."""
+    directory = root / "killed"
+    for words in ("update     10/", "checkpoint ", "update     20/"):
+        process = start(directory)
+        wait_for(process, words)
+        process.kill()
+        process.communicate()
+    done = train(*arguments(directory))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(root / "whole", directory)
+
+
+def test_a_second_process_on_the_same_directory_is_refused(root: Path) -> None:
+    directory = root / "locked"
+    process = start(directory)
+    wait_for(process, "update      2/")
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        second = train(*arguments(directory))
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert second.returncode == 2
+    assert "another process is training" in second.stderr
+    assert process.wait(timeout=120) == 0
+    assert_same_run(root / "whole", directory)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(root: Path) -> None:
+    """A flipped bit in the newest, a truncated file in the one before, a planted pickle, a stray file."""
+    directory = root / "damaged"
+    done = train(*arguments(directory, "--run.max_updates", "14"))
+    assert done.returncode == 0, done.stderr
+    newest, second, third = list_checkpoints(directory / "checkpoints")
+    assert (newest.name, second.name, third.name) == ("step-000014", "step-000012", "step-000008")
+    weights = bytearray((newest / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (newest / "model.safetensors").write_bytes(weights)
+    os.truncate(second / "training/state.json", 100)
+    trap = f"cos\nsystem\n(S'touch {directory}/executed'\ntR."
+    for name in (".metadata", "training/.metadata", "pytorch_model.bin", "training/optimizer.pt"):
+        (third / name).write_text(trap)
+    (directory / "checkpoints/notes.txt").write_text("mine")
+    (directory / "checkpoints/step-last").mkdir()
+    done = train(*arguments(directory))
+    assert done.returncode == 0, done.stderr
+    assert "skipped step-000014: model.safetensors has changed since it was written" in done.stdout
+    assert "skipped step-000012: training/state.json has 100 bytes instead of" in done.stdout
+    assert "going on from" in done.stdout
+    assert not (directory / "executed").exists()
+    (event,) = [line for line in read_ledger_lines(directory) if line.get("event") == "resume"]
+    assert [name for name, _ in event["skipped"]] == ["step-000014", "step-000012"]
+    assert_same_run(root / "whole", directory)
+
+
+def test_another_run_in_the_directory_is_refused_with_the_difference(root: Path) -> None:
+    done = train(*arguments(root / "whole", "--run.seed", "7", "--optimizer.learning_rate", "1e-4"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    for words in ("run.seed was 1234 and is 7", "optimizer.learning_rate was 0.005 and is 0.0001", "--resume fresh"):
+        assert words in line
+    assert "batch.lanes" not in line
+
+
+def test_changed_text_is_refused(root: Path) -> None:
+    directory = root / "changed" / "run"
+    write_texts(root / "changed/texts", count=16, largest=1200)
+    done = train(*arguments(directory, "--run.max_updates", "6"))
+    assert done.returncode == 0, done.stderr
+    for path in (root / "changed/texts").iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace("e", "E"), encoding="utf-8")
+    done = train(*arguments(directory, "--data.tokenizer", str(next((root / "changed/cache").glob("tokenizer-*")))))
+    assert done.returncode == 2
+    assert "data.tokenizer was None" in done.stderr
+    done = train(*arguments(directory))
+    assert done.returncode == 2
+    assert "the text of update 6 is not what it was" in done.stderr
+
+
+def test_a_model_that_computes_another_function_is_refused(root: Path) -> None:
+    """The weights are right, but attention sees the future: as after an update of a library that broke something."""
+    directory = root / "another-function"
+    done = train(*arguments(directory, "--run.max_updates", "2"))
+    assert done.returncode == 0, done.stderr
+    done = train("attention_sees_the_future", *arguments(directory), script=["tests/support/faulty_train.py"])
+    assert done.returncode == 2
+    assert "does not compute the same function" in done.stderr
+
+
+SMALL_DISK = (100_000, 100_000)  # bytes of the largest file that can be written: less than the model's
+
+
+def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints(root: Path) -> None:
+    """No file may grow beyond a limit, until the first checkpoint has failed: training does not notice."""
+    directory = root / "full"
+    process = start(directory)
+    wait_for(process, "update      1/")
+    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL_DISK[0], resource.RLIM_INFINITY))
+    wait_for(process, "checkpoint after update 4 failed")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "step-000024" in output
+    events = [line for line in read_ledger_lines(directory) if line.get("event") == "checkpoint_failed"]
+    assert events[0]["update"] == 4
+    assert "File too large" in events[0]["reason"]
+    assert not [path for path in (directory / "checkpoints").iterdir() if path.name.startswith(".tmp")]
+    assert_same_run(root / "whole", directory)
+
+
+def test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkpoint(root: Path) -> None:
+    directory = root / "stays-full"
+    process = start(directory, "--run.max_updates", "14", "--checkpoint.keep", "1")
+    wait_for(process, "step-000004")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, SMALL_DISK)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = errors.splitlines()
+    assert "the last checkpoint could not be written" in line
+    assert why_invalid(list_checkpoints(directory / "checkpoints")[0]) is None
+    done = train(*arguments(directory))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(root / "whole", directory)
+
+
+def test_a_non_finite_update_is_skipped_on_all_ranks(root: Path) -> None:
+    """One rank's gradient becomes infinite in updates 3 and 4: no rank steps, and the run goes on; five in a row end it."""
+    directory = root / "skipped"
+    command = launcher(2)
+    command[-1:] = ["tests/support/faulty_train.py", "infinite_gradient_on_rank_1"]
+    done = run(
+        [*command, *arguments(directory, "--run.max_updates", "8", "--checkpoint.every_tokens", "1536")],
+        FAULTY_UPDATES="3,4",
+    )
+    assert done.returncode == 0, done.stderr
+    events = [line for line in read_ledger_lines(directory) if line.get("event") == "skipped_update"]
+    assert [event["update"] for event in events] == [3, 4]
+    assert [entry["update"] for entry in read_ledger(directory)] == [1, 2, 5, 6, 7, 8]
+
+    directory = root / "diverged"
+    more = ["--run.max_updates", "12", "--checkpoint.every_tokens", "1536", "--checkpoint.keep", "9"]
+    done = run([*launcher(1)[:1], *command[-2:], *arguments(directory, *more)], FAULTY_UPDATES="3,4,5,6,7")
+    assert done.returncode == 3
+    assert "updates 3 to 7 were not finite" in done.stderr
+    assert "--optimizer.learning_rate" in done.stderr
+    checkpoints = {path.name: path for path in list_checkpoints(directory / "checkpoints")}
+    before = load_file(checkpoints["step-000002"] / "model.safetensors")
+    after = load_file(checkpoints["step-000006"] / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_no_token_is_written_anywhere(root: Path) -> None:
+    secret = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+    directory = root / "secret"
+    more = ["--run.max_updates", "4", "--log.trackers", "tensorboard"]
+    done = run([sys.executable, "recipe/train.py", *arguments(directory, *more)], HF_TOKEN=secret)
+    assert done.returncode == 0, done.stderr
+    assert secret not in done.stdout + done.stderr
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+def test_pruning_keeps_the_newest_and_the_marked(tmp_path: Path) -> None:
+    for update in (10, 20, 25, 30, 40, 50):
+        (tmp_path / f"step-{update:06d}").mkdir()
+    (tmp_path / "step-000060.bak").mkdir()
+    removed = prune(tmp_path, keep=2, keep_every_tokens=2000, tokens_per_update=100)
+    assert sorted(path.name for path in removed) == ["step-000010", "step-000025", "step-000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000020",
+        "step-000040",
+        "step-000050",
+        "step-000060.bak",
+    ]
+
+
+def test_the_ledger_is_cut_back_to_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b'{"update": 1}\n{"event": "resume", "update": 1}\n{"update": 2}\n{"update": 3}\n{"upda')
+    assert truncate_ledger(path, 2) == 2
+    assert path.read_bytes() == b'{"update": 1}\n{"event": "resume", "update": 1}\n{"update": 2}\n'
+    assert truncate_ledger(tmp_path / "none.jsonl", 2) == 0
+
+
+def test_a_second_signal_leaves_at_once(root: Path) -> None:
+    """The process is held in between, as in a long micro-batch. A launcher's repeat, within a second, is not a second one."""
+    process = start(root / "twice", "--run.max_updates", "9999")
+    wait_for(process, "update      2/")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(REPEAT_SECONDS + 0.1)
+    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "goes on from here" not in output
+
+
+def test_chaos_in_short(tmp_path: Path) -> None:
+    """Two interruptions of a two-rank run; `python -m tests.chaos --runs 30` is the long one."""
+    from tests.chaos import chaos
+
+    happened = chaos(2, seed=5, root=tmp_path)
+    assert sum(count for what, count in happened.items() if what.startswith("SIG")) == 2

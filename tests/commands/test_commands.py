@@ -1,0 +1,38 @@
+"""`python -m recipe`: the list of commands, and each of them started from it."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from tests.helpers import ROOT, run
+
+RECIPE = [sys.executable, "-m", "recipe"]
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
+    done = run([sys.executable, "-X", "importtime", "-m", "recipe", "--help"])
+    assert done.returncode == 0
+    listed = re.findall(r"^  (\w+) +[A-Z].*\.$", done.stdout, re.MULTILINE)
+    with_a_main = [
+        p.stem for p in (ROOT / "recipe").glob("*.py") if "\n    run_command(main)\n" in p.read_text("utf-8")
+    ]
+    assert sorted(listed) == sorted({*with_a_main} - {"__main__"})
+    assert not re.search(r"\b(torch|transformers|jsonargparse)\b", done.stderr)
+    assert "\x1b" not in done.stdout, "no colours in a pipe"
+
+
+def test_a_command_is_the_module_of_its_name() -> None:
+    arguments = ["--config", "configs/quickstart.yaml"]
+    listed, direct = run([*RECIPE, "plan", *arguments]), run([sys.executable, "-m", "recipe", "plan", *arguments])
+    assert (listed.returncode, listed.stdout) == (0, direct.stdout)
+    assert "tokens per update   4,096" in listed.stdout
+
+
+def test_a_mistake_is_one_line_and_exit_code_2() -> None:
+    mistaken = [["pln"], ["plan", "--config", "nowhere.yaml"], ["train", "--model.n_layer", "two"]]
+    mistaken += [[command, "somewhere", "--sed", "1"] for command in ("evaluate", "generate", "report", "card", "push")]
+    for arguments in mistaken:
+        done = run([*RECIPE, *arguments])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"error: .*\n", done.stderr), done.stderr

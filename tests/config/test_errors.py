@@ -1,0 +1,243 @@
+"""A user's mistake gets one line that says what to change, exit code 2, and no traceback; before anything expensive."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import TINY, run, train, write_texts
+
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+
+# Arguments after the tiny settings, words the line has to contain.
+SETTINGS = {
+    "unknown key": (["--batch.tokns", "3"], ["batch.tokns is not a setting", "batch.tokens_per_update"]),
+    "unknown section": (["--modle.n_layer", "3"], ["modle.n_layer is not a setting", "model.n_layer"]),
+    "shortened key": (["--batch.lane", "4"], ["batch.lane is not a setting", "batch.lanes"]),
+    "null": (["--config", "BROKEN/null.yaml"], ["batch.tokens_per_update = null", "int"]),
+    "section is no mapping": (["--config", "BROKEN/section.yaml"], ["run"]),
+    "list without a value": (["--data.text_files"], ["--data.text_files needs a value"]),
+    "seed too large": (["--run.seed", "5000000000"], ["run.seed = 5000000000", "2**32"]),
+    "no directory": (["--run.directory", ""], ["run.directory is empty"]),
+    "wrong type": (["--batch.lanes", "many"], ["--batch.lanes", "expected int", "many"]),
+    "wrong choice": (["--precision", "fp8"], ["--precision", "'auto', 'bf16', 'fp32'", "fp8"]),
+    "no value": (["--batch.lanes"], ["--batch.lanes", "expected one argument"]),
+    "stray word": (["train"], ["unrecognized", "train"]),
+    "no whole blocks": (["--batch.tokens_per_update", "1500"], ["1,500", "23.44 blocks of 64", "1,472 or 1,536"]),
+    "lanes do not divide": (["--batch.lanes", "7"], ["batch.lanes = 7", "24 blocks", "[1, 2, 3, 4, 6, 8, 12, 24]"]),
+    "missing file": (["--data.text_files", "no/such/*.txt"], ["no file matches 'no/such/*.txt'"]),
+    "unknown format": (["--data.text_files", "run.sh"], ["'run.sh'", ".jsonl.zst"]),
+    "two formats": (["--data.text_files", "MIXED/*"], ["one format"]),
+    "empty files": (["--data.text_files", "EMPTY/*.txt"], ["empty"]),
+    "longer than positions": (["--model.n_positions", "32"], ["sequence_length = 64", "n_positions = 32"]),
+    "heads do not divide": (["--model.n_head", "5"], ["n_head = 5", "n_embd = 32", "[1, 2, 4, 8, 16, 32]"]),
+    "below its bound": (["--batch.micro_batch_size", "0"], ["batch.micro_batch_size = 0", "at least 1"]),
+    "waiting too long": (["--data.retry_seconds", "3600"], ["data.retry_seconds = 3600", "at most 1200"]),
+    "unknown format of an address": (
+        ["--data.text_files", "http://host/a.csv?b=.jsonl"],
+        ["a.csv?b=.jsonl", ".parquet"],
+    ),
+    "negative rate": (["--optimizer.learning_rate", "-1"], ["optimizer.learning_rate", "greater than 0"]),
+    "warm-up too long": (["--schedule.warmup_tokens", "61440"], ["warmup_tokens = 61,440", "leaves nothing"]),
+    "vocabulary too small": (["--model.vocab_size", "100"], ["model.vocab_size = 100", "257"]),
+    "no such preset": (["--config", "configs/gpt3.yaml"], ["--config", "configs/gpt3.yaml"]),
+    "preset is no YAML": (["--config", "BROKEN/preset.yaml"], ["--config is not valid YAML", "line 2"]),
+    "preset is binary": (["--config", "BROKEN/binary.yaml"], ["not a text file"]),
+    "preset has an unknown key": (
+        ["--config", "BROKEN/unknown.yaml"],
+        ["batch.tokens is not a setting", "tokens_per_update"],
+    ),
+    "preset is a directory": (["--config", "configs"], ["--config", "configs"]),
+    "no name of a repository": (["--hub.repo_id", "model"], ["hub.repo_id = 'model'", "user/name"]),
+    "run directory is a file": (["--run.directory", "run.sh/x"], ["run.directory", "run.sh/x", "Not a directory"]),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories whose names stand in the arguments above."""
+    root = tmp_path_factory.mktemp("errors")
+    for name in ("MIXED", "EMPTY", "BROKEN", "RUN"):
+        (root / name).mkdir()
+    (root / "MIXED/a.txt").write_text("text")
+    (root / "MIXED/b.jsonl").write_text('{"text": "text"}')
+    (root / "EMPTY/a.txt").write_text("")
+    (root / "EMPTY/b.txt").write_text("")
+    (root / "BROKEN/preset.yaml").write_text("batch: [\n")
+    (root / "BROKEN/binary.yaml").write_bytes(os.urandom(64) + b"\xff\xfe")
+    (root / "BROKEN/null.yaml").write_text("batch:\n  tokens_per_update: null\n")
+    (root / "BROKEN/section.yaml").write_text("run: 5\n")
+    (root / "BROKEN/unknown.yaml").write_text("batch:\n  tokens: 5\n")
+    write_texts(root / "TEXTS", count=3)
+    return {path.name: path for path in root.iterdir()}
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_wrong_setting_is_one_line(case: str, places: dict[str, Path]) -> None:
+    given, words = SETTINGS[case]
+    given = [str(places[part[0]].joinpath(*part[1:])) if (part := g.split("/"))[0] in places else g for g in given]
+    done = train(*TINY, "--run.directory", str(places["RUN"] / "run"), *given)
+    assert_one_line(done, words)
+    assert not (places["RUN"] / "run/ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--batch.lanes", "4"], ["3 documents", "batch.lanes = 4", "--batch.lanes to 3"]),
+        (["--data.text_files", "{root}/spaces.jsonl", "--batch.lanes", "1"], ["no text"]),
+        (["--data.text_files", "{root}/words.jsonl", "--batch.lanes", "1"], ["no column 'text'", "['words']"]),
+        (["--batch.lanes", "3", "--data.tokenizer", "{root}/nothing"], ["data.tokenizer", "nothing"]),
+    ],
+    ids=["fewer documents than lanes", "empty corpus", "no such column", "no such tokenizer"],
+)
+def test_unusable_data_is_one_line(given: list[str], words: list[str], tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", count=3)
+    (tmp_path / "spaces.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
+    (tmp_path / "words.jsonl").write_text('{"words": "a b c"}\n')
+    given = [g.format(root=tmp_path) for g in given]
+    done = train(
+        *TINY, "--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt", *given
+    )
+    assert_one_line(done, words)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    given = ["--data.dataset", "nobody/nothing", "--run.directory", str(tmp_path / "run")]
+    done = train(*TINY, *given, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    assert_one_line(done, ["nobody/nothing", "--data.text_files"])
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    address = "http://127.0.0.1:9/a.jsonl"
+    done = train(*TINY, "--run.directory", str(tmp_path / "run"), "--data.text_files", address)
+    assert_one_line(done, [f"cannot read {address}", "Connection refused"])
+
+
+def test_more_ranks_than_lanes_is_one_line_from_one_rank(tmp_path: Path) -> None:
+    given = [*TINY, "--run.directory", str(tmp_path), "--batch.lanes", "2"]
+    first = train(*given, RANK="0", WORLD_SIZE="3")
+    assert_one_line(first, ["3 ranks", "batch.lanes = 2", "[3, 4, 6, 8, 12, 24]"])
+    second = train(*given, RANK="1", WORLD_SIZE="3")
+    assert (second.returncode, second.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("how", ["flags", "file"])
+def test_a_launch_that_would_run_one_rank_instead_of_two_is_refused(how: str, tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process without a word."""
+    (tmp_path / "multi_cpu.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\n"
+        "num_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\n"
+    )
+    options = (
+        ["--cpu", "--num_processes", "2"] if how == "flags" else ["--config_file", str(tmp_path / "multi_cpu.yaml")]
+    )
+    done = run([ACCELERATE, "launch", "--quiet", *options, "recipe/train.py", *TINY, "--run.directory", str(tmp_path)])
+    assert done.returncode != 0
+    assert "asked for 2 processes but started 1" in done.stderr
+    assert "accelerate_configs/cpu_2.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_that_do_not_see_each_other_are_refused(tmp_path: Path) -> None:
+    """An Accelerator that counts other ranks than the launcher started: here one more, since it is one process."""
+    script = """
+from accelerate import Accelerator
+import accelerate
+class Miscounting(Accelerator):
+    num_processes = 2
+accelerate.Accelerator = Miscounting
+from recipe.errors import run_command
+import recipe.train
+run_command(recipe.train.main)
+"""
+    done = train(*TINY, "--run.directory", str(tmp_path), script=("-c", script))
+    assert_one_line(done, ["the launcher started 1 ranks but this one sees 2"])
+
+
+@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED"])
+def test_sharded_launches_are_refused(what: str, tmp_path: Path) -> None:
+    done = train(*TINY, "--run.directory", str(tmp_path), **{f"ACCELERATE_USE_{what}": "true"})
+    assert_one_line(done, ["not supported yet", "gpu_8.yaml"])
+
+
+def test_a_local_run_looks_no_host_up(tmp_path: Path) -> None:
+    """Not even to count a download: the tests' own HF_HUB_OFFLINE is taken away."""
+    write_texts(tmp_path / "texts", count=8)
+    script = """
+import socket, os
+del os.environ["HF_HUB_OFFLINE"]
+asked = []
+original = socket.getaddrinfo
+socket.getaddrinfo = lambda host, *rest, **more: asked.append(host) or original(host, *rest, **more)
+from recipe.errors import run_command
+import recipe.train
+run_command(recipe.train.main)
+print("asked for", [host for host in asked if host not in (None, "localhost", "127.0.0.1", socket.gethostname())])
+"""
+    given = ["--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt"]
+    done = train(*TINY, *given, "--run.max_updates", "2", "--evaluation.sample_tokens", "null", script=("-c", script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("asked for []")
+    assert "\nsample\n" not in done.stdout, "asked for no sample"
+
+
+def test_a_directory_without_a_model_is_one_line(tmp_path: Path) -> None:
+    for module in ("recipe.evaluation.sample", "recipe.evaluation.evaluate"):
+        done = run([sys.executable, "-m", module, str(tmp_path)])
+        assert_one_line(done, ["not a model directory", "RUN/final"])
+
+
+def test_run_sh_answers_a_wrong_preset_and_topology_at_once() -> None:
+    """Before it installs anything."""
+    assert_one_line(
+        run(["bash", "run.sh", "configs/none.yaml"]), ["no preset configs/none.yaml", "configs/gpt2-1.3b.yaml"]
+    )
+    assert_one_line(run(["bash", "run.sh"], TOPOLOGY="tpu"), ["TOPOLOGY=tpu", "accelerate_configs/cpu_2.yaml"])
+    done = run(["bash", "run.sh", "--help"])
+    assert done.returncode == 0
+    assert "TOPOLOGY" in done.stdout
+
+
+def test_help_lists_every_setting_and_imports_no_torch() -> None:
+    script = "import sys; sys.argv[1:] = ['--help']\ntry:\n import recipe.train; recipe.train.main()\n"
+    done = run([sys.executable, "-c", script + "except SystemExit: print('torch' in sys.modules)"])
+    assert done.returncode == 0, done.stderr
+    from recipe.config.settings import Config, flat_fields
+
+    for name, _ in flat_fields(Config):
+        assert f"--{name}" in done.stdout
+    assert done.stdout.strip().endswith("False")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """/dev/full takes nothing: the ledger's first line cannot be written."""
+    write_texts(tmp_path / "texts")
+    script = """
+import sys
+from pathlib import Path
+from recipe.errors import run_command
+import recipe.run.ledger, recipe.train
+class Full(recipe.run.ledger.Ledger):
+    def __init__(self, path, *rest):
+        super().__init__(path, *rest)
+        self._file = Path("/dev/full").open("w")
+recipe.run.ledger.Ledger = Full
+run_command(recipe.train.main)
+"""
+    given = ["--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt"]
+    done = train(*TINY, *given, script=("-c", script))
+    assert_one_line(done, ["cannot write", "ledger.jsonl", "No space left on device"])

@@ -1,0 +1,478 @@
+"""Documents, lanes, packing: nothing lost, nothing read twice, every position exact."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import recipe.data.documents as documents_module
+from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
+from recipe.data.blocks import (
+    UpdateReader,
+    combine_hashes,
+    hash_blocks,
+    make_lanes,
+    next_update,
+    pack_validation,
+    split_into_micro_batches,
+    to_tensors,
+)
+from recipe.data.documents import Source
+from recipe.data.lanes import Lane
+from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
+from recipe.data.tokenizer import END_OF_TEXT, document_encoder, load_tokenizer, train_tokenizer
+from recipe.errors import RecipeError
+from recipe.model.loss import IGNORED_TARGET
+from recipe.plan.budget import UpdatePlan
+from tests.helpers import write_texts
+
+CPU = torch.device("cpu")
+END = 256  # of the byte encoding below
+LENGTH = 32
+
+
+def encode_bytes(texts: list[str]) -> Sequence[Sequence[int]]:
+    """A token for each byte, so that a test can read a block."""
+    return [list(text.encode("utf-8", "replace")) for text in texts]
+
+
+def config_for(tmp_path: Path, *patterns: str, lanes: int = 1, **data: Any) -> Config:
+    settings: dict[str, Any] = {"text_files": patterns, "validation_one_in": None, "sequence_length": LENGTH, **data}
+    return Config(
+        run=RunConfig(directory=str(tmp_path / "run")),
+        batch=BatchConfig(lanes=lanes),
+        data=DataConfig(**settings),
+        model=ModelConfig(vocab_size=400),
+    )
+
+
+def lane_of(source: Source, index: int = 0, lanes: int = 1, window: int = 5, seed: int = 3) -> Lane:
+    return Lane(
+        source,
+        index,
+        lanes,
+        encode=encode_bytes,
+        end_of_text=END,
+        sequence_length=LENGTH,
+        seed=seed,
+        shuffle_window=window,
+    )
+
+
+def documents_of(tokens: np.ndarray) -> list[bytes]:
+    """Split a stream of byte tokens at the end-of-text tokens; the last, unfinished document is left out."""
+    ends = np.flatnonzero(tokens == END)
+    return [bytes(part[part != END].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+def read_epoch(lane: Lane) -> np.ndarray:
+    """The tokens of the lane's whole first epoch (and the rest of the block that ends it)."""
+    stream = [lane.next_blocks(1)[0]]
+    while lane.state_dict()["epoch"] == 0:
+        block = lane.next_blocks(1)[0]
+        assert block[0] == stream[-1][-1], "neighbours share one token"
+        stream.append(block[1:])
+    return np.concatenate(stream)
+
+
+def check_conservation(lanes: Sequence[Lane], texts: Sequence[str]) -> None:
+    """Every document once per epoch, in one lane, whole, followed by one end-of-text token."""
+    seen: Counter[bytes] = Counter()
+    for lane in lanes:
+        epoch = documents_of(read_epoch(lane))
+        own = [text.encode() for text in texts_of(lane)]
+        assert Counter(epoch[: len(own)]) == Counter(own)
+        seen.update(epoch[: len(own)])
+    assert seen == Counter(text.encode() for text in texts)
+
+
+def texts_of(lane: Lane) -> list[str]:
+    return [lane.source.text(row) for shard in lane.shards for row in lane.source.shard(shard)]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_no_token_is_dropped_and_each_document_ends_once(tmp_path: Path, lanes: int) -> None:
+    texts = write_texts(tmp_path)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt", lanes=lanes))
+    check_conservation([lane_of(source, i, lanes) for i in range(lanes)], texts)
+
+
+def write_jsonl(path: Path, texts: Sequence[str | None]) -> None:
+    lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    with fsspec.open(str(path), "wt", compression="infer", encoding="utf-8") as file:
+        file.write(lines)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_every_format_gives_the_same_documents(tmp_path: Path, ending: str, lanes: int) -> None:
+    """One file: with more lanes than files it is memory-mapped and split by rows."""
+    texts = write_texts(tmp_path / "txt")
+    path = tmp_path / f"all.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        write_jsonl(path, texts)
+    source = open_source(config_for(tmp_path, str(path), lanes=lanes))
+    assert source.num_shards >= lanes
+    check_conservation([lane_of(source, i, lanes) for i in range(lanes)], texts)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_file_that_is_cut_off_is_an_error(tmp_path: Path, compression: str) -> None:
+    """Behind a whole line and a whole compressed block, where it looks like an end."""
+    path = tmp_path / f"all.jsonl.{'gz' if compression == 'gzip' else 'zst'}"
+    with fsspec.open(str(path), "wb", compression=compression) as file:
+        file.write(b'{"text": "one"}\n' * 10)
+        file.flush()
+        size = path.stat().st_size
+        file.write(b'{"text": "two"}\n' * 10)
+    path.write_bytes(path.read_bytes()[:size])
+    expect_error(
+        ["cannot read", "ended before"], lambda: texts_of(lane_of(open_source(config_for(tmp_path, str(path)))))
+    )
+
+
+def test_parquet_is_split_by_row_group_without_a_copy(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": write_texts(tmp_path)}), tmp_path / "all.parquet", row_group_size=4)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/all.parquet", lanes=6))
+    assert source.num_shards == 6
+    assert not list((tmp_path / "run").rglob("*.arrow"))
+
+
+def test_a_lane_reads_only_its_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt", lanes=3))
+    opened: list[int] = []
+    original = Source.shard
+
+    def shard(self: Source, index: int) -> Any:
+        opened.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(Source, "shard", shard)
+    lane = lane_of(source, 1, 3)
+    read_epoch(lane)
+    assert set(opened) == set(range(1, 24, 3))
+
+
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_order_depends_on_seed_lane_and_epoch_alone(tmp_path: Path, window: int) -> None:
+    write_texts(tmp_path, largest=1500, count=12)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt", lanes=1))
+
+    def epochs(seed: int, count: int) -> list[list[bytes]]:
+        lane, stream = lane_of(source, window=window, seed=seed), np.empty(0, np.int32)
+        while lane.state_dict()["epoch"] < count:
+            stream = np.concatenate([stream, lane.next_blocks(1)[0][:-1]])
+        documents = documents_of(stream)
+        return [documents[i * 12 : (i + 1) * 12] for i in range(count)]
+
+    first, second = epochs(3, 2)
+    assert (first, second) == tuple(epochs(3, 2))
+    assert sorted(first) == sorted(second)
+    assert first != second, "a new order each epoch"
+    assert epochs(4, 1)[0] != first, "another order for another seed"
+
+
+def blocks_until_epoch(lane: Lane, epoch: int) -> int:
+    count = 0
+    while lane.state_dict()["epoch"] < epoch:
+        lane.next_blocks(1)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("memory_mapped", [False, True])
+def test_state_is_exact_at_every_block_of_three_epochs_over_three_resumes(tmp_path: Path, memory_mapped: bool) -> None:
+    """Inside documents, inside shuffle windows, across shards and epochs; the state goes through JSON."""
+    texts = write_texts(tmp_path, count=9, largest=900)
+    pattern = f"{tmp_path}/*.txt"
+    if memory_mapped:
+        write_jsonl(tmp_path / "all.jsonl", texts)
+        pattern = f"{tmp_path}/all.jsonl"
+    source = open_source(config_for(tmp_path, pattern, lanes=2))
+    total = blocks_until_epoch(lane_of(source, 0, 2, window=3), 3)
+    assert total > 30
+    lane = lane_of(source, 0, 2, window=3)
+    expected, states = [], []
+    for _ in range(total):
+        states.append(json.dumps(lane.state_dict()))
+        expected.append(lane.next_blocks(1)[0])
+    assert max(len(state) for state in states) < 600, "a few integers"
+    assert any(json.loads(state)["document"] and json.loads(state)["token"] for state in states)
+    for stop in range(total):
+        state = states[stop]
+        position = stop
+        for resumed_for in (1, 2, 3):  # three resumes in a row
+            again = lane_of(source, 0, 2, window=3)
+            again.load_state_dict(json.loads(state))
+            for _ in range(min(resumed_for, total - position)):
+                np.testing.assert_array_equal(again.next_blocks(1)[0], expected[position])
+                position += 1
+            state = json.dumps(again.state_dict())
+
+
+def test_a_reader_that_is_never_read_is_stopped(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
+    source = open_source(config)
+    plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 1, 3)
+    reader = UpdateReader(make_lanes(config, plan, 0, source, load_tokenizer(config, source)), 2, 10**9, CPU)
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "data-reader"]
+
+
+def test_an_error_while_reading_reaches_the_training(tmp_path: Path) -> None:
+    class Broken:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def next_blocks(self, count: int) -> np.ndarray:
+            raise RecipeError("cannot read on")
+
+    with pytest.raises(RecipeError, match="cannot read on"):
+        UpdateReader([Broken()], 1, 5, CPU).next_update()  # type: ignore[list-item]
+
+
+def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> None:
+    """The background thread reads ahead; what a checkpoint would hold must not."""
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
+    source = open_source(config)
+    tokenizer = load_tokenizer(config, source)
+    plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 2, 3)
+    reader = UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12, CPU)
+    updates = [update for _ in range(12) if (update := reader.next_update()) is not None]
+    for stop in (0, 4, 10):
+        lanes = make_lanes(config, plan, 1, source, tokenizer)
+        for lane, state in zip(lanes, updates[stop].lane_states, strict=True):
+            lane.load_state_dict(state)
+        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane, CPU).blocks, updates[stop].blocks)
+        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane, CPU).blocks, updates[stop + 1].blocks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_ranks_share_the_same_blocks(tmp_path: Path, ranks: int) -> None:
+    """Each rank opens its own lanes; together they hold what one rank would."""
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=8, tokenizer=None)
+    source = open_source(config)
+    tokenizer = load_tokenizer(config, source)
+    whole = next_update(make_lanes(config, UpdatePlan(16 * LENGTH, LENGTH, 8, 1, 1), 0, source, tokenizer), 2, CPU)
+    plan = UpdatePlan(16 * LENGTH, LENGTH, 8, ranks, 1)
+    shares = [next_update(make_lanes(config, plan, rank, source, tokenizer), 2, CPU) for rank in range(ranks)]
+    np.testing.assert_array_equal(np.concatenate([share.blocks for share in shares]), whole.blocks)
+    assert combine_hashes(np.concatenate([share.sha256 for share in reversed(shares)])) == combine_hashes(whole.sha256)
+
+
+def test_a_changed_token_changes_the_hash() -> None:
+    blocks = np.arange(66, dtype=np.int32).reshape(2, 33)
+    changed = blocks.copy()
+    changed[1, 7] += 1
+    assert combine_hashes(hash_blocks(blocks)) != combine_hashes(hash_blocks(changed))
+
+
+def source_of(texts: Sequence[str], tmp_path: Path, lanes: int = 1, **data: Any) -> Source:
+    write_jsonl(tmp_path / "texts.jsonl", texts)
+    return open_source(config_for(tmp_path, f"{tmp_path}/texts.jsonl", lanes=lanes, **data))
+
+
+def test_a_document_longer_than_many_blocks(tmp_path: Path) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(LENGTH * 40 + 5))
+    check_conservation([lane_of(source_of([text, "short"], tmp_path))], [text, "short"])
+
+
+def test_a_corpus_of_one_document_repeats_it(tmp_path: Path) -> None:
+    lane = lane_of(source_of(["once upon a time"], tmp_path))
+    stream = np.concatenate([lane.next_blocks(1)[0][:-1] for _ in range(10)])
+    assert set(documents_of(stream)) == {b"once upon a time"}
+
+
+def test_an_empty_document_is_its_end_of_text(tmp_path: Path) -> None:
+    texts = ["", "a" * 50, "", "", "b" * 20]
+    check_conservation([lane_of(source_of(texts, tmp_path))], texts)
+
+
+def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "nulls.jsonl", [None, "a" * 50])
+    source = open_source(config_for(tmp_path, f"{tmp_path}/nulls.jsonl"))
+    check_conservation([lane_of(source)], ["", "a" * 50])
+
+
+def test_a_path_with_pattern_characters_is_a_path(tmp_path: Path) -> None:
+    directory = tmp_path / "a[1] *"
+    directory.mkdir()
+    write_jsonl(directory / "b?.jsonl", ["some text", "more text"])
+    source = open_source(config_for(tmp_path, f"{tmp_path}/a[[]1] */*.jsonl", lanes=2))
+    check_conservation([lane_of(source, i, 2) for i in range(2)], ["some text", "more text"])
+
+
+def test_files_of_very_different_sizes_are_split_by_rows(tmp_path: Path) -> None:
+    """A lane of one small file would repeat it as often as the other lane reads a document."""
+    texts = write_texts(tmp_path / "txt")
+    write_jsonl(tmp_path / "a.jsonl", ["tiny"])
+    write_jsonl(tmp_path / "b.jsonl", texts)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/*.jsonl", lanes=2))
+    lanes = [lane_of(source, i, 2) for i in range(2)]
+    assert [len(texts_of(lane)) for lane in lanes] in ([12, 13], [13, 12])
+    check_conservation(lanes, [*texts, "tiny"])
+
+
+def test_bytes_that_are_not_utf_8_become_replacement_characters(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and more")
+    source = open_source(config_for(tmp_path, f"{tmp_path}/latin.txt"))
+    check_conservation([lane_of(source)], ["caf\ufffd and more"])
+
+
+def test_an_end_of_text_token_spelled_out_in_a_document_is_plain_text() -> None:
+    tokenizer = train_tokenizer(["some text to train on"], 300)
+    encoder = document_encoder(tokenizer)
+    ids = encoder.encode(f"before{END_OF_TEXT}after").ids
+    assert tokenizer.eos_token_id not in ids
+    assert encoder.decode(ids) == f"before{END_OF_TEXT}after"
+
+
+def expect_error(words: Sequence[str], action: Callable[[], object]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        action()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_fewer_documents_than_lanes_is_an_error(tmp_path: Path) -> None:
+    words = ["3 documents, fewer than batch.lanes = 4", "--batch.lanes to 3"]
+    expect_error(words, lambda: source_of(["a", "b", "c"], tmp_path, lanes=4))
+
+
+def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
+    expect_error(["no training text in lane 0"], lambda: lane_of(source_of(["", ""], tmp_path)).next_blocks(1))
+
+
+def test_a_missing_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
+    source = source_of(["a", "b"], tmp_path, text_column="content")
+    expect_error(["no column 'content'", "['text', 'id']"], lambda: lane_of(source).next_blocks(1))
+
+
+def test_a_column_of_numbers_is_an_error(tmp_path: Path) -> None:
+    source = source_of(["a", "b"], tmp_path, text_column="id")
+    expect_error(["column 'id'", "holds int, not text"], lambda: lane_of(source).next_blocks(1))
+
+
+def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"this is no parquet")
+    config = config_for(tmp_path, f"{tmp_path}/broken.parquet")
+    expect_error(["cannot read", "broken.parquet"], lambda: lane_of(open_source(config)).next_blocks(1))
+
+
+class FlakyReader:
+    """A shard whose reading fails now and then, as a connection does: before the first row, or after any."""
+
+    def __init__(self, reader: Any, chance: random.Random) -> None:
+        self.reader, self.chance = reader, chance
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reader.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.reader.state_dict())
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.chance.random() < 0.3:
+            raise ConnectionResetError("peer is gone")
+        for row in self.reader:
+            yield row
+            if self.chance.random() < 0.1:
+                raise OSError("503 Service Unavailable")
+
+
+@pytest.mark.parametrize("memory_mapped", [False, True])
+def test_a_reader_that_fails_now_and_then_gives_each_document_once(
+    tmp_path: Path, memory_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = write_texts(tmp_path)
+    if memory_mapped:
+        write_jsonl(tmp_path / "all.jsonl", texts)
+    source = open_source(
+        config_for(tmp_path, f"{tmp_path}/all.jsonl" if memory_mapped else f"{tmp_path}/*.txt", lanes=2)
+    )
+    chance, original = random.Random(3), Source.shard
+    patient = replace(source, retry_seconds=60)
+    expected = [read_epoch(lane_of(source, i, 2)) for i in range(2)]
+    monkeypatch.setattr(documents_module, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(Source, "shard", lambda self, index: FlakyReader(original(self, index), chance))
+    for lane in range(2):
+        np.testing.assert_array_equal(read_epoch(lane_of(patient, lane, 2)), expected[lane])
+    impatient = replace(source, retry_seconds=0)
+    with pytest.raises(RecipeError, match=r"cannot read shard \d+ of .*: (peer is gone|503)") as caught:
+        read_epoch(lane_of(impatient, 0, 2))
+    assert caught.value.exit_code == 4
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "txt", count=60)
+    source = source_of(texts, tmp_path, lanes=4, validation_one_in=5)
+    held_out = list(source.validation_documents())
+    assert 3 <= len(held_out) <= 25
+    trained = {text for i in range(4) for text in documents_of(read_epoch(lane_of(source, i, 4)))}
+    assert trained == {text.encode() for text in texts} - {text.encode() for text in held_out}
+
+
+def test_standard_library_split(tmp_path: Path) -> None:
+    _, files = standard_library_files()
+    assert len(files) > 400
+    assert not [f for f in files if "test" in f.parts or "site-packages" in f.parts]
+    config = replace(config_for(tmp_path), data=DataConfig(dataset="python-standard-library"))
+    source = open_source(replace(config, batch=BatchConfig(lanes=16)))
+    held_out = source.validation.num_shards
+    assert source.num_shards + held_out == len(files)
+    assert 0.3 < held_out / (len(files) / STANDARD_LIBRARY_VALIDATION_ONE_IN) < 3
+
+
+def test_validation_counts_every_token_and_byte_of_whole_documents() -> None:
+    texts = ["some text to train on", "naïve café", "x" * 300]
+    tokenizer = train_tokenizer(texts, 300)
+    validation = pack_validation(iter(texts), tokenizer, 16, float("inf"))
+    assert validation is not None
+    encoder = document_encoder(tokenizer)
+    assert validation.tokens == sum(len(encoder.encode(text).ids) + 1 for text in texts)
+    assert validation.text_bytes == sum(len(text.encode()) for text in texts)
+    assert (validation.blocks[:, 1:] != -1).sum() == validation.tokens
+    plan = UpdatePlan(len(validation.blocks) * 16, 16, 1, 1, 100)
+    ((inputs, targets),) = split_into_micro_batches(to_tensors(validation.blocks, CPU), plan, 0)
+    assert (targets != IGNORED_TARGET).sum() == validation.tokens
+    assert inputs.min() >= 0
+    cut = pack_validation(iter(texts), tokenizer, 16, 2)
+    assert cut is not None
+    assert cut.text_bytes == len(texts[0])
+    assert pack_validation(iter([]), tokenizer, 16, 10) is None
+
+
+def test_a_trained_tokenizer_is_cached_and_does_not_depend_on_chance(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", tokenizer=None)
+    source = open_source(config)
+    first = load_tokenizer(config, source)
+    (saved,) = config.cache_directory.glob("tokenizer-*")
+    stamp = (saved / "tokenizer.json").stat().st_mtime_ns
+    again = load_tokenizer(config, source)
+    assert (saved / "tokenizer.json").stat().st_mtime_ns == stamp, "taken from the cache"
+    elsewhere = replace(config, run=RunConfig(directory=str(tmp_path / "other")))
+    trained_again = load_tokenizer(elsewhere, source)
+    assert first.get_vocab() == again.get_vocab() == trained_again.get_vocab()
+    assert len(first) == 400
+    larger = replace(config, model=ModelConfig(vocab_size=500))
+    assert len(load_tokenizer(larger, source)) == 500, "other settings, another tokenizer"

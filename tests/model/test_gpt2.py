@@ -1,0 +1,181 @@
+"""Parameter counts, initialisation, padding of the vocabulary, precision of the parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from recipe.config.command_line import load_config
+from recipe.config.settings import Config, ModelConfig, OptimizerConfig
+from recipe.errors import RecipeError
+from recipe.model.gpt2 import build_model, build_optimizer, check_initialisation, gpt2_config
+from recipe.model.loss import IGNORED_TARGET, summed_token_loss
+from recipe.model.seeds import seed_dropout
+from recipe.plan.memory import ROWS_PER_CHUNK, LossMethod
+from recipe.plan.run_plan import flops_per_token, make_plan, parameter_count
+from tests.helpers import ROOT
+
+PARAMETERS = {
+    "quickstart": 1_088_256,
+    "gpt2-124m": 125_262_336,
+    "gpt2-355m": 355_919_872,
+    "gpt2-774m": 775_400_960,
+    "gpt2-1.3b": 1_315_819_520,
+    "gpt2-1.5b": 1_559_324_800,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count_of_each_preset_on_the_meta_device(name: str) -> None:
+    from transformers import GPT2LMHeadModel
+
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = load_config(["--config", str(path)])
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(gpt2_config(config, 0))
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == parameter_count(config.model, config.n_positions) == PARAMETERS[name]
+    first_number = re.search(r"[\d,]{5,}", path.read_text(encoding="utf-8"))
+    assert first_number is not None
+    assert first_number[0] == f"{counted:,}", "the comment of the preset"
+
+
+def test_every_preset_is_covered_and_the_large_ones_share_the_contract() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(PARAMETERS)
+    for name in PARAMETERS:
+        if name == "quickstart":
+            continue
+        config = load_config(["--config", str(ROOT / f"configs/{name}.yaml")])
+        assert (config.data.sequence_length, config.batch.tokens_per_update, config.precision) == (
+            2048,
+            524_288,
+            "bf16",
+        )
+        assert (config.model.dropout, config.model.vocab_size, config.data.tokenizer) == (0.0, 50_304, "gpt2")
+        assert config.data.dataset == "HuggingFaceFW/fineweb-edu:sample-10BT"
+        optimizer = config.optimizer
+        assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (
+            0.9,
+            0.95,
+            0.1,
+            1.0,
+        )
+        plan = make_plan(config, 1)
+        assert 20 <= plan.total_tokens / plan.parameters < 20.01
+
+
+def test_the_1_3b_preset_shows_its_64_steps() -> None:
+    path = ROOT / "configs/gpt2-1.3b.yaml"
+    assert "524,288 / (4 x 2,048) = 64" in path.read_text(encoding="utf-8")
+    plan = make_plan(load_config(["--config", str(path)]), 1)
+    assert plan.update.gradient_accumulation_steps == 64
+    assert plan.flops_per_token / 1e9 == pytest.approx(9.1, abs=0.05)
+
+
+def small(**model: object) -> Config:
+    defaults = {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 320, "n_positions": 32}
+    return Config(model=ModelConfig(**{**defaults, **model}))  # type: ignore[arg-type]
+
+
+def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers() -> None:
+    gpt2 = build_model(small(n_layer=8), 320, 0).gpt2
+    for name, weight in gpt2.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        elif weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        elif name.endswith("bias"):
+            assert weight.abs().max() == 0
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+
+
+def test_an_unscaled_initialisation_is_refused() -> None:
+    gpt2 = build_model(small(), 320, 0).gpt2
+    nn.init.normal_(gpt2.transformer.h[2].mlp.c_proj.weight, std=0.02)
+    with pytest.raises(RecipeError, match=r"h\.2\.mlp\.c_proj\.weight .* 5\.15 or newer"):
+        check_initialisation(gpt2)
+
+
+def test_initial_loss_is_near_the_logarithm_of_the_vocabulary() -> None:
+    """Of the tokens, not of the padded rows: those have probability 0."""
+    model = build_model(small(vocab_size=1024), 300, 0)
+    tokens = torch.randint(300, (8, 33))
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item() / tokens[:, 1:].numel()
+    assert loss == pytest.approx(math.log(300), abs=0.1)
+    assert abs(loss - math.log(1024)) > 1
+
+
+def test_padded_rows_get_no_probability_and_no_gradient() -> None:
+    model = build_model(small(), 300, 0)
+    model.gpt2.transformer.wte.weight.data[300:] = 7.0  # would win every argmax
+    tokens = torch.randint(300, (2, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = model(inputs, targets)
+    loss.backward()
+    logits = model.gpt2(inputs, use_cache=False).logits[..., :300].double()
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradient = model.gpt2.transformer.wte.weight.grad
+    assert gradient[300:].abs().max() == 0
+    assert gradient[:300].abs().max() > 0
+
+
+@pytest.mark.parametrize("rows", [7, ROWS_PER_CHUNK["chunked"] + 1])
+@pytest.mark.parametrize("method", ["plain", "chunked", "linear_cross_entropy"])
+def test_every_way_to_compute_the_loss_gives_the_plain_loss(method: LossMethod, rows: int) -> None:
+    """In float64, gradients too; the last chunk is short, the vocabulary padded, and some targets are masked."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(33, (rows,), generator=generator)
+    targets[::3] = IGNORED_TARGET
+    ours = summed_token_loss(hidden, weight, targets, vocabulary=33, method=method)
+    plain = nn.functional.cross_entropy(hidden @ weight[:33].T, targets, reduction="sum", ignore_index=IGNORED_TARGET)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(plain, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_fully_masked_row_gives_zero_loss_and_zero_gradient() -> None:
+    hidden = torch.randn(5, 8, requires_grad=True)
+    loss = summed_token_loss(hidden, torch.randn(40, 8), torch.full((5,), IGNORED_TARGET), vocabulary=40)
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None
+    assert hidden.grad.abs().max() == 0
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"50,257 tokens .* --model\.vocab_size 50304"):
+        build_model(small(), 50_257, 0)
+
+
+def test_only_matrices_and_embeddings_decay() -> None:
+    model = build_model(small(), 320, 0)
+    decayed, kept = build_optimizer(model, OptimizerConfig()).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in kept["params"]} == {"bias", "weight"}
+    assert all("ln_" in names[id(p)] for p in kept["params"] if names[id(p)].endswith("weight"))
+    assert len(decayed["params"]) == 2 + 4 * 4
+
+
+def test_flops_formula() -> None:
+    model = ModelConfig(n_layer=24, n_embd=2048, n_head=16)
+    assert flops_per_token(model, 2048, 2048) == 6 * 1_315_819_520 + 12 * 24 * 2048 * 2048
+
+
+def test_dropout_is_a_function_of_seed_update_and_rank() -> None:
+    def draw(*key: int) -> torch.Tensor:
+        seed_dropout(*key)
+        return torch.rand(4)
+
+    assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
+    assert len({tuple(draw(*key).tolist()) for key in ((1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3))}) == 4

@@ -1,0 +1,38 @@
+"""Learning rate and times as functions of tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from recipe.config.settings import OptimizerConfig, ScheduleConfig
+from recipe.plan.schedule import crosses, learning_rate, total_updates
+
+OPTIMIZER = OptimizerConfig(learning_rate=2e-4)
+SCHEDULE = ScheduleConfig(warmup_tokens=1000, final_learning_rate_fraction=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(0, 0.0), (500, 1e-4), (1000, 2e-4), (5500, 1.1e-4), (10_000, 2e-5), (11_000, 2e-5)],
+)
+def test_learning_rate_at_the_points_that_define_it(tokens: int, expected: float) -> None:
+    assert learning_rate(tokens, 10_000, OPTIMIZER, SCHEDULE) == pytest.approx(expected)
+
+
+def test_without_warmup_the_first_token_has_the_peak() -> None:
+    assert learning_rate(0, 10_000, OPTIMIZER, ScheduleConfig(warmup_tokens=0)) == 2e-4
+
+
+def test_length_is_rounded_up_to_whole_updates() -> None:
+    assert total_updates(ScheduleConfig(total_tokens=1001), 7, 100) == 11
+    assert total_updates(ScheduleConfig(tokens_per_parameter=20), 1_315_819_520, 524_288) == 50_195
+    assert math.ceil(20 * 1_315_819_520 / 524_288) == 50_195
+
+
+def test_crossings_do_not_depend_on_the_size_of_the_step() -> None:
+    fine = [t for t in range(10, 1001, 10) if crosses(t - 10, t, 250)]
+    coarse = [t for t in range(40, 1001, 40) if crosses(t - 40, t, 250)]
+    assert fine == [250, 500, 750, 1000]
+    assert coarse == [280, 520, 760, 1000]

@@ -1,0 +1,237 @@
+"""Updates that go wrong: a rank out of memory, and spikes of the loss."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.config.settings import StabilityConfig
+from recipe.data.blocks import batch_index
+from recipe.step.spikes import SpikeDetector, robust_score
+from tests.checkpoint.test_resume import assert_same_run, wait_for
+from tests.helpers import TINY, read_ledger, read_ledger_lines, run, start_ranks, train, write_texts
+
+OUT_OF_MEMORY = ["tests/support/faulty_train.py", "small_memory"]
+
+
+def plain_arguments(directory: Path, *more: str) -> list[str]:
+    return [
+        *TINY,
+        *["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/texts/*.txt"],
+        *["--data.cache_directory", str(directory.parent / "cache"), "--batch.micro_batch_size", "12"],
+        *["--run.max_updates", "6", "--checkpoint.every_tokens", "1536", *more],
+    ]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six updates in memory enough."""
+    root = tmp_path_factory.mktemp("memory")
+    write_texts(root / "texts", count=16, largest=1200)
+    done = train(*plain_arguments(root / "healthy"))
+    assert done.returncode == 0, done.stderr
+    return root / "healthy"
+
+
+def two_ranks(directory: Path, rows: int, where: str, first: int, *more: str) -> tuple[list[int], str]:
+    """Exit codes and output of two ranks, the last of which has memory for `rows` blocks only, from update `first` on."""
+    faults = {"FAULTY_ROWS": str(rows), "FAULTY_PASS": where, "FAULTY_FROM": str(first)}
+    processes = start_ranks(2, [*OUT_OF_MEMORY, *plain_arguments(directory, *more)], **faults)
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], "".join(outputs)
+
+
+@pytest.mark.parametrize(
+    ("where", "first"),
+    [("backward", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("forward", 1), ("backward", 2)))],
+)
+def test_out_of_memory_on_one_rank_makes_the_micro_batch_smaller_on_all(healthy: Path, where: str, first: int) -> None:
+    """One micro-batch of 12 blocks an update: so it fails in the one in which the ranks would add up their gradients."""
+    directory = healthy.parent / f"{where}-{first}"
+    codes, output = two_ranks(directory, 3, where, first)
+    assert codes == [0, 0], output
+    events = [line for line in read_ledger_lines(directory) if line.get("event") == "micro_batch"]
+    assert [(event["update"], event["old"], event["new"]) for event in events] == [
+        (first - 1, 12, 6),
+        (first - 1, 6, 3),
+    ]
+    assert "rank 1 ran out of memory" in events[0]["reason"]
+    found, expected = read_ledger(directory), read_ledger(healthy)
+    sizes = [(entry["micro_batch_size"], entry["gradient_accumulation_steps"]) for entry in found]
+    assert sizes == [(12, 1)] * (first - 1) + [(3, 4)] * (7 - first)
+    assert [entry["blocks_sha256"] for entry in found] == [entry["blocks_sha256"] for entry in expected]
+    assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+    assert [entry["grad_norm"] for entry in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-4)
+
+
+def test_out_of_memory_with_one_block_is_one_line_and_keeps_what_is_done(healthy: Path) -> None:
+    directory = healthy.parent / "hopeless"
+    codes, output = two_ranks(directory, 0, "forward", 4, "--batch.micro_batch_size", "5")
+    assert codes == [2, 2]
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert "rank 1 ran out of memory in update 4 with micro-batches of one block: set a shorter" in line
+    assert "Traceback" not in output
+    done = train(*plain_arguments(directory))  # on a machine with more memory
+    assert done.returncode == 0, done.stderr
+    assert "after 3 updates" in done.stdout
+    expected = read_ledger(healthy)
+    assert [entry["loss"] for entry in read_ledger(directory)] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+
+
+def test_out_of_memory_in_the_last_micro_batch_of_a_proven_size_ends_all_ranks_with_one_line(healthy: Path) -> None:
+    """The others are adding up gradients and cannot be told: the launcher, or the closed connection, ends them."""
+    codes, output = two_ranks(healthy.parent / "late", 3, "backward", 4)
+    assert codes[1] == 2
+    assert codes[0] != 0
+    assert "rank 1 ran out of memory while the ranks added up their gradients" in output
+    assert "Traceback" not in output
+    assert len(read_ledger(healthy.parent / "late")) == 3
+
+
+def spiky_arguments(directory: Path, *more: str) -> list[str]:
+    return [
+        *TINY,
+        *["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/spiky/*.jsonl"],
+        *["--data.cache_directory", str(directory.parent / "cache"), "--data.shuffle_window", "1"],
+        *["--batch.micro_batch_size", "8", "--stability.spike_window", "8", "--checkpoint.every_tokens", "7680"],
+        *["--run.max_updates", "24", "--model.dropout", "0.1", *more],
+    ]
+
+
+@pytest.fixture(scope="module")
+def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus in which every lane comes to noise at about the same time, and `continued`, a run that goes on regardless."""
+    root = tmp_path_factory.mktemp("spiky")
+    text = "\n".join(write_texts(root / "texts", count=60, largest=4000))
+    noise = random.Random(1)
+    (root / "spiky").mkdir()
+    for lane in range(8):
+        part = text[lane * 16_000 : (lane + 1) * 16_000]
+        junk = "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(100))
+        rows = [part[:4000], junk, part[4000:]]
+        lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        (root / "spiky" / f"{lane}.jsonl").write_text(lines, encoding="utf-8")
+    done = train(*spiky_arguments(root / "continued"))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def events_of(directory: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_ledger_lines(directory) if line.get("event") == kind]
+
+
+def test_a_spike_is_noted_and_training_goes_on(spiky: Path) -> None:
+    spikes = events_of(spiky / "continued", "spike")
+    assert spikes
+    entries = {entry["update"]: entry for entry in read_ledger(spiky / "continued")}
+    assert sorted(entries) == list(range(1, 25))
+    for spike in spikes:
+        assert spike["loss"] == entries[spike["update"]]["loss"]
+        assert max(spike["loss_score"], spike["grad_norm_score"]) >= 7
+
+
+def test_stop_leaves_the_checkpoint_before_the_spike_and_says_what_to_do(spiky: Path) -> None:
+    directory = spiky / "stopped"
+    done = train(*spiky_arguments(directory, "--stability.on_spike", "stop"))
+    assert done.returncode == 3
+    (line,) = done.stderr.splitlines()
+    assert "robust standard deviations above the median" in line
+    assert "--stability.on_spike rollback" in line
+    first = events_of(spiky / "continued", "spike")[0]["update"]
+    checkpoints = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert checkpoints == [f"step-{update:06d}" for update in range(5, first, 5)]
+
+
+def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) -> None:
+    """The run that rolled back, one that was stopped twice meanwhile, and one on two ranks: the same blocks, the same run."""
+    rollback = ["--stability.on_spike", "rollback"]
+    done = train(*spiky_arguments(spiky / "back", *rollback))
+    assert done.returncode == 0, done.stderr
+    (*_, event) = events_of(spiky / "back", "rollback")
+    skipped = sorted(draw for event in events_of(spiky / "back", "rollback") for draw in event["skipped_batches"])
+    assert event["spike_update"] in skipped or len(skipped) > 4
+    every_draw = {e["update"]: e["blocks_sha256"] for e in read_ledger(spiky / "continued")}
+    entries = read_ledger(spiky / "back")
+    assert [entry["update"] for entry in entries] == list(range(1, 25))
+    draws = [batch_index(entry["update"], skipped) for entry in entries]
+    assert not set(draws) & set(skipped)
+    for entry, draw in zip(entries, draws, strict=True):
+        assert entry["blocks_sha256"] == every_draw.get(draw, entry["blocks_sha256"]), draw
+    noisy = {e["update"] for e in events_of(spiky / "continued", "spike")}
+    assert noisy & set(skipped)
+
+    killed = spiky / "killed"  # once after each rollback, before another checkpoint
+    for _ in events_of(spiky / "back", "rollback"):
+        (process,) = start_ranks(1, ["recipe/train.py", *spiky_arguments(killed, *rollback)], PYTHONUNBUFFERED="1")
+        wait_for(process, "robust standard deviations")
+        wait_for(process, f"after {event['update']} updates")
+        wait_for(process, "update ")
+        process.kill()
+        process.communicate()
+    done = train(*spiky_arguments(killed, *rollback))
+    assert done.returncode == 0, done.stderr
+    assert "robust standard deviations" not in done.stdout, "it knows what to leave out"
+    assert_same_run(spiky / "back", killed)
+
+    processes = start_ranks(2, ["recipe/train.py", *spiky_arguments(spiky / "two", *rollback)])
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [e["blocks_sha256"] for e in read_ledger(spiky / "two")] == [e["blocks_sha256"] for e in entries]
+
+
+@pytest.mark.slow
+def test_rollback_without_a_checkpoint_or_without_effect_stops(spiky: Path) -> None:
+    rollback = ["--stability.on_spike", "rollback"]
+    none = ["--checkpoint.every_tokens", "null", "--checkpoint.every_minutes", "null"]
+    done = train(*spiky_arguments(spiky / "no-checkpoint", *rollback, *none))
+    assert done.returncode == 3
+    assert "no checkpoint of its own to return to yet" in done.stderr
+    more = ["--stability.rollback_updates", "1", "--stability.max_rollbacks", "1", "--stability.spike_score", "0.1"]
+    done = run([sys.executable, "recipe/train.py", *spiky_arguments(spiky / "in-vain", *rollback, *more)])
+    assert done.returncode == 3
+    assert "have not helped" in done.stderr
+
+
+def test_the_score_is_that_of_the_median_and_its_absolute_deviation() -> None:
+    window = [1.0, 2.0, 3.0, 4.0, 100.0]
+    assert robust_score(3.0 + 1.4826, window) == pytest.approx(1.0)
+    assert robust_score(2.0, [1.0] * 9) == pytest.approx(1000.0), "a constant window: a thousandth of the median"
+
+
+def test_a_spike_is_told_once_the_window_is_full_and_only_upwards() -> None:
+    detector = SpikeDetector(StabilityConfig(spike_window=8))
+    values = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1]
+    assert not any(detector.check(value, 1.0) for value in (9.0, *values))
+    assert detector.check(0.1, 1.0) is None
+    assert detector.check(float("nan"), 1.0) is None
+    spike = detector.check(3.0, 1.0)
+    assert spike is not None
+    assert spike.loss_score > 7 > spike.grad_norm_score
+    assert len(detector.recent) == 8
+
+
+def test_an_automatic_micro_batch_fits_and_gives_the_same_updates(healthy: Path) -> None:
+    """By the plan all 24 blocks fit; on two ranks, of which one turns out to have memory for 3 blocks only, 3 do."""
+    directory = healthy.parent / "auto"
+    done = train(*plain_arguments(directory, "--batch.micro_batch_size", "auto"))
+    assert done.returncode == 0, done.stderr
+    assert "micro-batches of 24 blocks fit" in done.stdout
+    codes, output = two_ranks(healthy.parent / "two", 3, "backward", 0, "--batch.micro_batch_size", "auto")
+    assert codes == [0, 0], output
+    assert "micro-batches of 12 blocks do not fit after all; trying 6" in output
+    expected = read_ledger(healthy)
+    for name, size in (("auto", 24), ("two", 3)):
+        found = read_ledger(healthy.parent / name)
+        assert {entry["micro_batch_size"] for entry in found} == {size}
+        assert not [line for line in read_ledger_lines(healthy.parent / name) if line.get("event") == "micro_batch"]
+        assert [entry["blocks_sha256"] for entry in found] == [entry["blocks_sha256"] for entry in expected]
+        assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)

@@ -1,0 +1,139 @@
+"""Gradients of one update, computed in every way the recipe can, against one plain big batch.
+
+Run by the tests as `python -m tests.support.gradients RESULT.json` on 1, 2 or 3 ranks; every rank has to be started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from recipe.config.settings import Config, ModelConfig
+from recipe.data.blocks import split_into_micro_batches, to_tensors
+from recipe.model.gpt2 import CausalLanguageModel, build_model
+from recipe.model.loss import IGNORED_TARGET
+from recipe.plan.budget import UpdatePlan
+from recipe.step.update import MicroBatch, Scaling, accumulate_gradient
+
+LENGTH = 16
+VOCABULARY = 257
+MICRO_BATCH_SIZES = (1, 2, 3, 5, 8, 16)
+PATHS: tuple[Scaling, ...] = ("accumulate", "manual")
+# 32 blocks in 16 lanes: shares of 10, 10 and 12 on three ranks. 4 blocks in 4 lanes on three ranks with micro-batch 1:
+# two of the ranks have fewer blocks than steps, and add a fully masked row.
+SHAPES = ((32, 16), (4, 4))
+
+
+def make_accelerator() -> Any:
+    """As recipe.run.launch starts one, in float32 or float64."""
+    plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
+    return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+
+
+def make_model(dtype: torch.dtype) -> CausalLanguageModel:
+    """A GPT-2 of two layers, with weights large enough for a gradient that is not nearly linear."""
+    shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=LENGTH, initializer_range=0.2)
+    return build_model(Config(model=shape), VOCABULARY, 0).to(dtype)
+
+
+def make_blocks(count: int) -> np.ndarray:
+    """Real text, a byte a token: int32 [count, LENGTH + 1]."""
+    text = Path(argparse.__file__).read_bytes()[: count * LENGTH + 1]
+    stream = np.frombuffer(text, dtype=np.uint8).astype(np.int32) + 1
+    return np.stack([stream[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)])
+
+
+def make_mask(count: int, masked: bool) -> Tensor:
+    """bool [count, LENGTH]: about a third of the targets, from none to nearly all of a block, unevenly."""
+    generator = torch.Generator().manual_seed(7)
+    share = torch.rand(count, 1, generator=generator) ** 2  # mean 1/3
+    return (
+        (torch.rand(count, LENGTH, generator=generator) < share * masked) if masked else torch.zeros(count, LENGTH) > 0
+    )
+
+
+def micro_batches_of(plan: UpdatePlan, rank: int, blocks: np.ndarray, mask: Tensor) -> list[MicroBatch]:
+    """The rank's micro-batches as the recipe cuts them, with the masked targets left out."""
+    share = plan.blocks_of_rank(rank)
+    cut = split_into_micro_batches(to_tensors(blocks[share.start : share.stop], torch.device("cpu")), plan, rank)
+    return [
+        (inputs, targets.masked_fill(mask[held.start : held.stop], IGNORED_TARGET) if len(held) else targets)
+        for (inputs, targets), held in zip(cut, plan.micro_batches(rank), strict=True)
+    ]
+
+
+def flat_gradient(model: nn.Module) -> Tensor:
+    """All gradients as one float64 vector; cleared afterwards."""
+    flat = torch.cat([p.grad.detach().double().flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return flat
+
+
+def big_batch(model: nn.Module, blocks: np.ndarray, mask: Tensor) -> tuple[float, Tensor]:
+    """(mean loss, gradient) of all blocks in one forward and backward, with nothing of the recipe's scaling."""
+    tokens = torch.from_numpy(blocks.astype(np.int64))
+    targets = tokens[:, 1:].masked_fill(mask, IGNORED_TARGET)
+    loss = model(tokens[:, :-1], targets) / (targets != IGNORED_TARGET).sum()
+    loss.backward()
+    return loss.item(), flat_gradient(model)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return float((a - b).norm() / b.norm())
+
+
+def differences(accelerator: Any, dtype: torch.dtype, masked: bool) -> dict[str, float]:
+    """Largest relative difference, of gradient or loss, to the big batch, for each way of computing it."""
+    results = {}
+    plain = make_model(dtype)
+    model = accelerator.prepare(make_model(dtype))
+    for count, lanes in SHAPES:
+        blocks, mask = make_blocks(count), make_mask(count, masked)
+        expected_loss, expected = big_batch(plain, blocks, mask)
+        for size in MICRO_BATCH_SIZES:
+            plan = UpdatePlan(count * LENGTH, LENGTH, lanes, accelerator.num_processes, size)
+            micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask)
+            for path in PATHS:
+                accumulated = accumulate_gradient(
+                    model,
+                    micro_batches,
+                    accelerator=accelerator,
+                    scaling=path,
+                    target_tokens=None if masked else plan.tokens_per_update,
+                )
+                assert accumulated is not None
+                loss, targets = accumulated
+                assert int(targets) == int((~mask).sum())
+                apart = relative(flat_gradient(model), expected)
+                results[f"{count} blocks, micro-batch {size}, {path}"] = max(
+                    apart, abs(loss.item() / expected_loss - 1)
+                )
+    return results
+
+
+def main() -> None:
+    """Write every difference, as rank 0 sees it."""
+    import sys
+
+    accelerator = make_accelerator()
+    results = {
+        f"{dtype}, {'masked' if masked else 'packed'}": differences(accelerator, dtype, masked)
+        for dtype in (torch.float64, torch.float32)
+        for masked in (False, True)
+    }
+    if accelerator.is_main_process:
+        Path(sys.argv[1]).write_text(json.dumps({"world_size": accelerator.num_processes, **results}), encoding="utf-8")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
