@@ -2,46 +2,88 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config.settings import Config
+from recipe.config.settings import HELD_OUT
 from recipe.evaluation.evaluate import Evaluation
-from recipe.evaluation.in_run import HELD_OUT
+from recipe.evaluation.in_run import RunEvaluation
 from recipe.model.export import export_model
-from recipe.plan.run_plan import RunPlan
-from recipe.run.console import Console
-from recipe.run.directory import usage, write_summary
+from recipe.run.ledger import LEDGER, read_lines, utc_now
+from recipe.run.run import Run
 from recipe.step.parity import ParityCheck
 
 
-def finish_run(
-    config: Config,
-    plan: RunPlan,
-    model: Any,
-    tokenizer: Any,
-    console: Console,
-    precision: str,
-    before: dict[str, Evaluation],
-    after: dict[str, Evaluation],
-    samples: dict[str, str],
-    parity: ParityCheck | None,
-) -> None:
-    """Write final/ and summary.json, and print what a person wants to see first. On rank 0."""
-    directory = Path(config.run.directory)
+def end_stopped_run(run: Run, pusher: Any) -> None:
+    """Say how to go on, wait for the pushes, and exit with the code of what stopped the run. Collective."""
+    same = "the same command" if run.config.resume == "auto" else "the same command with --resume auto"
+    run.console.say(f"stopped by {run.stop.reason}; {same} goes on from here")
+    run.on_main(pusher.finish)  # a launcher ends the others when it sees one rank leave
+    run.accelerator.end_training()  # trackers send what they hold
+    sys.exit(run.stop.exit_code)
+
+
+def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, parity: ParityCheck | None) -> None:
+    """Write final/ and summary.json, and print what a person wants to see first. On rank 0.
+
+    Args:
+        run: that is complete.
+        model: an unwrapped `CausalLanguageModel`.
+        tokenizer: its tokenizer.
+        evaluation: has the last losses and samples.
+        parity: of the first update, if it was checked.
+
+    Raises:
+        RecipeError: the model cannot be written.
+    """
+    directory = run.directory
     export_model(model.gpt2, tokenizer, directory / "final")
-    write_summary(directory / "summary.json", plan, precision, before, after, parity)
-    for name in after:
+    before = {name: _before_training(run, name, after) for name, after in evaluation.latest.items()}
+    summary = {
+        "plan": dict(run.plan.rows()),
+        "parameters": run.plan.parameters,
+        "precision": run.precision,
+        "validation": {
+            name: {"before": (old := before[name]) and asdict(old), "after": asdict(after)}
+            for name, after in evaluation.latest.items()
+        },
+        "parity_check": asdict(parity) if parity else None,
+        "finished_utc": utc_now(),
+    }
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for name, after in evaluation.latest.items():
         title = "validation" if name == HELD_OUT else f"validation, {name}"
-        console.section(title, f"  before  {before[name]}\n  after   {after[name]}")
-    for text in samples.values():
-        console.section("sample", text)
+        run.console.section(title, f"  before  {before[name] or 'not measured'}\n  after   {after}")
+    for text in evaluation.samples.values():
+        run.console.section("sample", text)
     if parity:
-        console.section("parity check", parity)
-    console.section(
+        run.console.section("parity check", parity)
+    run.console.section(
         "what next",
         f"python -m recipe report {directory}    # a page with its curves\n"
         f"python -m recipe card {directory}      # a model card\n"
         "python -m recipe --help    # all commands",
     )
-    console.section("finished model", usage(directory / "final"))
+    run.console.section("finished model", usage(directory / "final"))
+
+
+def _before_training(run: Run, name: str, after: Evaluation) -> Evaluation | None:
+    """What the ledger's line of update 0 says of the set `name`; None if a run went on from elsewhere and has no such line."""
+    for line in read_lines(run.directory / LEDGER)[:1]:
+        loss, bits = (line.get(f"validation/{name}/{value}") for value in ("loss", "bits_per_byte"))
+        if line["update"] == 0 and loss is not None and bits is not None:
+            return replace(after, loss=loss, bits_per_byte=bits)
+    return None
+
+
+def usage(model_directory: Path) -> str:
+    """Where the model is, and the Python that loads it."""
+    name = model_directory.as_posix()  # in Python's quotes a backslash would mean something else
+    return f"""{name}
+
+from transformers import AutoTokenizer, GPT2LMHeadModel
+model, tokenizer = GPT2LMHeadModel.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+print(tokenizer.decode(model.generate(**tokenizer("def __init__(self", return_tensors="pt"), max_new_tokens=50)[0]))"""

@@ -14,10 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 
 from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
+from recipe.run.directory import FORMAT, list_checkpoints
 
-FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "training/state.json"
 OPTIMIZER = "training/optimizer.safetensors"
@@ -46,7 +44,7 @@ class TrainingState:
         lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
             leads exactly to the next update, and their hash proves that the data is what it was.
         verification_loss: mean loss of lane 0's first targets of that last update, with the weights of this checkpoint.
-        skipped_batches: draws (see `recipe.data.blocks.batch_index`) that rollbacks have left out.
+        skipped_batches: batches (see `recipe.data.blocks.batch_index`) that rollbacks have left out.
         recent: [loss, gradient norm] of the updates that a spike is compared with.
         format: version of this layout.
     """
@@ -116,18 +114,12 @@ def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_
     return final
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """`step-N` directories, the newest first; anything else in `root` is none of our business."""
-    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
 def why_invalid(directory: Path) -> str | None:
     """None where every file is what the manifest says, else the reason."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this recipe reads {FORMAT}"
+            return f"its format is {manifest['format']}, of another version of this recipe; this one reads {FORMAT}"
         for name, expected in manifest["files"].items():
             path = directory / name
             if not path.is_file():
@@ -173,17 +165,13 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     set_optimizer_state_dict(model, optimizer, everything | tensors, options=_flat())
 
 
-def prune(
-    root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int, held: Collection[str] = ()
-) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints, those at multiples of `keep_every_tokens`, and those named in `held`.
+def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_tokens`.
 
     Returns: the removed.
     """
     removed = []
     for path in list_checkpoints(root)[max(keep, 1) :]:
-        if path.name in held:
-            continue
         tokens = int(path.name.removeprefix("step-")) * tokens_per_update
         if keep_every_tokens is None or not crosses(tokens - tokens_per_update, tokens, keep_every_tokens):
             shutil.rmtree(path, ignore_errors=True)

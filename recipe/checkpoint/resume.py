@@ -7,18 +7,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.checkpoint.files import TrainingState, list_checkpoints, load_checkpoint, read_state, why_invalid
+import torch
+
+from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
 from recipe.config.command_line import as_dictionary
 from recipe.config.settings import Config
 from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.lanes import Lane
-from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
+from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
-from recipe.plan.budget import UpdatePlan
-from recipe.run.ledger import Ledger, gather_hash, read_events
+from recipe.run.directory import list_checkpoints
+from recipe.run.ledger import EVENTS, LEDGER, read_events
+from recipe.run.run import Run
+from recipe.step.metrics import gather_hash
 from recipe.step.parity import TOLERANCE
-from recipe.step.spikes import Spike
+from recipe.step.spikes import Spike, spike_error
 
 # What may change between the parts of a run: none of it enters the update. Everything else is the run.
 MAY_CHANGE_ON_RESUME = (
@@ -41,21 +45,19 @@ MAY_CHANGE_ON_RESUME = (
     "resume",
 )
 
-VERIFICATION_TOKENS = (
-    64  # training waits for them at every checkpoint, and a function that is another one shows in any token
-)
+VERIFICATION_TOKENS = 64  # training waits for them at every checkpoint, and another function shows in any token
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run begins.
 
     Args:
         checkpoint: verified directory to go on from; None for a new run.
         state: its training state.
         skipped: (name, reason) of newer checkpoints that do not verify.
-        changes: dotted name -> [earlier value, value now] of harmless settings that changed.
-        skipped_batches: draws (see `batch_index`) that rollbacks have left out, before the checkpoint or after it.
+        changes: dotted name -> [earlier value, value now] of settings that changed and may.
+        skipped_batches: batches (see `batch_index`) that rollbacks have left out, before the checkpoint or after it.
     """
 
     checkpoint: Path | None = None
@@ -74,26 +76,30 @@ class Start:
         """[loss, gradient norm] of the updates before."""
         return self.state.recent if self.state else []
 
+    def facts(self) -> dict[str, Any]:
+        """What events.jsonl says of a resume."""
+        return {"checkpoint": str(self.checkpoint), "changes": self.changes, "skipped": self.skipped}
+
     def __str__(self) -> str:
         lines = [f"skipped {name}: {reason}" for name, reason in self.skipped]
         lines += [f"{name} was {old!r}, is {new!r}" for name, (old, new) in self.changes.items()]
         return "\n".join([f"going on from {self.checkpoint}, after {self.update:,} updates", *lines])
 
 
-def find_resume_point(config: Config) -> Start:
-    """Decide by `resume: auto|fresh|PATH|hf://user/name@revision`. Reads every byte of the checkpoint it takes.
+def find_resume_point(config: Config) -> ResumePoint:
+    """Decide by `resume: auto|fresh|PATH|hf://user/name@revision`. Reads every byte of the checkpoint it takes. On rank 0.
 
     Raises:
         RecipeError: the checkpoint or the directory belongs to another run, or no checkpoint of several verifies.
     """
     directory = Path(config.run.directory)
     if config.resume == "fresh":
-        return Start()
+        return ResumePoint()
     if config.resume == "auto":
         candidates = list_checkpoints(directory / "checkpoints")
         if not candidates:
             _check_same_run(_earlier_config(directory), config, f"{directory} holds another run")
-            return Start()
+            return ResumePoint()
     elif config.resume.startswith("hf://"):
         candidates = [download_checkpoint(config.resume, config.cache_directory / "hub")]
     else:
@@ -106,11 +112,9 @@ def find_resume_point(config: Config) -> Start:
         if reason is None:
             state = read_state(candidate)
             changes = _check_same_run(state.config, config, f"{candidate} is of another run")
-            rollbacks = read_events(
-                candidate.resolve().parent.parent / "ledger.jsonl", "rollback", state.update
-            )  # of its run
-            draws = {*state.skipped_batches, *(draw for event in rollbacks for draw in event["skipped_batches"])}
-            return Start(candidate, state, skipped, changes, tuple(sorted(draws)))
+            rollbacks = read_events(candidate.resolve().parent.parent / EVENTS, "rollback", state.update)  # of its run
+            batches = {*state.skipped_batches, *(batch for event in rollbacks for batch in event["skipped_batches"])}
+            return ResumePoint(candidate, state, skipped, changes, tuple(sorted(batches)))
         skipped.append((candidate.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
     raise RecipeError(f"no checkpoint of {directory} can be used ({reasons}); --resume fresh starts again from nothing")
@@ -123,11 +127,11 @@ def _earlier_config(directory: Path) -> dict[str, Any] | None:
         values = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return values if isinstance(values, dict) and (directory / "ledger.jsonl").exists() else None
+    return values if isinstance(values, dict) and (directory / LEDGER).exists() else None
 
 
 def _check_same_run(earlier: dict[str, Any] | None, config: Config, what: str) -> dict[str, list[Any]]:
-    """Harmless changes from `earlier` to `config`; a change of the run itself is refused."""
+    """Changes from `earlier` to `config` that may be; a change of the run itself is refused."""
     if earlier is None:
         return {}
     changes = dict(_differences(earlier, as_dictionary(config)))
@@ -149,109 +153,76 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "")
     return found
 
 
-def roll_back(config: Config, spike: Spike, update: int, skipped_batches: Sequence[int], ledger: Ledger) -> Start:
+def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
     """Go back to the newest checkpoint, and leave out the blocks of the updates that led to a spike. On rank 0.
 
-    It is in the ledger, on the disk, before anything goes on, so that a run that is stopped then resumes in the same way.
+    It is in events.jsonl, on the disk, before anything goes on, so that a run that is stopped then resumes in the same way.
 
     Args:
-        config: of the run.
-        spike: what was seen.
-        update: in which update.
-        skipped_batches: draws left out so far.
-        ledger: is cut back, and receives the event.
+        run: its ledger is cut back, and receives the event.
+        spike: that was seen.
+        blocks: of the update that it was seen in.
 
     Raises:
         RecipeError: there is no checkpoint, or going back to this one has not helped `max_rollbacks` times.
     """
-    settings = config.stability
-    if not list_checkpoints(Path(config.run.directory) / "checkpoints"):
-        raise spiked(
-            update, spike, "this run has no checkpoint of its own to return to yet: lower --checkpoint.every_tokens, or"
-        )
-    start = find_resume_point(replace(config, resume="auto"))
-    earlier = [event for event in read_events(ledger.path, "rollback", start.update) if event["update"] == start.update]
+    update, settings = blocks.update, run.config.stability
+    if not list_checkpoints(run.directory / "checkpoints"):
+        why = "this run has no checkpoint of its own to return to yet: lower --checkpoint.every_tokens, or"
+        raise spike_error(update, spike, why)
+    point = find_resume_point(replace(run.config, resume="auto"))
+    events = read_events(run.directory / EVENTS, "rollback", point.update)
+    earlier = [event for event in events if event["update"] == point.update]
     if len(earlier) >= settings.max_rollbacks:
-        raise spiked(update, spike, f"{len(earlier)} returns to {start.checkpoint} have not helped:")
-    first = max(start.update, update - settings.rollback_updates) + 1
-    guilty = {batch_index(number, skipped_batches) for number in range(first, update + 1)}
-    left_out = sorted({*skipped_batches, *guilty} - {*start.skipped_batches})
-    ledger.cut(start.update)
-    ledger.event("rollback", start.update, spike_update=update, skipped_batches=left_out, **asdict(spike))
-    ledger.sync()
-    return replace(start, skipped_batches=tuple(sorted({*start.skipped_batches, *left_out})))
+        raise spike_error(update, spike, f"{len(earlier)} returns to {point.checkpoint} have not helped:")
+    first = max(point.update, update - settings.rollback_updates) + 1
+    guilty = {batch_index(number, blocks.skipped_batches) for number in range(first, update + 1)}
+    left_out = sorted({*blocks.skipped_batches, *guilty} - {*point.skipped_batches})
+    run.ledger.truncate(point.update)
+    run.ledger.event("rollback", point.update, spike_update=update, skipped_batches=left_out, **asdict(spike))
+    run.ledger.sync()
+    return replace(point, skipped_batches=tuple(sorted({*point.skipped_batches, *left_out})))
 
 
-def on_spike(config: Config, spike: Spike, update: int, ledger: Ledger) -> None:
-    """Note a spike in the ledger, and end the run where `stability.on_spike` says so.
-
-    Raises:
-        RecipeError: it does.
-    """
-    ledger.event("spike", update, **asdict(spike))
-    if config.stability.on_spike == "stop":
-        raise spiked(update, spike, "stability.on_spike = stop:")
-
-
-def spiked(update: int, spike: Spike, why: str) -> RecipeError:
-    """The error that ends a run at a spike."""
-    return RecipeError(
-        f"update {update}: {spike}; {why} the same command with --stability.on_spike rollback leaves out the blocks that led "
-        "to it, with continue it goes on from the last checkpoint regardless; or lower --optimizer.learning_rate in another "
-        "--run.directory",
-        exit_code=DIVERGED_EXIT_CODE,
-    )
-
-
-def restore(
-    start: Start,
-    model: Any,
-    optimizer: Any,
-    lanes: Sequence[Lane],
-    *,
-    accelerator: Any,
-    plan: UpdatePlan,
-    precision: str,
-) -> None:
+def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Sequence[Lane]) -> None:
     """Load weights, optimizer and lanes, and prove on the last update that they are those of the run. Collective.
 
-    The update's blocks are read again: their hash has to be the recorded one, and the loss of lane 0's blocks too.
+    The update's blocks are read again: their hash has to be the recorded one, and the loss of lane 0's blocks too. Does
+    nothing for a new run.
 
     Raises:
         RecipeError: the text has changed, or the model is not the one that was saved.
     """
-    assert start.checkpoint is not None
-    assert start.state is not None
-    state = start.state
-    load_checkpoint(start.checkpoint, accelerator.unwrap_model(model), optimizer.optimizer)
+    if point.checkpoint is None or point.state is None:
+        return
+    run.console.say(f"\n{point}")
+    state, plain = point.state, run.accelerator.unwrap_model(model)
+    load_checkpoint(point.checkpoint, plain, optimizer.optimizer)
     for lane in lanes:
         lane.load_state_dict(state.lane_states[lane.index])
-    blocks = next_update(lanes, plan.blocks_per_lane, accelerator.device)
-    if gather_hash(accelerator, plan, blocks) != state.blocks_sha256:
+    blocks = next_update(lanes, run.plan.update.blocks_per_lane, run.device)
+    if gather_hash(run, blocks) != state.blocks_sha256:
         raise RecipeError(
             f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
-            f"{start.checkpoint} was written; bring them back, or --resume fresh"
+            f"{point.checkpoint} was written; bring them back, or --resume fresh"
         )
-    if accelerator.is_main_process:
-        loss = verification_loss(model, blocks, accelerator=accelerator)
-        tolerance = TOLERANCE["bf16" if "bf16" in (precision, state.config["precision"]) else "fp32"]
+    if run.is_main:
+        loss = verification_loss(plain, blocks)
+        tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config["precision"]) else "fp32"]
         if not abs(loss / state.verification_loss - 1) <= tolerance:
             raise RecipeError(
-                f"the model of {start.checkpoint} gives a loss of {loss:.6f} where {state.verification_loss:.6f} was recorded "
+                f"the model of {point.checkpoint} gives a loss of {loss:.6f} where {state.verification_loss:.6f} was recorded "
                 f"(relative tolerance {tolerance:.0e}): this installation does not compute the same function",
                 on_this_rank_only=True,
             )
 
 
-def verification_loss(model: Any, blocks: UpdateBlocks, *, accelerator: Any) -> float:
-    """Mean loss of the first targets of lane 0, which rank 0 holds in every launch, without dropout."""
-    import torch
-
-    plain = accelerator.unwrap_model(model)
-    was_training = plain.training
-    plain.eval()
+def verification_loss(model: Any, blocks: UpdateBlocks) -> float:
+    """Mean loss of an unwrapped model on the first targets of lane 0, which rank 0 always holds, without dropout."""
+    was_training = model.training
+    model.eval()
     inputs, targets = (tokens[:1, :VERIFICATION_TOKENS] for tokens in blocks.batch)
-    with torch.no_grad(), eager(plain):
-        loss = plain(inputs, targets).item() / targets.numel()
-    plain.train(was_training)
-    return loss
+    with torch.no_grad(), eager(model):
+        loss = model(inputs, targets).item() / targets.numel()
+    model.train(was_training)
+    return float(loss)

@@ -58,7 +58,8 @@ def main() -> None:
     from recipe.evaluation.lm_eval import evaluate_tasks, require_lm_eval
     from recipe.model.export import load_pretrained
     from recipe.model.gpt2 import CausalLanguageModel
-    from recipe.run.launch import device_type
+    from recipe.run.environment import device_type
+    from recipe.run.stop import StopRequest
 
     if config.tasks:
         require_lm_eval()
@@ -70,8 +71,7 @@ def main() -> None:
     results: dict[str, Any] = {"model": rest["model"]}
     if config.data != DataConfig() or not (config.cloze or config.tasks):
         name, validation = _read_text(config, tokenizer, gpt2.config.n_positions)
-        text = evaluate(model, validation, accelerator=accelerator, rows=rows)
-        assert text is not None  # nobody asks this command to stop
+        text = evaluate(model, validation, accelerator, rows, StopRequest())
         print(f"text           {text.tokens:,} tokens, {text.text_bytes:,} bytes of {name}")
         print(f"loss           {text.loss:.4f} nats per token")
         print(f"perplexity     {text.perplexity:.2f}")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 STANDARD_LIBRARY = "python-standard-library"
+Scaling = Literal["accumulate", "manual"]
+HELD_OUT = "held_out"  # the validation set of held-out documents
 MOST_RETRY_SECONDS = 1200
 
 
@@ -40,7 +42,7 @@ class BatchConfig:
     into the device, by the plan and a real step."""
     lanes: int = 64
     """Document streams the data is dealt into, fixed for the run; at least the number of ranks."""
-    scaling: Literal["accumulate", "manual"] = "accumulate"
+    scaling: Scaling = "accumulate"
     """accumulate: accelerator.accumulate() and accelerator.backward(). manual: the reference path, scaled by hand."""
 
 

@@ -1,4 +1,4 @@
-"""Blocks for the model: the lanes of a rank, read ahead in the background, and the validation set."""
+"""Blocks for the model: the lanes of a rank, read ahead in the background, micro-batches, and validation sets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from recipe.config.settings import Config
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane
+from recipe.data.lanes import Lane, LaneOrder
 from recipe.data.tokenizer import document_encoder
 from recipe.errors import RecipeError
-from recipe.model.loss import IGNORED_TARGET
 from recipe.plan.budget import UpdatePlan
-from recipe.run.stop import StopRequest
-from recipe.step.update import MicroBatch
+from recipe.run.run import Run
 
+IGNORED_TARGET = -100  # of a masked target, as in torch.nn.functional.cross_entropy
+MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
 UPDATES_READ_AHEAD = 2
 _PADDING = -1  # in the last validation block
 
@@ -39,144 +39,118 @@ class UpdateBlocks:
         sha256: uint8 [blocks of the rank, 32], hash of each block's tokens.
         lane_states: state of each of the rank's lanes before this update: a checkpoint holds these, and reading the update
             again leads to the next one.
+        update: which one, from 1.
         wait_seconds: time the caller waited for it.
-        skipped_batches: what has been left out, or will be.
+        skipped_batches: batches (see `batch_index`) that rollbacks have left out, or that will be.
     """
 
     blocks: np.ndarray
     batch: MicroBatch
     sha256: np.ndarray
     lane_states: list[dict[str, Any]]
-    wait_seconds: float
+    update: int = 0
+    wait_seconds: float = 0.0
     skipped_batches: tuple[int, ...] = ()
 
 
 def batch_index(update: int, skipped_batches: Iterable[int]) -> int:
-    """Which draw an update trains on. What the lanes give at once for an update is a draw; all count from 1.
+    """Which batch an update trains on. What the lanes give at once for an update is a batch; all count from 1.
 
-    They are the same number until a rollback leaves a draw out for good.
+    They are the same number until a rollback leaves a batch out for good.
     """
-    draw = update
+    index = update
     for skipped in sorted(skipped_batches):
-        draw += skipped <= draw
-    return draw
+        index += skipped <= index
+    return index
 
 
-def make_lanes(config: Config, plan: UpdatePlan, rank: int, source: Source, tokenizer: Any) -> list[Lane]:
-    """The lanes that `rank` owns."""
+def make_lanes(run: Run, source: Source, tokenizer: Any) -> list[Lane]:
+    """The lanes that this rank owns."""
+    config, plan = run.config, run.plan.update
     encoder = document_encoder(tokenizer)
 
-    def encode(texts: list[str]) -> Sequence[Sequence[int]]:
-        return [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32) for encoding in encodings]
 
-    return [
-        Lane(
-            source,
-            lane,
-            plan.lanes,
-            encode=encode,
-            end_of_text=tokenizer.eos_token_id,
-            sequence_length=plan.sequence_length,
-            seed=config.run.seed,
-            shuffle_window=config.data.shuffle_window,
-        )
-        for lane in plan.lanes_of_rank(rank)
-    ]
+    order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_window)
+    return [Lane(source, lane, order, encode, plan.sequence_length) for lane in plan.lanes_of_rank(run.rank)]
 
 
 def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.device) -> UpdateBlocks:
     """Read, tokenize and pack the next update's blocks of these lanes, and move them to the device."""
     states = [lane.state_dict() for lane in lanes]
     blocks = np.concatenate([lane.next_blocks(blocks_per_lane) for lane in lanes])
-    return UpdateBlocks(blocks, to_tensors(blocks, device), hash_blocks(blocks), states, wait_seconds=0.0)
+    return UpdateBlocks(blocks, to_tensors(blocks, device), hash_blocks(blocks), states)
 
 
 class UpdateReader:
-    """The blocks of `updates` updates, read, tokenized, packed and moved to the device in a background thread that starts now.
+    """The blocks of the updates that are left, read, tokenized, packed and moved to the device in a background thread.
 
-    At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its own, however far the thread
-    has read.
+    The thread starts at once. At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its
+    own, however far the thread has read.
 
     Args:
+        run: its plan says how many updates there are.
         lanes: of this rank.
-        blocks_per_lane: of each in an update.
-        updates: how many to read.
-        device: where they go.
         done: updates before the first.
-        skipped_batches: draws to leave out.
-        stop: a request to stop ends the waiting for data.
-        rank: that says an error.
+        skipped_batches: batches to leave out.
     """
 
-    def __init__(
-        self,
-        lanes: Sequence[Lane],
-        blocks_per_lane: int,
-        updates: int,
-        device: torch.device,
-        *,
-        done: int = 0,
-        skipped_batches: Sequence[int] = (),
-        stop: StopRequest | None = None,
-        rank: int = 0,
-    ) -> None:
-        self._stop, self._rank, self._device = stop, rank, device
+    def __init__(self, run: Run, lanes: Sequence[Lane], done: int = 0, skipped_batches: Sequence[int] = ()) -> None:
+        self.run, self.lanes, self.done, self.skipped_batches = run, lanes, done, tuple(skipped_batches)
         self._ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._read,
-            args=(lanes, blocks_per_lane, done, updates, tuple(skipped_batches)),
-            name="data-reader",
-            daemon=True,
-        )
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="data-reader", daemon=True)
         # However the process ends, the thread must not be inside the tokenizer then; one that waits for a network may be left.
         atexit.register(self.close)
         self._thread.start()
 
-    def next_update(self) -> UpdateBlocks | None:
-        """The next update's blocks; None where the run is asked to stop instead, or has to, since they cannot be read.
+    def next_update(self) -> UpdateBlocks:
+        """The next update's blocks.
 
         Raises:
-            RecipeError: they cannot be read, and there is no `stop` to ask.
+            Stopped: a rank was asked to stop, or has to, since its blocks cannot be read; the error is printed.
         """
         started = time.perf_counter()
-        while True:
+        item = None
+        while item is None:
             try:
                 item = self._ready.get(timeout=0.2)
-                break
             except queue.Empty:
-                if self._stop is not None and self._stop.signal:
-                    return None
-        if isinstance(item, RecipeError) and self._stop is not None:
-            self._stop.request_stop(item, self._rank)
-            return None
+                if self.run.stop.signal:
+                    self.run.stop.agree()
+        if isinstance(item, RecipeError):
+            self.run.stop.request_stop(item, self.run.rank)
+            self.run.stop.agree()
         if isinstance(item, BaseException):
             raise item
         return replace(item, wait_seconds=time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop reading; wait for the thread, but not for a network that does not answer."""
-        self._stopped.set()
+        self._closed.set()
         self._thread.join(timeout=2)
         atexit.unregister(self.close)
 
-    def _read(
-        self, lanes: Sequence[Lane], blocks_per_lane: int, done: int, updates: int, skipped_batches: tuple[int, ...]
-    ) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread: pinned memory would else open the first GPU too
+    def _read(self) -> None:
+        device, plan = self.run.device, self.run.plan
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: pinned memory would else open the first GPU too
         try:
-            for draw in range(batch_index(done, skipped_batches) + 1, batch_index(done + updates, skipped_batches) + 1):
-                blocks = next_update(lanes, blocks_per_lane, self._device)
-                if draw not in skipped_batches:
-                    self._put(replace(blocks, skipped_batches=skipped_batches))
-                if self._stopped.is_set():
-                    return
+            update = self.done
+            batch = batch_index(update, self.skipped_batches)
+            while update < plan.planned_updates and not self._closed.is_set():
+                batch += 1
+                blocks = next_update(self.lanes, plan.update.blocks_per_lane, device)
+                if batch not in self.skipped_batches:
+                    update += 1
+                    self._put(replace(blocks, update=update, skipped_batches=self.skipped_batches))
         except BaseException as error:
             self._put(error)
 
     def _put(self, item: UpdateBlocks | BaseException) -> None:
-        while not self._stopped.is_set():
+        while not self._closed.is_set():
             try:
                 return self._ready.put(item, timeout=0.1)
             except queue.Full:
@@ -197,17 +171,17 @@ def combine_hashes(hashes: np.ndarray) -> str:
 def split_into_micro_batches(
     batch: MicroBatch, plan: UpdatePlan, rank: int, *, masked_row_last: bool = False
 ) -> list[MicroBatch]:
-    """Cut the rank's inputs and targets, [blocks of the rank, tokens], into the micro-batches of the plan.
+    """Split the rank's inputs and targets, [blocks of the rank, tokens], into the micro-batches of the plan.
 
     A rank with fewer blocks than steps gets fully masked rows. With `masked_row_last` one more micro-batch follows, fully
     masked and as large as the smallest, so that a compiled model knows its shape.
     """
     inputs, targets = batch
     first = plan.blocks_of_rank(rank).start
-    cuts = [slice(blocks.start - first, blocks.stop - first) for blocks in plan.micro_batches(rank)]
-    smallest = max(1, min(cut.stop - cut.start for cut in cuts))
+    slices = [slice(blocks.start - first, blocks.stop - first) for blocks in plan.micro_batches(rank)]
+    smallest = max(1, min(part.stop - part.start for part in slices))
     masked = torch.zeros_like(inputs[:1]), torch.full_like(targets[:1], IGNORED_TARGET)
-    micro_batches = [(inputs[cut], targets[cut]) if cut.stop > cut.start else masked for cut in cuts]
+    micro_batches = [(inputs[part], targets[part]) if part.stop > part.start else masked for part in slices]
     if masked_row_last:
         micro_batches.append((masked[0].expand(smallest, -1), masked[1].expand(smallest, -1)))
     return micro_batches

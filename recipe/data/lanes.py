@@ -43,40 +43,46 @@ class Position:
     token: int = 0
 
 
+@dataclass(frozen=True)
+class LaneOrder:
+    """In which order all lanes of a run read.
+
+    Args:
+        lanes: how many share the shards.
+        seed: of the order.
+        shuffle_window: documents permuted among themselves.
+    """
+
+    lanes: int
+    seed: int
+    shuffle_window: int
+
+
 class Lane:
     """An endless iterator of packed blocks. Each document is its tokens and one end-of-text token; no token is dropped.
 
     Args:
         source: the documents.
-        index: which of `lanes` this is; it reads the shards index, index + lanes, ... and no others.
-        lanes: number of lanes of the run.
-        encode: list of documents -> list of token lists.
-        end_of_text: token appended to each document.
+        index: which lane this is; it reads the shards index, index + lanes, ... and no others.
+        order: the same for all lanes.
+        encode: documents -> int32 tokens of each, with its end-of-text token.
         sequence_length: targets of a block.
-        seed: of the order.
-        shuffle_window: documents permuted among themselves.
     """
 
     def __init__(
         self,
         source: Source,
         index: int,
-        lanes: int,
-        *,
-        encode: Callable[[list[str]], Sequence[Sequence[int]]],
-        end_of_text: int,
+        order: LaneOrder,
+        encode: Callable[[list[str]], Sequence[np.ndarray]],
         sequence_length: int,
-        seed: int,
-        shuffle_window: int,
     ) -> None:
         self.source = source
         self.index = index
-        self.shards = range(index, source.num_shards, lanes)
+        self.order = order
+        self.shards = range(index, source.num_shards, order.lanes)
         self.encode = encode
-        self.end_of_text = end_of_text
         self.sequence_length = sequence_length
-        self.seed = seed
-        self.shuffle_window = shuffle_window
         self.load_state_dict(asdict(Position()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,11 +123,10 @@ class Lane:
         """Tokens of each document from `start` on, with the position of its first token."""
         skip, used = start.document, start.token
         for window, texts in self._read_windows(start):
-            order = sorted(range(len(texts)), key=lambda i: self._chance(window.epoch, window.window, i))
+            order = sorted(range(len(texts)), key=lambda i: self._hash(window.epoch, window.window, i))
             for first in range(skip, len(order), DOCUMENTS_PER_ENCODE):
                 batch = order[first : first + DOCUMENTS_PER_ENCODE]
-                for offset, ids in enumerate(self.encode([texts[i] for i in batch])):
-                    tokens = np.array([*ids, self.end_of_text], dtype=np.int32)
+                for offset, tokens in enumerate(self.encode([texts[i] for i in batch])):
                     yield replace(window, document=first + offset, token=used), tokens[used:]
                     used = 0
             skip = 0
@@ -130,14 +135,14 @@ class Lane:
         """(position of its start, documents in reading order) of each window from that of `start` on, for ever."""
         window, has_text = replace(start, document=0, token=0), start.window > 0
         while True:
-            order = sorted(self.shards, key=lambda shard: self._chance(window.epoch, "shard", shard))
+            order = sorted(self.shards, key=lambda shard: self._hash(window.epoch, "shard", shard))
             texts: list[str] = []
             reader = window.reader
             for place in range(window.shard, len(order)):
                 for text, state_after in self.source.read_shard(order[place], reader):
                     texts.append(text)
                     has_text = has_text or bool(text)
-                    if len(texts) == self.shuffle_window:
+                    if len(texts) == self.order.shuffle_window:
                         yield window, texts
                         window, texts = Position(window.epoch, window.window + 1, place, state_after), []
                 reader = None
@@ -152,6 +157,6 @@ class Lane:
                 )
             window, has_text = Position(window.epoch + 1), False
 
-    def _chance(self, *key: object) -> bytes:
-        """A hash that orders things by chance: the same for the same (seed, lane, key), on any machine."""
-        return blake2b(repr((self.seed, self.index, *key)).encode(), digest_size=8).digest()
+    def _hash(self, *key: object) -> bytes:
+        """Sorting by it is a random order: the same for the same (seed, lane, key), on any machine."""
+        return blake2b(repr((self.order.seed, self.index, *key)).encode(), digest_size=8).digest()

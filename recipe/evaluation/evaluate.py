@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from recipe.data.blocks import ValidationSet
-    from recipe.run.stop import StopRequest
+import torch
+
+from recipe.data.blocks import ValidationSet, to_tensors
+from recipe.model.kernels import eager
+from recipe.run.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,19 @@ class Evaluation:
         return f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
 
 
-def evaluate(
-    model: Any, validation: ValidationSet, *, accelerator: Any, rows: int, stop: StopRequest | None = None
-) -> Evaluation | None:
-    """Evaluate on all ranks, each with its share of the blocks; None where a rank was asked to stop meanwhile.
+def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size: int, stop: StopRequest) -> Evaluation:
+    """Evaluate on all ranks, each with its share of the blocks. Collective.
 
     Args:
         model: a prepared `CausalLanguageModel`; its train or eval mode is restored.
         validation: the blocks; the same on every rank.
-        accelerator: says which share is this rank's.
-        rows: blocks in one forward.
-        stop: looked at between forwards.
+        accelerator: knows the ranks.
+        batch_size: blocks in one forward.
+        stop: checked between forwards.
+
+    Raises:
+        Stopped: a rank was asked to stop meanwhile.
     """
-    import torch
-
-    from recipe.data.blocks import to_tensors
-    from recipe.model.kernels import eager
-
     rank, ranks = accelerator.process_index, accelerator.num_processes
     blocks = validation.blocks
     share = blocks[len(blocks) * rank // ranks : len(blocks) * (rank + 1) // ranks]
@@ -61,14 +59,13 @@ def evaluate(
     plain.eval()
     losses = []
     with torch.no_grad(), eager(plain):
-        for first in range(0, len(share), rows):
-            if stop is not None and stop.signal:
+        for first in range(0, len(share), batch_size):
+            if stop.signal:
                 break
-            inputs, targets = to_tensors(share[first : first + rows], accelerator.device)
+            inputs, targets = to_tensors(share[first : first + batch_size], accelerator.device)
             losses.append(plain(inputs, targets).float())
     plain.train(was_training)
-    if stop is not None and stop.should_stop():
-        return None
+    stop.agree()
     local = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
     nats = float(accelerator.reduce(local, reduction="sum"))
     return Evaluation(

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from recipe.config.settings import Config
+from recipe.config.settings import HELD_OUT, Config
 from recipe.data.blocks import ValidationSet, pack_validation
-from recipe.data.sources import Source, open_source
+from recipe.data.documents import Source
+from recipe.data.sources import open_source
 from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import Evaluation, evaluate
 from recipe.evaluation.sample import GenerateConfig, generate
-from recipe.run.console import Console
-from recipe.run.ledger import Ledger
-from recipe.run.stop import StopRequest
-
-# The name of the set that the source itself holds out; no name in evaluation.sets may have a space.
-HELD_OUT = "held out"
+from recipe.plan.schedule import crosses
+from recipe.run.ledger import LedgerEntry
+from recipe.run.run import Run
+from recipe.run.stop import Stopped
 
 
 def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict[str, ValidationSet]:
-    """The held-out documents, where there are any, and those of each of `evaluation.sets`, by name.
+    """The held-out documents, if there are any, and those of each of `evaluation.sets`, by name.
 
     Raises:
         RecipeError: files that cannot be read, or without text.
@@ -44,75 +44,77 @@ def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict
     return sets
 
 
-def ledger_values(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-    """The fields of a `LedgerEntry` that evaluations fill."""
-    held_out = evaluations.get(HELD_OUT)
-    others = {
-        name: {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
-        for name, evaluation in evaluations.items()
-        if name != HELD_OUT
-    }
-    return {
-        "validation_loss": held_out.loss if held_out else None,
-        "bits_per_byte": held_out.bits_per_byte if held_out else None,
-        "validation": others or None,
-    }
-
-
 class RunEvaluation:
-    """Evaluates the model of a run.
+    """Evaluates the model when it is due: before the first update, whenever enough tokens have been seen, after the last.
 
     Args:
-        config: of the run.
+        run: its settings and ranks.
         sets: by name; the same on every rank.
         model: prepared.
-        tokenizer: of the run.
-        accelerator: knows the ranks.
-        stop: looked at between forwards, and between samples.
-        ledger: receives the samples.
-        console: says the losses.
+        tokenizer: for the samples.
+
+    Attributes:
+        latest: the last evaluation of each set.
+        samples: the last sample of each prompt.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        sets: dict[str, ValidationSet],
-        model: Any,
-        tokenizer: Any,
-        *,
-        accelerator: Any,
-        stop: StopRequest,
-        ledger: Ledger,
-        console: Console,
-    ) -> None:
-        self.config, self.sets, self.model, self.tokenizer = config, sets, model, tokenizer
-        self.accelerator, self.stop, self.ledger, self.console = accelerator, stop, ledger, console
-        self.samples: dict[str, str] = {}  # the last of each prompt
+    def __init__(self, run: Run, sets: dict[str, ValidationSet], model: Any, tokenizer: Any) -> None:
+        self.run, self.sets, self.model, self.tokenizer = run, sets, model, tokenizer
+        self.latest: dict[str, Evaluation] = {}
+        self.samples: dict[str, str] = {}
+        if HELD_OUT not in sets:
+            run.console.say("no validation on held-out documents: there are none")
 
-    def validate(self, update: int, rows: int) -> dict[str, Evaluation]:
-        """Evaluate each set after `update` updates, `rows` blocks in a forward; none where asked to stop. Collective."""
-        evaluations = {}
-        for name, blocks in self.sets.items():
-            evaluation = evaluate(self.model, blocks, accelerator=self.accelerator, rows=rows, stop=self.stop)
-            if evaluation is None:
-                return {}
-            on = "" if name == HELD_OUT else f", {name}"
-            self.console.say(f"validation after {update:,} updates{on}: {evaluation}")
-            evaluations[name] = evaluation
-        return evaluations
+    def begin(self, update: int) -> None:
+        """Evaluate before training, for the ledger's line of update 0; and if no update is left. Collective.
 
-    def sample(self, update: int) -> None:
-        """Continue each prompt, on rank 0 alone, and write it to the ledger. Training is not changed by it."""
-        settings = self.config.evaluation
-        if not self.accelerator.is_main_process or not settings.sample_tokens:
+        Raises:
+            Stopped: a rank was asked to stop meanwhile.
+        """
+        if update not in (0, self.run.plan.planned_updates):
             return
-        model = self.accelerator.unwrap_model(self.model)
+        values = self._validate(update)
+        if update == 0 and values:
+            self.run.ledger.write(LedgerEntry(update=0, tokens=0, validation=values))
+
+    def add_to(self, entry: LedgerEntry) -> LedgerEntry:
+        """The entry with its validation columns, null if none is due now or a rank is asked to stop meanwhile. Collective."""
+        plan, every = self.run.plan, self.run.config.evaluation.every_tokens
+        before = entry.tokens - plan.update.tokens_per_update
+        values: dict[str, float | None] = dict.fromkeys(self._columns())
+        if entry.update == plan.planned_updates or crosses(before, entry.tokens, every):
+            with suppress(Stopped):  # this update is done and has to be written down; the next one stops
+                values = self._validate(entry.update)
+                self._sample(entry.update)
+        return replace(entry, validation=values)
+
+    def _columns(self) -> list[str]:
+        return [f"validation/{name}/{value}" for name in self.sets for value in ("loss", "bits_per_byte")]
+
+    def _validate(self, update: int) -> dict[str, float | None]:
+        """Evaluate each set; the ledger's columns."""
+        run, values = self.run, list[float]()
+        for name, blocks in self.sets.items():
+            size = run.plan.update.micro_batch_size
+            evaluation = evaluate(self.model, blocks, run.accelerator, size, run.stop)
+            on = "" if name == HELD_OUT else f", {name}"
+            run.console.say(f"validation after {update:,} updates{on}: {evaluation}")
+            self.latest[name] = evaluation
+            values += [evaluation.loss, evaluation.bits_per_byte]
+        return dict(zip(self._columns(), values, strict=True))
+
+    def _sample(self, update: int) -> None:
+        """Continue each prompt, on rank 0 alone, and write it down. Training is not changed by it."""
+        run, settings = self.run, self.run.config.evaluation
+        if not run.is_main or settings.sample_tokens is None:
+            return
+        model = run.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         for prompt in settings.prompts:
-            if self.stop.signal:
+            if run.stop.signal:
                 break
-            sampling = GenerateConfig(prompt, settings.sample_tokens, seed=self.config.run.seed)
+            sampling = GenerateConfig(prompt, settings.sample_tokens, seed=run.config.run.seed)
             self.samples[prompt] = generate(model.gpt2, self.tokenizer, sampling)
-            self.ledger.event("sample", update, prompt=prompt, text=self.samples[prompt])
+            run.ledger.event("sample", update, prompt=prompt, text=self.samples[prompt])
         model.train(was_training)

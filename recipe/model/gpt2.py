@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipe.config.settings import Config, OptimizerConfig
+from recipe.config.settings import Config
 from recipe.errors import RecipeError
 from recipe.model.export import load_pretrained, load_weights
 from recipe.model.loss import summed_token_loss
@@ -168,44 +168,3 @@ def check_initialisation(gpt2: Any) -> None:
                 f"{name} was initialised with standard deviation {measured:.5f} instead of {expected:.5f}: "
                 "install transformers 5.15 or newer"
             )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings with `weight_decay`; biases and layer norms without."""
-    parameters: list[nn.Parameter] = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
-def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW (fused, also on a CPU: 8 times faster there than the loop), lean AdamW, or SGD without momentum.
-
-    Args:
-        model: its parameters are taken.
-        optimizer: the settings.
-        seed: of lean AdamW's rounding.
-    """
-    groups = parameter_groups(model, optimizer.weight_decay)
-    if optimizer.name == "sgd":
-        return torch.optim.SGD(groups, lr=optimizer.learning_rate)
-    options: dict[str, Any] = {
-        "lr": optimizer.learning_rate,
-        "betas": (optimizer.beta1, optimizer.beta2),
-        "eps": optimizer.epsilon,
-    }
-    if optimizer.state == "bf16":
-        from recipe.model.optimizer import Bf16AdamW
-
-        return Bf16AdamW(groups, seed=seed, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Set the rate of the next step."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # lean AdamW keeps a tensor, which compiled code reads
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate

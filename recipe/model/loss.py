@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from recipe.data.blocks import IGNORED_TARGET
 from recipe.plan.memory import ROWS_PER_CHUNK, LossMethod
-
-IGNORED_TARGET = -100
 
 
 def summed_token_loss(

@@ -1,36 +1,73 @@
-"""AdamW in 8 bytes per parameter: parameters, gradients and both moments in bf16, parameters rounded stochastically.
-
-bf16 has 8 bits: a step smaller than 1/256 of a weight would be rounded away, always. Rounded stochastically, up with the
-probability of what is cut off, it arrives in the mean (Zamirai et al., 2020, https://arxiv.org/abs/2010.06192). The step
-itself is computed in float32.
-"""
+"""The optimizer: its parameter groups, its learning rate, and random numbers as a function of what they are for."""
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
-from torchao.optim import _AdamW
+import torch
+from torch import Tensor, nn
 
-from recipe.model.seeds import seed_rounding
+from recipe.config.settings import OptimizerConfig
+from recipe.plan.schedule import learning_rate
+from recipe.run.run import Run
 
 
-class Bf16AdamW(_AdamW):
-    """torchao's AdamW, whose rounding is a function of (seed, steps taken).
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings with `weight_decay`; biases and layer norms without."""
+    parameters: list[nn.Parameter] = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
-    Ranks have to round alike, or their parameters drift apart; and a resumed run has to round as one that was not stopped.
+
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (fused, also on a CPU: 8 times faster there than the loop), AdamW with bf16 state, or SGD without momentum.
 
     Args:
-        parameters: as for any torch optimizer; in bf16.
-        seed: of the rounding.
-        options: as of `torch.optim.AdamW`.
+        model: its parameters are taken.
+        optimizer: the settings.
+        seed: of the rounding to bf16.
     """
+    groups = parameter_groups(model, optimizer.weight_decay)
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(groups, lr=optimizer.learning_rate)
+    options: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.epsilon,
+    }
+    if optimizer.state == "bf16":
+        from recipe.model.bf16_adamw import Bf16AdamW
 
-    def __init__(self, parameters: Any, *, seed: int, **options: Any) -> None:
-        super().__init__(parameters, bf16_stochastic_round=True, **options)
-        self.seed = seed
+        return Bf16AdamW(groups, seed=seed, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
-    def step(self, closure: Any = None) -> Any:
-        """One step; leaves torch's random generators in another state."""
-        steps = next((int(state["step"]) for state in self.state.values()), 0)  # kept on the CPU
-        seed_rounding(self.seed, steps)
-        return super().step(closure)
+
+def set_learning_rate(run: Run, optimizer: Any, update: int) -> float:
+    """Set the rate of this update's step, a function of its tokens, and return it."""
+    plan = run.plan
+    tokens = update * plan.update.tokens_per_update
+    rate = learning_rate(tokens, plan.total_tokens, run.config.optimizer, run.config.schedule)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # AdamW with bf16 state keeps a tensor, which compiled code reads
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return rate
+
+
+def seed_dropout(seed: int, update: int, rank: int) -> None:
+    """Seed dropout, differently on each rank, since each has other blocks. No random state has to be saved."""
+    _seed_torch("dropout", seed, update, rank)
+
+
+def seed_rounding(seed: int, steps: int) -> None:
+    """Seed the rounding to bf16, alike on all ranks, since all have the same parameters."""
+    _seed_torch("rounding", seed, steps)
+
+
+def _seed_torch(*key: str | int) -> None:
+    """Seed torch's generators, on all devices, by a hash of the key."""
+    torch.manual_seed(int.from_bytes(sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1)

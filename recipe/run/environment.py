@@ -1,32 +1,129 @@
-"""What a run is computed on, for the ledger: a run has as many parts as it was started, each perhaps somewhere else."""
+"""The launch and the machine: start accelerate, refuse a launch that cannot work, and describe what the run is computed on."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from recipe.config.settings import Config
+from recipe.errors import RecipeError
+from recipe.plan.devices import bf16_peak_flops
+from recipe.plan.run_plan import world_size_of_launcher
+
+if TYPE_CHECKING:
+    import torch
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
-def describe_machine(accelerator: Any, precision: str, peak_flops: float | None) -> dict[str, Any]:
-    """JSON values: when and on what this part of the run begins.
+def start_accelerator(config: Config, precision: str) -> Any:
+    """An Accelerator on the device at hand, whose accumulation steps `recipe.step.update` sets.
 
-    Args:
-        accelerator: knows the device and the ranks.
-        precision: in use, after `auto` was decided.
-        peak_flops: FLOP/s of one device that `mfu` is relative to; None where unknown.
+    Raises:
+        RecipeError: the ranks do not see each other, a tracker is not installed, or the launch asks for sharding.
+    """
+    missing = [tracker for tracker in config.log.trackers if importlib.util.find_spec(tracker) is None]
+    if missing:
+        raise RecipeError(f"log.trackers: {missing[0]} is not installed: pip install {missing[0]}, or leave it out")
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise RecipeError(
+                f"{name} is not supported yet: launch with a DDP file of accelerate_configs/, such as gpu_8.yaml"
+            )
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        cpu=device_type() == "cpu",
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        # The plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument; no dataloader is prepared.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        # As long as gloo waits: NCCL's 10 minutes would be over while one rank tries again to read (data.retry_seconds).
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
+        log_with=list(config.log.trackers) or None,
+        project_dir=config.run.directory,
+    )
+    announced = world_size_of_launcher()
+    if accelerator.num_processes != announced:
+        raise RecipeError(
+            f"the launcher started {announced} ranks but this one sees {accelerator.num_processes}: they would train alone; "
+            "launch with a file of accelerate_configs/ or with torchrun",
+            on_this_rank_only=True,
+        )
+    return accelerator
+
+
+def device_type() -> str:
+    """`cpu` if accelerate was told so or torch finds no accelerator, else the accelerator's type (`cuda`, `mps`, ...)."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.accelerator.is_available():
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator else "cpu"
+
+
+def choose_precision(requested: str, device: str) -> tuple[str, str]:
+    """(`bf16` or `fp32`, the reason) for `precision: auto|bf16|fp32` on a device type.
+
+    Raises:
+        RecipeError: bf16 on a CUDA device that has none.
     """
     import torch
 
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if requested == "bf16" and not has_bf16:
+            raise RecipeError(f"precision = bf16: {torch.cuda.get_device_name()} has no bf16; use --precision fp32")
+        reason = "the GPU has bf16 matrix units" if has_bf16 else "the GPU has no bf16 matrix units"
+    elif device == "cpu":
+        has_bf16 = torch.cpu._is_amx_tile_supported()
+        reason = "the CPU has AMX tiles" if has_bf16 else "the CPU has no AMX tiles, so bf16 gains little or loses much"
+    else:
+        has_bf16, reason = False, f"bf16 is not tested on {device}"
+    if requested == "auto":
+        return ("bf16" if has_bf16 else "fp32"), reason
+    return requested, "as configured"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this rank can have: the free memory of a GPU, or its part of the CPU's available memory.
+
+    Raises:
+        RecipeError: another kind of device.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    raise RecipeError(f"batch.micro_batch_size = auto does not know the memory of {device.type}: give a number")
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of one device in `precision`; None if unknown."""
+    import torch
+
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    return bf16_peak_flops(torch.cuda.get_device_name(device))
+
+
+def describe_environment(accelerator: Any, precision: str) -> dict[str, Any]:
+    """JSON values: on what this part of the run is computed. `precision` is the one in use."""
+    import torch
+
     return {
-        "time_utc": utc_now(),
         "device": _device_name(accelerator.device),
         "device_type": accelerator.device.type,
         "world_size": accelerator.num_processes,
@@ -34,24 +131,19 @@ def describe_machine(accelerator: Any, precision: str, peak_flops: float | None)
         "cpu_cores": os.cpu_count(),
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...: which kernels it gets
         "precision": precision,
-        "peak_flops": peak_flops,
+        "peak_flops": peak_flops(accelerator.device, precision),  # of one device; mfu is relative to it
         "versions": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
         "recipe_commit": _recipe_commit(),
     }
 
 
-def installed_versions(names: Sequence[str]) -> dict[str, str]:
-    """Version of each of these distributions that is installed."""
+def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Version of each of these distributions, if it is installed."""
     versions = {}
     for name in names:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-def utc_now() -> str:
-    """The wall clock, to the second: 2026-11-23T12:00:00Z."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _device_name(device: Any) -> str:
@@ -73,7 +165,7 @@ def _cpu_name() -> str:
 
 
 def _recipe_commit() -> str | None:
-    """Commit of this checkout, `-dirty` where files have changed; None where it is none or git is missing."""
+    """Commit of this checkout, `-dirty` if files have changed; None if it is none or git is missing."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

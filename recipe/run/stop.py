@@ -16,30 +16,45 @@ from recipe.errors import RecipeError
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 REPEAT_SECONDS = 1.0
-_GAVE_UP = 1000  # beyond any signal's number; the rest is an exit code
+_ERROR = 1000  # beyond any signal's number; the rest is an exit code
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop: they abandon the open update or evaluation."""
+
+
+class DoesNotFit(RuntimeError):
+    """All ranks have agreed that one of them ran out of memory: they abandon the open update."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} ran out of memory")
+        self.rank = rank
 
 
 class StopRequest:
-    """Remembers that a signal came. The same signal a second time leaves at once, with nothing saved.
-
-    Launchers follow a Ctrl-C with a SIGTERM of their own, so another signal is not a second one; and they pass on a SIGTERM
-    that the ranks may have had already, so one that follows within a second is not either.
+    """A request to stop, and the ranks' agreement on it.
 
     Attributes:
-        signal: that came to this rank, or that the ranks agreed on; 0 for none.
-        agreed_signal: the one that they agreed on.
+        signal: request on this rank, or the one that the ranks agreed on; 0: none.
         received: signals that came to this rank.
         agreements: times that the ranks have agreed.
-        rank_out_of_memory: 1 + the rank that ran out of memory in this update; 0 where none did.
+        rank_out_of_memory: 1 + the rank that ran out of memory in this update; 0: none.
+        is_agreed: whether the ranks have agreed to stop.
     """
 
     def __init__(self) -> None:
-        self.signal = self.agreed_signal = self.received = 0
-        self.rank_out_of_memory = 0
-        self.agreements = 0
+        self.signal = self.received = self.agreements = self.rank_out_of_memory = 0
+        self.is_agreed = False
         self._group: Any = None
         self._ranks = 1
         self._seen: dict[int, float] = {}  # signal -> when it came first
+
+    def listen(self) -> None:
+        """Take signals as requests. The same signal a second time leaves at once, with nothing saved.
+
+        Launchers follow a Ctrl-C with a SIGTERM of their own, so another signal is not a second one; and they pass on a
+        SIGTERM that the ranks may have had already, so one that follows within a second is not either.
+        """
         for number in _SIGNALS:
             signal.signal(number, self._receive)
 
@@ -51,34 +66,44 @@ class StopRequest:
 
             self._group = torch.distributed.new_group(backend="gloo")
 
-    def should_stop(self) -> bool:
-        """Whether to abandon the open update, or the evaluation. Collective: each rank calls it once for each of them."""
+    def agree(self) -> None:
+        """Agree with the other ranks whether to abandon what is open. Collective: each rank calls it once per update.
+
+        Raises:
+            Stopped: a rank was asked to stop.
+            DoesNotFit: a rank ran out of memory, and none was asked to stop.
+        """
         self.agreements += 1
-        self.agreed_signal = self.signal
+        agreed, out_of_memory = self.signal, self.rank_out_of_memory
         if self._ranks > 1:
             import torch
 
-            flags = torch.tensor([self.signal, self.rank_out_of_memory])
+            flags = torch.tensor([agreed, out_of_memory])
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
-            self.agreed_signal, self.rank_out_of_memory = flags.tolist()
-            self.signal = self.agreed_signal or self.signal  # one that came meanwhile counts the next time
-        return self.agreed_signal > 0 or self.rank_out_of_memory > 0
+            agreed, out_of_memory = flags.tolist()
+        self.signal = agreed or self.signal  # one that came meanwhile counts the next time
+        self.rank_out_of_memory = 0
+        if agreed:
+            self.is_agreed = True
+            raise Stopped
+        if out_of_memory:
+            raise DoesNotFit(out_of_memory - 1)
 
-    def request_stop(self, error: RecipeError, rank: int, already_printed: bool = True) -> None:
+    def request_stop(self, error: RecipeError, rank: int, already_printed: bool = False) -> None:
         """Ask to stop because this rank cannot go on; the others learn of it when they agree."""
-        if already_printed:
+        if not already_printed:
             print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        self.signal = _GAVE_UP + error.exit_code
+        self.signal = _ERROR + error.exit_code
 
     @property
     def reason(self) -> str:
         """What stopped the run."""
-        return f"signal {self.signal}" if self.signal < _GAVE_UP else "an error"
+        return f"signal {self.signal}" if self.signal < _ERROR else "an error"
 
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as shells have it, or that of the error."""
-        return 128 + self.signal if self.signal < _GAVE_UP else self.signal - _GAVE_UP
+        return 128 + self.signal if self.signal < _ERROR else self.signal - _ERROR
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received += 1

@@ -1,67 +1,146 @@
-"""Out of memory: the same update again, in smaller micro-batches, on all ranks alike."""
+"""A rank's micro-batches: as many blocks as fit into memory, and fewer on all ranks alike when one of them runs out."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from recipe.data.blocks import split_into_micro_batches
+import torch
+
+from recipe.data.blocks import IGNORED_TARGET, MicroBatch, UpdateBlocks, split_into_micro_batches
 from recipe.errors import RecipeError
-from recipe.plan.budget import UpdatePlan
-from recipe.run.console import Console
-from recipe.run.ledger import Ledger
-from recipe.run.stop import StopRequest
-from recipe.step.update import MicroBatch
+from recipe.model.kernels import eager
+from recipe.model.optimizer import seed_dropout
+from recipe.run.run import Run
+from recipe.run.stop import DoesNotFit
+from recipe.step.update import UpdateResult, is_out_of_memory, run_update
 
 # The first update has no optimizer state in memory yet, the second has; those after it need no more.
 UPDATES_ON_TRIAL = 2
 
 
 class MicroBatches:
-    """Cuts updates into micro-batches of a size that becomes smaller where memory does not suffice.
+    """Splits updates into micro-batches whose size halves when memory does not suffice.
 
-    A rank that fails while the others wait for its share of the gradient cannot tell them. So while a size is on trial, the
-    gradients are added up with one fully masked row after all micro-batches, which adds 0 to them.
+    A rank that fails while the others wait for its share of the gradient cannot tell them. So while a size is on trial, ranks
+    add up the gradients with one fully masked row after all micro-batches, which adds 0 to them.
+
+    Starting one warms DDP up, and tries what `batch.micro_batch_size: auto` came to. Collective.
 
     Args:
-        cut: the update's division; `self.cut` is the one in force.
-        rank: whose micro-batches they are.
-        stop: through which the ranks agree.
-        ledger: receives an event for each change.
-        console: receives a line.
+        run: `run.plan.update` is the division in force; it is replaced when the size changes.
+        model: prepared.
+
+    Raises:
+        RecipeError: not even one block fits.
     """
 
-    def __init__(self, cut: UpdatePlan, rank: int, *, stop: StopRequest, ledger: Ledger, console: Console) -> None:
-        self.cut, self.rank = cut, rank
-        self.stop, self.ledger, self.console = stop, ledger, console
+    def __init__(self, run: Run, model: Any) -> None:
+        self.run, self.model = run, model
         self._on_trial = UPDATES_ON_TRIAL
+        warm_up_ddp(run, model)
+        if run.config.batch.micro_batch_size == "auto":
+            probe_micro_batch(run, model)
+
+    def run_update(self, optimizer: Any, blocks: UpdateBlocks) -> UpdateResult:
+        """Run the update of these blocks, again in smaller micro-batches if a rank runs out of memory.
+
+        Raises:
+            Stopped: the ranks have abandoned the update.
+        """
+        run = self.run
+        while True:
+            seed_dropout(run.config.run.seed, blocks.update, run.rank)
+            try:  # packed blocks have no masked target, so their number is known
+                return run_update(
+                    run, self.model, optimizer, self.split(blocks.batch), run.plan.update.tokens_per_update
+                )
+            except DoesNotFit as error:
+                rank = error.rank
+            self._halve(blocks.update, rank)  # after `except`, whose error holds what is to be freed
 
     def split(self, batch: MicroBatch) -> list[MicroBatch]:
         """Micro-batches of this rank's blocks of an update, [blocks, tokens]."""
-        on_trial = self._on_trial > 0 and self.cut.world_size > 1
+        on_trial = self._on_trial > 0 and self.run.plan.update.world_size > 1
         self._on_trial -= 1
-        return split_into_micro_batches(batch, self.cut, self.rank, masked_row_last=on_trial)
+        return split_into_micro_batches(batch, self.run.plan.update, self.run.rank, masked_row_last=on_trial)
 
-    def shrink(self, update: int) -> bool:
-        """Halve the micro-batch if the update was abandoned because a rank ran out of memory; whether to run it again."""
+    def _halve(self, update: int, rank: int) -> None:
         from accelerate.utils.memory import clear_device_cache
 
-        if not self.stop.rank_out_of_memory or self.stop.agreed_signal:
-            return False
-        rank, self.stop.rank_out_of_memory = self.stop.rank_out_of_memory - 1, 0
-        size = min(self.cut.micro_batch_size, self.cut.largest_share)
+        run, plan = self.run, self.run.plan.update
+        size = min(plan.micro_batch_size, plan.largest_share)
         if size == 1:
             error = RecipeError(
                 f"rank {rank} ran out of memory in update {update} with micro-batches of one block: set a shorter "
                 "--data.sequence_length or a smaller model, --precision bf16, or take a device with more memory"
             )
-            self.stop.request_stop(error, self.rank, already_printed=self.rank == 0)
-            return False
-        self.cut = replace(self.cut, micro_batch_size=size // 2)
+            run.stop.request_stop(error, run.rank, already_printed=run.rank != 0)
+            run.stop.agree()  # all ranks are here
+        run.plan = replace(run.plan, update=replace(plan, micro_batch_size=size // 2))
         self._on_trial = UPDATES_ON_TRIAL
         clear_device_cache(garbage_collection=True)
-        self.ledger.event("micro_batch", update - 1, reason=f"rank {rank} ran out of memory", old=size, new=size // 2)
-        self.console.say(
+        run.ledger.event("micro_batch", update - 1, reason=f"rank {rank} ran out of memory", old=size, new=size // 2)
+        run.console.say(
             f"rank {rank} ran out of memory: update {update:,} again, the same blocks in micro-batches of {size // 2} instead "
-            f"of {size}, {self.cut.gradient_accumulation_steps} accumulation steps"
+            f"of {size}, {run.plan.update.gradient_accumulation_steps} accumulation steps"
         )
-        return True
+
+
+def warm_up_ddp(run: Run, model: Any) -> None:
+    """Let DDP do now what it does once: in its second forward the ranks agree on the buckets of the gradient. Collective.
+
+    Afterwards no forward waits for other ranks, so a rank that stops before one holds nobody up; and a resumed run reduces its
+    first gradient in the same order as the run that was not stopped. A fully masked row adds nothing.
+    """
+    if run.accelerator.num_processes == 1:
+        return
+    inputs = torch.zeros((1, run.config.data.sequence_length), dtype=torch.int64, device=run.device)
+    with eager(model):
+        for _ in range(2):
+            model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def probe_micro_batch(run: Run, model: Any) -> None:
+    """Run forward and backward with what the plan has chosen; if a rank runs out of memory, with half of it. Collective.
+
+    Meanwhile memory is held for the optimizer's state, which the first step makes. The targets are masked, so the gradient is
+    0; it is cleared afterwards.
+
+    Raises:
+        RecipeError: not even one block fits.
+    """
+    plan = run.plan.update
+    size = plan.largest_micro_batch
+    while not _fits(size, run, model):
+        if size == 1:
+            raise RecipeError(
+                "batch.micro_batch_size = auto: a rank ran out of memory with one block; set a shorter --data.sequence_length, "
+                "--performance.activation_checkpointing 1, a smaller model, or take a device with more memory"
+            )
+        run.console.say(f"micro-batches of {size} blocks do not fit after all; trying {size // 2}")
+        size //= 2
+    run.console.say(f"micro-batches of {size} blocks fit: tried")
+    run.plan = replace(run.plan, update=replace(plan, micro_batch_size=size))
+
+
+def _fits(size: int, run: Run, model: Any) -> bool:
+    from accelerate.utils.memory import clear_device_cache
+
+    inputs = torch.zeros((size, run.plan.update.sequence_length), dtype=torch.int64, device=run.device)
+    is_out = False
+    try:
+        moments = torch.empty(run.plan.state_bytes[2], dtype=torch.uint8, device=run.device)
+        for _ in range(2):  # the second finds gradients there
+            with run.accelerator.no_sync(model), eager(model):
+                model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
+        del moments
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        is_out = True
+    model.zero_grad(set_to_none=True)
+    clear_device_cache(garbage_collection=True)
+    outcome = torch.tensor([int(is_out)], device=run.device)
+    return not int(run.accelerator.gather(outcome).max())

@@ -1,19 +1,21 @@
-"""The parity check: the first update's gradient, computed in other ways, and how far they are apart."""
+"""The parity check: the first update's gradient, computed in other ways, and how far apart they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recipe.data.blocks import split_into_micro_batches
+from recipe.config.settings import Scaling
+from recipe.data.blocks import MicroBatch, split_into_micro_batches
 from recipe.errors import RecipeError
 from recipe.model.kernels import eager
 from recipe.plan.budget import UpdatePlan
-from recipe.step.update import MicroBatch, Scaling, accumulate_gradient
+from recipe.run.run import Run
+from recipe.run.stop import StopRequest
+from recipe.step.update import accumulate_gradient
 
 # Largest relative difference allowed, in the 2-norm of the gradient. float32 rounds at 6e-8, and sums of thousands of
 # tokens differ by some times that; under bf16 autocast each micro-batch's gradient is rounded at 4e-3.
@@ -27,7 +29,7 @@ class ParityCheck:
     Args:
         reference: the configured way.
         differences: (way, ||g - reference|| / ||reference||) of each other way.
-        tolerance: what they are held to.
+        tolerance: the largest that is allowed.
     """
 
     reference: str
@@ -51,43 +53,44 @@ class ParityCheck:
         )
 
 
-def parity_check(
-    model: nn.Module, batch: MicroBatch, plan: UpdatePlan, *, accelerator: Any, scaling: Scaling, precision: str
-) -> ParityCheck:
-    """Compute the gradient of this rank's `batch` in up to four ways, without dropout; gradients are cleared afterwards.
+def check_parity(run: Run, model: nn.Module, batch: MicroBatch) -> ParityCheck:
+    """Compute the gradient of this rank's `batch` in up to four ways, without dropout; clears the gradients afterwards.
 
     Raises:
-        RecipeError: a difference above the tolerance: the update would depend on how it is cut up.
+        RecipeError: a difference above the tolerance: the update would depend on how it is split.
     """
-    other: Scaling = "manual" if scaling == "accumulate" else "accumulate"
+    plan, scaling = run.plan.update, run.config.batch.scaling
     was_training = model.training
     model.eval()
 
-    def gradient(micro_batch_size: int, path: Scaling) -> tuple[str, list[Tensor]]:
-        cut = replace(plan, micro_batch_size=micro_batch_size)
-        name = f"{path}, micro-batch {micro_batch_size} x {cut.gradient_accumulation_steps} steps"
-        return name, update_gradient(model, batch, cut, accelerator=accelerator, scaling=path)
+    def gradient(micro_batch_size: int, scaling: Scaling) -> tuple[str, list[Tensor]]:
+        other = split_otherwise(run, micro_batch_size, scaling)
+        steps = other.plan.update.gradient_accumulation_steps
+        return f"{scaling}, micro-batch {micro_batch_size} x {steps} steps", update_gradient(other, model, batch)
 
     with eager(model):
         reference_name, reference = gradient(plan.micro_batch_size, scaling)
         compared = [gradient(size, scaling) for size in _other_micro_batch_sizes(plan)]
-        compared.append(gradient(plan.micro_batch_size, other))
+        compared.append(gradient(plan.micro_batch_size, "manual" if scaling == "accumulate" else "accumulate"))
     differences = [(name, relative_difference(gradients, reference)) for name, gradients in compared]
     model.train(was_training)
-    parity = ParityCheck(reference_name, differences, TOLERANCE[precision])
-    if not parity.largest <= parity.tolerance:  # also where it is not a number
-        raise RecipeError(f"parity check: {parity}; do not train with this installation")
-    return parity
+    check = ParityCheck(reference_name, differences, TOLERANCE[run.precision])
+    if not check.largest <= check.tolerance:  # also if it is not a number
+        raise RecipeError(f"parity check: {check}; do not train with this installation")
+    return check
 
 
-def update_gradient(
-    model: nn.Module, batch: MicroBatch, cut: UpdatePlan, *, accelerator: Any, scaling: Scaling
-) -> list[Tensor]:
-    """The gradient of an update, of which this rank has `batch`, cut as `cut` says: float64 on the CPU, by parameter."""
-    micro_batches = split_into_micro_batches(batch, cut, accelerator.process_index)
-    accumulate_gradient(  # no stop request: it is a moment
-        model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=cut.tokens_per_update
-    )
+def split_otherwise(run: Run, micro_batch_size: int, scaling: Scaling) -> Run:
+    """The run with another micro-batch and scaling path, and deaf to signals: it is only for a moment."""
+    config = replace(run.config, batch=replace(run.config.batch, scaling=scaling))
+    plan = replace(run.plan, update=replace(run.plan.update, micro_batch_size=micro_batch_size))
+    return replace(run, config=config, plan=plan, stop=StopRequest())
+
+
+def update_gradient(run: Run, model: nn.Module, batch: MicroBatch) -> list[Tensor]:
+    """The gradient of an update, of which this rank has `batch`: float64 on the CPU, by parameter."""
+    micro_batches = split_into_micro_batches(batch, run.plan.update, run.rank)
+    accumulate_gradient(run, model, micro_batches, run.plan.update.tokens_per_update)
     gradients = [p.grad.detach().cpu().double() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return gradients
@@ -100,7 +103,7 @@ def relative_difference(gradients: Sequence[Tensor], reference: Sequence[Tensor]
 
 
 def _other_micro_batch_sizes(plan: UpdatePlan) -> list[int]:
-    """Up to two sizes that cut the update otherwise: smaller ones first, since they fit in memory, and ragged ones."""
+    """Up to two sizes that split the update otherwise: smaller ones first, since they fit in memory, and ragged ones."""
     configured = plan.micro_batch_size
     steps = {plan.gradient_accumulation_steps}
     sizes = []

@@ -1,18 +1,20 @@
-"""Spikes of the loss or the gradient norm: told by robust statistics over the updates before them."""
+"""Spikes of the loss or the gradient norm, found by robust statistics over the updates before them."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
-from recipe.config.settings import StabilityConfig
+from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
+from recipe.run.ledger import LedgerEntry
+from recipe.run.run import Run
 
 # The median absolute deviation of a normal distribution times this is its standard deviation.
 _DEVIATIONS_PER_MAD = 1.4826
-# In a window of almost equal values anything would be far away: no deviation counts as less than this share of the median.
+# In a window of almost equal values anything would be far away, so a deviation counts as at least this share of the median.
 _SMALLEST_DEVIATION = 1e-3
 
 
@@ -46,17 +48,31 @@ class SpikeDetector:
     absolute deviation are not moved by the spikes themselves.
 
     Args:
-        settings: window and score.
-        recent: [loss, gradient norm] of the updates before, where the run goes on.
+        run: `config.stability` has window and score.
+        recent: [loss, gradient norm] of the updates before, if the run goes on.
     """
 
-    def __init__(self, settings: StabilityConfig, recent: Iterable[list[float]] = ()) -> None:
-        self.settings = settings
-        self.recent = deque(recent, maxlen=settings.spike_window)
+    def __init__(self, run: Run, recent: Iterable[list[float]] = ()) -> None:
+        self.run, self.settings = run, run.config.stability
+        self.recent = deque(recent, maxlen=self.settings.spike_window)
 
-    def check(self, loss: float, grad_norm: float) -> Spike | None:
-        """The spike that an update is, if it is one; None too while the window is not full. It joins the window if finite."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    def check(self, entry: LedgerEntry) -> Spike | None:
+        """The spike that an update is, if it is one; None too while the window is not full. It joins the window if finite.
+
+        Raises:
+            RecipeError: it is one, and `stability.on_spike` is stop.
+        """
+        spike = self.find(entry.loss, entry.grad_norm)
+        if spike:
+            self.run.console.say(f"update {entry.update:,}: {spike}")
+            self.run.ledger.event("spike", entry.update, **asdict(spike))
+            if self.settings.on_spike == "stop":
+                raise spike_error(entry.update, spike, "stability.on_spike = stop:")
+        return spike
+
+    def find(self, loss: float | None, grad_norm: float | None) -> Spike | None:
+        """As `check`, without a word."""
+        if loss is None or grad_norm is None or not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return None
         window = list(self.recent)
         self.recent.append([loss, grad_norm])
@@ -65,6 +81,16 @@ class SpikeDetector:
         losses, norms = zip(*window, strict=True)
         spike = Spike(loss, grad_norm, robust_score(loss, losses), robust_score(grad_norm, norms), len(window))
         return spike if max(spike.loss_score, spike.grad_norm_score) >= self.settings.spike_score else None
+
+
+def spike_error(update: int, spike: Spike, why: str) -> RecipeError:
+    """The error that ends a run at a spike."""
+    return RecipeError(
+        f"update {update}: {spike}; {why} the same command with --stability.on_spike rollback leaves out the blocks that led "
+        "to it, with continue it goes on from the last checkpoint regardless; or lower --optimizer.learning_rate in another "
+        "--run.directory",
+        exit_code=DIVERGED_EXIT_CODE,
+    )
 
 
 def robust_score(value: float, window: Sequence[float]) -> float:

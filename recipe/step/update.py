@@ -2,10 +2,9 @@
 
 The loss of an update is (sum of token losses over all micro-batches and ranks) / (unmasked targets over all of them). DDP
 averages gradients over ranks, and `accelerator.backward` divides by the accumulation steps, always. So the sum of a
-micro-batch is scaled by ranks / targets where we call `backward` ourselves, and by steps x ranks / targets where accelerate
-does:
+micro-batch is scaled by ranks / targets if we call `backward` ourselves, and by steps x ranks / targets if accelerate does:
 
-    accelerate: sum_ranks sum_steps [loss_sum x steps x ranks / targets] / steps / ranks = sum(loss_sum) / targets
+    accumulate: sum_ranks sum_steps [loss_sum x steps x ranks / targets] / steps / ranks = sum(loss_sum) / targets
     manual:     sum_ranks sum_steps [loss_sum x ranks / targets] / ranks                 = sum(loss_sum) / targets
 """
 
@@ -14,22 +13,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recipe.data.blocks import IGNORED_TARGET, MicroBatch
 from recipe.errors import RecipeError
-from recipe.model.loss import IGNORED_TARGET
-from recipe.run.stop import StopRequest
-
-Scaling = Literal["accumulate", "manual"]
-MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
+from recipe.run.run import Run
+from recipe.run.stop import DoesNotFit, Stopped
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Statistics of one update over all ranks; 0-d tensors on the device, so that reading them is the caller's choice.
+    """Statistics of one update over all ranks; 0-d tensors on the device, so the caller chooses when to wait for them.
 
     Args:
         loss: mean over the update's unmasked targets, in nats per token, float64.
@@ -45,44 +42,30 @@ class UpdateResult:
 
 
 def run_update(
-    model: nn.Module,
-    optimizer: Any,
-    micro_batches: Sequence[MicroBatch],
-    *,
-    accelerator: Any,
-    scaling: Scaling,
-    max_grad_norm: float | None,
-    target_tokens: int | None = None,
-    stop: StopRequest | None = None,
-) -> UpdateResult | None:
+    run: Run, model: nn.Module, optimizer: Any, micro_batches: Sequence[MicroBatch], target_tokens: int | None = None
+) -> UpdateResult:
     """Accumulate the gradient of all micro-batches on all ranks, clip it once, and step the optimizer once.
 
-    Where the loss or the gradient is not finite, on any rank, no rank steps: parameters and optimizer stay bit for bit.
+    If the loss or the gradient is not finite, on any rank, no rank steps: parameters and optimizer stay bit for bit.
 
     Args:
-        model: prepared; called as `model(inputs, targets)`, gives the summed token loss.
+        run: its accelerator and settings.
+        model: prepared; `model(inputs, targets)` gives the summed token loss.
         optimizer: prepared.
         micro_batches: this rank's; the same number on every rank.
-        accelerator: its accumulation steps are set here, since they may change between updates.
-        scaling: which of the two paths scales the loss.
-        max_grad_norm: None for no clipping.
-        target_tokens: unmasked targets of the update over all ranks where known in advance, else None: they are counted,
-            at the cost of one integer all-reduce.
-        stop: looked at between micro-batches.
+        target_tokens: unmasked targets of the update over all ranks if known in advance. None: count them, at the cost of one
+            integer all-reduce.
 
-    Returns: the statistics, or None where a rank was asked to stop or ran out of memory: the open update is then abandoned on
-    all ranks, and can be run again.
+    Raises:
+        Stopped, DoesNotFit: the ranks have abandoned the open update; no gradient is left, and it can be run again.
     """
-    accumulated = accumulate_gradient(
-        model, micro_batches, accelerator=accelerator, scaling=scaling, target_tokens=target_tokens, stop=stop
-    )
-    if accumulated is None:
-        model.zero_grad(
-            set_to_none=True
-        )  # the prepared optimizer's zero_grad does nothing in the middle of an accumulation
-        return None
-    loss, targets = accumulated
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf")).detach()
+    try:
+        loss, targets = accumulate_gradient(run, model, micro_batches, target_tokens)
+    except (Stopped, DoesNotFit):
+        model.zero_grad(set_to_none=True)  # the prepared optimizer's does nothing in the middle of an accumulation
+        raise
+    max_grad_norm = run.config.optimizer.max_grad_norm or float("inf")
+    grad_norm = run.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).detach()
     is_finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))  # both are those of all ranks, so all agree
     if is_finite:
         optimizer.step()
@@ -91,51 +74,64 @@ def run_update(
 
 
 def accumulate_gradient(
-    model: nn.Module,
-    micro_batches: Sequence[MicroBatch],
-    *,
-    accelerator: Any,
-    scaling: Scaling,
-    target_tokens: int | None = None,
-    stop: StopRequest | None = None,
-) -> tuple[Tensor, Tensor] | None:
+    run: Run, model: nn.Module, micro_batches: Sequence[MicroBatch], target_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Leave the gradient of the update's loss in `.grad` of every parameter, the same on all ranks.
 
-    Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d), or None where
-    a rank was asked to stop or ran out of memory.
+    Ranks agree on stopping once: before the last micro-batch, in which they wait for each other anyway, or, on a rank that was
+    asked to stop, at once: it then waits there for the others to come to theirs.
+
+    Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d).
 
     Raises:
-        RecipeError: out of memory while the ranks add up their gradients: it is too late to agree then.
+        Stopped: a rank was asked to stop.
+        DoesNotFit: a rank ran out of memory.
+        RecipeError: out of memory while the ranks add up their gradients: too late to agree.
     """
+    accelerator, stop, steps = run.accelerator, run.stop, len(micro_batches)
+    is_manual = run.config.batch.scaling == "manual"
+    backward = Tensor.backward if is_manual else accelerator.backward
     targets = _count_targets(micro_batches, accelerator, target_tokens)
-    path = _accumulate_path if scaling == "accumulate" else _manual_path
-    agreements = stop.agreements if stop else 0
+    accelerator.gradient_accumulation_steps = steps
+    accelerator.step = 0  # a counter left by another number of steps would cut this update short
+    factor = accelerator.num_processes * (1 if is_manual else steps)  # derived above
+    scale = factor / targets.to(_sum_dtype(targets.device))
+    loss_sum, agreements, ran_out = torch.zeros_like(scale), stop.agreements, False
     try:
-        loss_sum = path(model, micro_batches, accelerator, targets, stop)
+        for step, (inputs, labels) in enumerate(micro_batches, start=1):
+            if step == steps or stop.signal:
+                stop.agree()
+            with _manual_context(accelerator, model, step == steps) if is_manual else accelerator.accumulate(model):
+                loss = model(inputs, labels)
+                backward(loss * scale)
+                loss_sum += loss.detach()
     except RuntimeError as error:
-        if stop is None or not is_out_of_memory(error):
+        if isinstance(error, DoesNotFit) or not is_out_of_memory(error):
             raise
-        has_agreed = stop.agreements > agreements
-        if has_agreed and accelerator.num_processes > 1:
-            raise RecipeError(
-                f"rank {accelerator.process_index} ran out of memory while the ranks added up their gradients: the same "
-                "command goes on from the last checkpoint; give it a smaller --batch.micro_batch_size",
-                on_this_rank_only=True,
-            ) from None
-        stop.rank_out_of_memory = accelerator.process_index + 1
-        if not has_agreed:
-            stop.should_stop()
-        return None
-    return None if loss_sum is None else (accelerator.reduce(loss_sum, reduction="sum") / targets, targets)
+        ran_out = True
+    if ran_out:  # after `except`, whose error holds what is to be freed
+        _agree_on_memory(run, has_agreed=stop.agreements > agreements)
+    return accelerator.reduce(loss_sum, reduction="sum") / targets, targets
 
 
-def _abandoned(stop: StopRequest | None, is_last: bool) -> bool:
-    """Whether to abandon the update before this micro-batch.
+def _manual_context(accelerator: Any, model: nn.Module, is_last: bool) -> Any:
+    """The reference path reduces over ranks with the last micro-batch only."""
+    assert accelerator.sync_gradients, "an accumulation was left open: the optimizer would not step"
+    return nullcontext() if is_last else accelerator.no_sync(model)
 
-    Ranks agree once per update: before the last micro-batch, in which they wait for each other anyway, or, on a rank that
-    was asked to stop, at once: it then waits there for the others to come to theirs.
-    """
-    return stop is not None and (is_last or stop.signal > 0) and stop.should_stop()
+
+def _agree_on_memory(run: Run, has_agreed: bool) -> None:
+    """Tell the other ranks that this one ran out of memory. Always raises."""
+    if has_agreed and run.accelerator.num_processes > 1:
+        raise RecipeError(
+            f"rank {run.rank} ran out of memory while the ranks added up their gradients: the same command goes on from the "
+            "last checkpoint; give it a smaller --batch.micro_batch_size",
+            on_this_rank_only=True,
+        )
+    if not has_agreed:
+        run.stop.rank_out_of_memory = run.rank + 1
+        run.stop.agree()
+    raise DoesNotFit(run.rank)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -151,43 +147,6 @@ def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known:
         return torch.full((), known, device=device)  # torch.tensor would wait for the device
     counts = [(targets != IGNORED_TARGET).sum() for _, targets in micro_batches]
     return accelerator.reduce(torch.stack(counts).sum(), reduction="sum").clamp(min=1)
-
-
-def _accumulate_path(
-    model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: StopRequest | None
-) -> Tensor | None:
-    """Accelerate decides when to reduce over ranks, and divides by the steps."""
-    steps = len(micro_batches)
-    accelerator.gradient_accumulation_steps = steps
-    accelerator.step = 0  # a counter left by another number of steps would cut this update short
-    scale = steps * accelerator.num_processes / targets.to(_sum_dtype(targets.device))
-    loss_sum = torch.zeros_like(scale)
-    for step, (inputs, labels) in enumerate(micro_batches, start=1):
-        if _abandoned(stop, is_last=step == steps):
-            return None
-        with accelerator.accumulate(model):
-            loss = model(inputs, labels)
-            accelerator.backward(loss * scale)
-            loss_sum += loss.detach()
-    return loss_sum
-
-
-def _manual_path(
-    model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: StopRequest | None
-) -> Tensor | None:
-    """The reference: scale by hand, plain `backward()`, reduce over ranks with the last micro-batch only."""
-    if accelerator.scaler is not None or not accelerator.sync_gradients:
-        raise RecipeError("batch.scaling = manual needs precision bf16 or fp32, and an update that starts from zero")
-    scale = accelerator.num_processes / targets.to(_sum_dtype(targets.device))
-    loss_sum = torch.zeros_like(scale)
-    for step, (inputs, labels) in enumerate(micro_batches, start=1):
-        if _abandoned(stop, is_last=step == len(micro_batches)):
-            return None
-        with nullcontext() if step == len(micro_batches) else accelerator.no_sync(model):
-            loss = model(inputs, labels)
-            (loss * scale).backward()
-            loss_sum += loss.detach()
-    return loss_sum
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

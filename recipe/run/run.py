@@ -1,0 +1,118 @@
+"""The run: a record of what exists once, given first to whatever works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from recipe.config.settings import Config
+from recipe.errors import RecipeError
+from recipe.plan.memory import largest_micro_batch
+from recipe.plan.run_plan import RunPlan, make_plan, world_size_of_launcher
+from recipe.run.console import Console
+from recipe.run.environment import available_bytes, choose_precision, device_type, start_accelerator
+from recipe.run.ledger import Ledger
+from recipe.run.stop import StopRequest
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Run:
+    """What exists once on each rank. No loop, no hooks.
+
+    Args:
+        config: the settings.
+        plan: what follows from them; `plan.update` is the division in force, replaced when the micro-batch changes.
+        accelerator: accelerate's.
+        precision: `bf16` or `fp32`, in use.
+        stop: through which ranks agree to stop.
+        console: what a person sees.
+        ledger: what is written of each update, and of everything else that happens.
+        kernels: which ones compute the model, for the start event.
+        lock: holds the run directory until the process ends.
+    """
+
+    config: Config
+    plan: RunPlan
+    accelerator: Any
+    precision: str
+    stop: StopRequest
+    console: Console
+    ledger: Ledger
+    kernels: dict[str, Any] = field(default_factory=dict)
+    lock: Any = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is written."""
+        return Path(self.config.run.directory)
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Do something on rank 0 and give its result, or its error, to all ranks, so that none is left waiting. Collective."""
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except RecipeError as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def start_run(config: Config) -> Run:
+    """Start accelerate, take signals as requests to stop, and print the plan. Writes nothing.
+
+    Raises:
+        RecipeError: a launch, a precision or a budget that cannot work.
+    """
+    stop = StopRequest()
+    stop.listen()
+    plan = make_plan(config, world_size_of_launcher())
+    precision, reason = choose_precision(config.precision, device_type())
+    accelerator = start_accelerator(config, precision)
+    stop.connect(accelerator.num_processes)
+    if plan.micro_batch_is_auto:
+        plan = resolve_auto_micro_batch(config, accelerator, precision)
+    console = Console(accelerator.is_main_process, plan.planned_updates)
+    console.section("plan", f"{plan}\n  precision           {precision}: {reason}")
+    return Run(config, plan, accelerator, precision, stop, console, Ledger(config, accelerator))
+
+
+def resolve_auto_micro_batch(config: Config, accelerator: Any, precision: str) -> RunPlan:
+    """The plan with the micro-batch that should fit into the smallest memory of any rank. Collective.
+
+    Raises:
+        RecipeError: not even one block fits.
+    """
+    import torch
+
+    ranks, device = accelerator.num_processes, accelerator.device
+    memory = torch.tensor([available_bytes(device)], device=device)
+    smallest = int(accelerator.gather(memory).min())
+    return make_plan(config, ranks, largest_micro_batch(config, ranks, smallest, device.type, precision))

@@ -1,0 +1,78 @@
+"""What is measured of an update, for the ledger."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import torch
+
+from recipe.data.blocks import UpdateBlocks, combine_hashes
+from recipe.run.environment import peak_flops
+from recipe.run.ledger import LedgerEntry
+from recipe.run.run import Run
+from recipe.step.update import UpdateResult
+
+
+def measure_update(
+    run: Run, result: UpdateResult, blocks: UpdateBlocks, learning_rate: float, started: float
+) -> LedgerEntry:
+    """The entry of an update: waits for its result, and gathers what only the other ranks know. Collective.
+
+    Args:
+        run: its plan and accelerator.
+        result: of the update.
+        blocks: this rank's blocks of the update.
+        learning_rate: of this update.
+        started: `time.perf_counter()` before the update waited for its data.
+    """
+    plan, device = run.plan.update, run.device
+    measured = torch.tensor(
+        [[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=result.loss.dtype, device=device
+    )  # float64, if the device has it
+    wait_seconds, peak_bytes = run.accelerator.gather(measured).max(dim=0).values.tolist()
+    loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
+    update_seconds = time.perf_counter() - started
+    tokens_per_second = target_tokens / update_seconds
+    peak = peak_flops(device, run.precision)
+    return LedgerEntry(
+        update=blocks.update,
+        tokens=blocks.update * plan.tokens_per_update,
+        loss=loss,
+        grad_norm=result.grad_norm.item(),
+        learning_rate=learning_rate,
+        target_tokens=target_tokens,
+        world_size=plan.world_size,
+        micro_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        blocks_sha256=gather_hash(run, blocks),
+        update_seconds=update_seconds,
+        data_wait_seconds=wait_seconds,
+        tokens_per_second=tokens_per_second,
+        mfu=run.plan.flops_per_token * tokens_per_second / (peak * plan.world_size) if peak else None,
+        peak_memory_bytes=int(peak_bytes),
+    )
+
+
+def gather_hash(run: Run, blocks: UpdateBlocks) -> str:
+    """The `blocks_sha256` of an update, of which each rank knows its own blocks. Collective."""
+    plan = run.plan.update
+    padded = np.zeros((plan.largest_share, 32), dtype=np.uint8)  # ranks may hold unequal shares
+    padded[: len(blocks.sha256)] = blocks.sha256
+    hashes = run.accelerator.gather(torch.from_numpy(padded).to(run.device)).cpu().numpy()
+    by_rank = hashes.reshape(plan.world_size, -1, 32)
+    return combine_hashes(np.concatenate([rows[: len(plan.blocks_of_rank(i))] for i, rows in enumerate(by_rank)]))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the CUDA allocator, or of the process's resident set, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
