@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Launched as a file, Python puts recipe/ first on its path, where our folders would stand for installed packages.
+# Launched as a file, Python puts recipe/ first on its path: our folders would shadow installed packages of their names.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipe.config.command_line import load_config

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
-from recipe.run.directory import FORMAT, list_checkpoints
+from recipe.run.directory import FORMAT, list_checkpoints, new_directory
 
 MANIFEST = "manifest.json"
 STATE = "training/state.json"
@@ -91,10 +91,8 @@ def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_
         OSError: the disk is full, a permission is missing, ...; what was there before is untouched.
     """
     final = root / f"step-{state.update:06d}"
-    temporary = root / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        (temporary / "training").mkdir(parents=True)
+    with new_directory(final) as temporary:
+        (temporary / "training").mkdir()
         write_model(snapshot.model, gpt2_config, tokenizer, temporary)
         _save_optimizer(snapshot.optimizer, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
@@ -105,17 +103,12 @@ def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_
         (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
         for path in (temporary / MANIFEST, temporary / "training", temporary):
             _sync(path)
-        if final.exists():  # one that did not verify, or this run would not be here
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _sync(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(root)
     return final
 
 
 def why_invalid(directory: Path) -> str | None:
-    """None where every file is what the manifest says, else the reason."""
+    """None if every file is what the manifest says, else the reason."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -194,7 +187,7 @@ def _flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state's tensors by flat name; what is no tensor (rates, betas) is configuration. SGD has none.
 
-    Where there is no state yet torch would make one by a step of its own, on this rank alone.
+    Without state yet, torch would make one by a step of its own, on this rank alone.
     """
     if not optimizer.state:
         return {}

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and the proof that it is the same run."""
+"""From which checkpoint a run goes on, and the check that it is the same run."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
     It is in events.jsonl, on the disk, before anything goes on, so that a run that is stopped then resumes in the same way.
 
     Args:
-        run: its ledger is cut back, and receives the event.
+        run: its ledger is truncated, and receives the event.
         spike: that was seen.
         blocks: of the update that it was seen in.
 
@@ -211,7 +211,7 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
         tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config["precision"]) else "fp32"]
         if not abs(loss / state.verification_loss - 1) <= tolerance:
             raise RecipeError(
-                f"the model of {point.checkpoint} gives a loss of {loss:.6f} where {state.verification_loss:.6f} was recorded "
+                f"the model of {point.checkpoint} gives a loss of {loss:.6f}, and {state.verification_loss:.6f} was recorded "
                 f"(relative tolerance {tolerance:.0e}): this installation does not compute the same function",
                 on_this_rank_only=True,
             )

@@ -215,7 +215,7 @@ class ValidationSet:
 def pack_validation(
     documents: Iterator[str], tokenizer: Any, sequence_length: int, max_tokens: float
 ) -> ValidationSet | None:
-    """Whole documents until `max_tokens` are reached; None where there are none.
+    """Whole documents until `max_tokens` are reached; None if there are none.
 
     The stream starts with an end-of-text token, so that every token of every document is a target exactly once.
     """

@@ -1,4 +1,4 @@
-"""Documents in shards, each of them read exactly once, however often reading fails."""
+"""Documents in shards, each read exactly once, however often reading fails."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Source:
         training: streaming dataset with at least as many shards as lanes.
         text_column: the column that holds the document.
         validation_one_in: documents of `training` held out by hash of their text, one in this many; None: none.
-        validation: streaming dataset of held-out documents, where they are not in `training`.
-        retry_seconds: how long reading is tried again where it fails; 0 for local files.
+        validation: streaming dataset of held-out documents, if they are not in `training`.
+        retry_seconds: how long to try again if reading fails; 0 for local files.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Source:
         return self.training.shard(num_shards=self.num_shards, index=index)
 
     def text(self, row: dict[str, Any]) -> str:
-        """The document of a row; an empty string where it is null.
+        """The document of a row; an empty string if it is null.
 
         Raises:
             RecipeError: no such column, or not text.
@@ -61,7 +61,7 @@ class Source:
         return value or ""
 
     def is_held_out(self, text: str) -> bool:
-        """True where a document of `training` belongs to validation: the same answer on every rank and in every epoch."""
+        """Whether a document of `training` belongs to validation: the same answer on every rank and in every epoch."""
         return (
             self.validation_one_in is not None
             and hash_number(text.encode("utf-8", "surrogatepass")) % self.validation_one_in == 0

@@ -17,7 +17,7 @@ from recipe.errors import RecipeError
 SHARDS_PER_LANE = 16
 # One standard-library file in this many is held out, whatever data.validation_one_in says for other sources.
 STANDARD_LIBRARY_VALIDATION_ONE_IN = 50
-# Local files are streamed in place where the largest lane holds at most this many times the bytes of the smallest.
+# Local files are streamed in place if the largest lane holds at most this many times the bytes of the smallest.
 LARGEST_LANE_RATIO = 2
 _NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -74,7 +74,7 @@ def standard_library_files() -> tuple[Path, list[Path]]:
 
 
 def _files(paths: list[str], config: Config) -> Any:
-    """Streamed in place where the files have shards enough for the lanes, and lanes would get about as much text each.
+    """Streamed in place if the files have shards enough for the lanes, and lanes would get about as much text each.
 
     Otherwise a memory-mapped copy is split by rows: each lane gives the same number of blocks to an update, so the text of a
     lane that holds little would be repeated as often as the others hold more. No file is downloaded for that alone.

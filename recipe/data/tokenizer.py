@@ -38,7 +38,7 @@ def load_tokenizer(config: Config, source: Source, init_from: str | None = None)
 
 
 def _named_tokenizer(setting: str, name: str | None, config: Config) -> Any:
-    """The tokenizer that a setting names; None where it is null."""
+    """The tokenizer that a setting names; None if it is null."""
     if name is None:
         return None
     from transformers import AutoTokenizer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recipe.errors import RecipeError
+from recipe.run.directory import new_directory
 
 PADDED = ("transformer.wte.weight", "lm_head.weight")  # tied: rows beyond the tokenizer's are padding
 
@@ -21,19 +20,12 @@ def export_model(gpt2: Any, tokenizer: Any, directory: Path) -> None:
     Raises:
         RecipeError: the directory cannot be written.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_model(gpt2.state_dict(), gpt2.config, tokenizer, temporary)
-        if directory.exists():  # of this run, before it was made longer
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
+        with new_directory(directory) as temporary:
+            write_model(gpt2.state_dict(), gpt2.config, tokenizer, temporary)
     except OSError as error:
-        raise RecipeError(
-            f"cannot write the model to {directory}: {error.strerror or error}; nothing was changed"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror or error
+        raise RecipeError(f"cannot write the model to {directory}: {reason}; nothing was changed") from error
 
 
 def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, directory: Path) -> None:

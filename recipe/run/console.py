@@ -31,7 +31,7 @@ class Console:
         self.say(f"\n{title}\n{text}")
 
     def say(self, text: str) -> None:
-        """A line, above the bar where there is one."""
+        """A line, above the bar if there is one."""
         if not self.enabled:
             return
         if self._bar is not None:

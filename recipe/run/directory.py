@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -73,7 +76,7 @@ def _make_room(run: Run, update: int, checkpoint: Path | None) -> Path | None:
 
     What this run replaces, an earlier run or checkpoints newer than where it goes on, moves to previous/N.
 
-    Returns: where that went, or None.
+    Returns: the directory that it moved to, or None.
     Raises:
         RecipeError: the directory cannot be written.
     """
@@ -96,6 +99,21 @@ def _make_room(run: Run, update: int, checkpoint: Path | None) -> Path | None:
     except OSError as error:
         raise _cannot_write(run, error) from None
     return previous
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A directory to fill, which appears as `final` at the end of the block, or not at all. It replaces an earlier one."""
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

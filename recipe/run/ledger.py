@@ -168,7 +168,7 @@ def start_trackers(run: Run, update: int) -> None:
         "trackio": {"name": name, "resume": "allow" if update else "never"},
         "wandb": {"name": name},
     }
-    with redirect_stdout(io.StringIO()):  # trackio's words, in colours also where they go to a pipe
+    with redirect_stdout(io.StringIO()):  # trackio's words, in colours even in a pipe
         run.accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(run.config), init_kwargs=options)
 
 

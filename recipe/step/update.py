@@ -93,7 +93,7 @@ def accumulate_gradient(
     backward = Tensor.backward if is_manual else accelerator.backward
     targets = _count_targets(micro_batches, accelerator, target_tokens)
     accelerator.gradient_accumulation_steps = steps
-    accelerator.step = 0  # a counter left by another number of steps would cut this update short
+    accelerator.step = 0  # a counter left by another number of steps would end this update early
     factor = accelerator.num_processes * (1 if is_manual else steps)  # derived above
     scale = factor / targets.to(_sum_dtype(targets.device))
     loss_sum, agreements, ran_out = torch.zeros_like(scale), stop.agreements, False
