@@ -11,7 +11,7 @@ from typing import Any
 
 from torchao.optim import _AdamW
 
-from recipe.model.optimizer import seed_rounding
+from recipe.model.seeds import seed_rounding
 
 
 class Bf16AdamW(_AdamW):

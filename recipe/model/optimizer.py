@@ -1,8 +1,7 @@
-"""The optimizer: its parameter groups, its learning rate, and random numbers as a function of what they are for."""
+"""The optimizer: its parameter groups and its learning rate."""
 
 from __future__ import annotations
 
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -56,18 +55,3 @@ def set_learning_rate(run: Run, optimizer: Any, update: int) -> float:
         else:
             group["lr"] = rate
     return rate
-
-
-def seed_dropout(seed: int, update: int, rank: int) -> None:
-    """Seed dropout, differently on each rank, since each has other blocks. No random state has to be saved."""
-    _seed_torch("dropout", seed, update, rank)
-
-
-def seed_rounding(seed: int, steps: int) -> None:
-    """Seed the rounding to bf16, alike on all ranks, since all have the same parameters."""
-    _seed_torch("rounding", seed, steps)
-
-
-def _seed_torch(*key: str | int) -> None:
-    """Seed torch's generators, on all devices, by a hash of the key."""
-    torch.manual_seed(int.from_bytes(sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1)

@@ -67,7 +67,7 @@ def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
     previous = run.on_main(lambda: _make_room(run, update, checkpoint))
     if previous:
         run.console.say(f"what this run replaces is now in {previous}")
-    start_trackers(run, update)
+    start_trackers(run.config, run.accelerator, update)
     run.ledger.event("start", update, **describe_environment(run.accelerator, run.precision), **run.kernels)
 
 

@@ -10,14 +10,11 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from recipe.config.command_line import flat_dictionary
 from recipe.config.settings import Config
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
-
-if TYPE_CHECKING:
-    from recipe.run.run import Run
 
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
 TRACKER_PROJECT = "token-budget-recipe"  # also TensorBoard's folder in the run directory
@@ -158,18 +155,18 @@ class Ledger:
         self._files.clear()
 
 
-def start_trackers(run: Run, update: int) -> None:
+def start_trackers(config: Config, accelerator: Any, update: int) -> None:
     """Start `log.trackers` for a run that goes on after `update` updates; 0 for a new one.
 
     TensorBoard and trackio go on with the run's curves, and W&B begins another run of the same name.
     """
-    name = run.directory.resolve().name
+    name = Path(config.run.directory).resolve().name
     options = {
         "trackio": {"name": name, "resume": "allow" if update else "never"},
         "wandb": {"name": name},
     }
     with redirect_stdout(io.StringIO()):  # trackio's words, in colours even in a pipe
-        run.accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(run.config), init_kwargs=options)
+        accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(config), init_kwargs=options)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
