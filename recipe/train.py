@@ -59,22 +59,18 @@ def train(config: Config) -> None:
     micro_batches = MicroBatches(run, model)
 
     # ---- 4. Begin, or go on from a checkpoint ----------------------------------------------------------------------------
-    def begin(point: ResumePoint) -> tuple[UpdateReader, SpikeDetector, int]:
+    def begin(point: ResumePoint) -> tuple[UpdateReader, SpikeDetector]:
         """Put model, optimizer and lanes where `point` is, and start to read what comes after it."""
         lanes = make_lanes(run, source, tokenizer)
         restore(run, point, model, optimizer, lanes)
-        return (
-            UpdateReader(run, lanes, point.update, point.skipped_batches),
-            SpikeDetector(run, point.recent),
-            point.update,
-        )
+        return UpdateReader(run, lanes, point.update, point.skipped_batches), SpikeDetector(run, point.recent)
 
     parity = None
     if config.run.parity_check and not point.checkpoint:
         first = next_update(make_lanes(run, source, tokenizer), run.plan.update.blocks_per_lane, run.device)
         parity = check_parity(run, model, first.batch)
-    reader, spikes, update = begin(point)
-    begin_run(run, point.update, point.checkpoint)  # from here on the files in the directory are this run's
+    (reader, spikes), update = begin(point), point.update
+    begin_run(run, update, point.checkpoint)  # from here on the files in the directory are this run's
     if point.checkpoint:
         run.ledger.event("resume", update, **point.facts())
     pusher = Pusher(run)
@@ -96,7 +92,8 @@ def train(config: Config) -> None:
             if spike and config.stability.on_spike == "rollback":
                 reader.close()
                 saver.wait_and_discard()
-                reader, spikes, update = begin(run.on_main(partial(roll_back, run, spike, blocks)))
+                point = run.on_main(partial(roll_back, run, spike, blocks))
+                (reader, spikes), update = begin(point), point.update
                 continue
             entry = evaluation.add_to(entry)  # once in a while: validation losses and samples
             saver.finish_update(entry, blocks, spikes.recent)  # the ledger's line, and once in a while a checkpoint
