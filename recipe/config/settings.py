@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 STANDARD_LIBRARY = "python-standard-library"
+HELD_OUT = "held_out"  # the validation set of the held-out documents; no name in evaluation.sets
 MOST_RETRY_SECONDS = 1200
 
 

@@ -11,19 +11,23 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from recipe.config.command_line import flat_dictionary
 from recipe.config.settings import Config
-from recipe.data.blocks import UpdateBlocks, combine_hashes
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.devices import bf16_peak_flops
-from recipe.step.update import UpdateResult
 
+if TYPE_CHECKING:
+    import torch
+
+    from recipe.data.blocks import UpdateBlocks
+    from recipe.step.update import UpdateResult
+
+LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
 TRACKER_PROJECT = "token-budget-recipe"  # also TensorBoard's folder in the run directory
 
 
@@ -179,6 +183,18 @@ def start_trackers(config: Config, accelerator: Any, update: int) -> None:
         accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(config), init_kwargs=options)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger or of its events, in order; one that was half written when the power went is left out."""
+    lines = []
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            values = json.loads(text)
+            lines.append({**values, "update": int(values["update"])})
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+    return lines
+
+
 def read_events(path: Path, event: str, update: int) -> list[dict[str, Any]]:
     """The events of one kind after at most `update` updates; none where there is no ledger."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -233,6 +249,8 @@ def entry_of(
         started: `time.perf_counter()` before the update waited for its data.
         peak: peak FLOP/s of one device, None where unknown.
     """
+    import torch
+
     device = accelerator.device
     measured = torch.tensor(
         [[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=result.loss.dtype, device=device
@@ -262,6 +280,10 @@ def entry_of(
 
 def gather_hash(accelerator: Any, plan: UpdatePlan, blocks: UpdateBlocks) -> str:
     """The `blocks_sha256` of an update, of which each rank knows its own blocks. Collective."""
+    import torch
+
+    from recipe.data.blocks import combine_hashes
+
     padded = np.zeros((plan.largest_share, 32), dtype=np.uint8)  # ranks may hold unequal shares
     padded[: len(blocks.sha256)] = blocks.sha256
     hashes = accelerator.gather(torch.from_numpy(padded).to(accelerator.device)).cpu().numpy()
@@ -271,6 +293,8 @@ def gather_hash(accelerator: Any, plan: UpdatePlan, blocks: UpdateBlocks) -> str
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak of the CUDA allocator, or of the process's resident set, since the start."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -284,6 +308,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of one device in `precision`; None where it is not known."""
+    import torch
+
     if device.type != "cuda" or precision != "bf16":
         return None
     return bf16_peak_flops(torch.cuda.get_device_name(device))
