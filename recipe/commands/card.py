@@ -33,9 +33,7 @@ def main() -> None:
     output = Path(config.output) if config.output else run / "final"
     if not config.output and not output.is_dir():
         read_record(run)
-        raise RecipeError(
-            f"{run} is not finished: it has no final/; set --output to a directory, for example of a checkpoint"
-        )
+        raise RecipeError(f"{run} is not finished: it has no final/; set --output to another directory")
     files = card_files(run, config.model_name or output)
     try:
         output.mkdir(parents=True, exist_ok=True)
