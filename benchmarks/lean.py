@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import circumstances, table, write_result
-from recipe.config.settings import Config, ModelConfig, OptimizerConfig
+from recipe.config.settings import HELD_OUT, Config, ModelConfig, OptimizerConfig
 from recipe.data.blocks import split_into_micro_batches
 from recipe.model.gpt2 import CausalLanguageModel, build_model
 from recipe.plan.budget import UpdatePlan
@@ -104,8 +104,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def summary(record: Record) -> dict[str, float]:
     """What a curve comes to."""
-    losses = record["loss"].tolist()
-    validation = [value for value in record["validation_loss"].tolist() if value == value]
+    losses = record.updates["loss"].dropna().tolist()
+    validation = record.evaluations(HELD_OUT)["loss"].tolist()
     return {"validation_loss": validation[-1], "last_training_loss": mean(losses[-LAST_UPDATES:])}
 
 
@@ -113,13 +113,15 @@ def picture(records: dict[str, Record]) -> bytes:
     """Training loss, averaged over ten updates, and validation loss as dots; PNG on white."""
     lines, dots = [], []
     for name, record in records.items():
-        tokens, losses = record["tokens"].tolist(), record["loss"].tolist()
+        updates = record.updates.dropna(subset=["loss"])
+        tokens, losses = updates["tokens"].tolist(), updates["loss"].tolist()
         lines += [
             {"run": name, "tokens": tokens[last - 1], "loss": mean(losses[last - 10 : last])}
             for last in range(10, len(losses) + 1, 5)
         ]
-        validation = record["validation_loss"].tolist()
-        dots += [{"run": name, "tokens": t, "loss": v} for t, v in zip(tokens, validation, strict=True) if v == v]
+        per_update = record.config.batch.tokens_per_update
+        evaluations = record.evaluations(HELD_OUT).to_dict("records")
+        dots += [{"run": name, "tokens": e["update"] * per_update, "loss": e["loss"]} for e in evaluations]
     color = {"field": "run", "type": "nominal", "scale": {"domain": list(RUNS)}, "title": None}
     encoding = {
         "x": {"field": "tokens", "type": "quantitative", "title": "tokens seen"},
@@ -196,9 +198,9 @@ def main() -> None:
     result = {
         "command": command,
         "machine": machine,
-        "updates": len(next(iter(records.values()))["loss"]),
+        "updates": next(iter(records.values())).updates_done,
         "runs": {name: summary(record) for name, record in records.items()},
-        "losses": {name: record["loss"].tolist() for name, record in records.items()},
+        "losses": {name: record.updates["loss"].dropna().tolist() for name, record in records.items()},
         "accumulation": errors,
     }
     path = options.out / f"{machine['time_utc'][:10]}-lean"

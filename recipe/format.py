@@ -13,14 +13,14 @@ def event_name(name: str) -> str:
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """The values of any event in one line; those that say nothing to a person are left out."""
-    values = {k: v for k, v in event.items() if k not in _UNTOLD and v not in (None, [], {})}
+    """The values of any event in one line, without when it happened and without hashes."""
+    values = {k: v for k, v in event.items() if k not in _NOT_SHOWN and v not in (None, [], {})}
     if "checkpoint" in values:
         values["checkpoint"] = Path(str(values["checkpoint"])).name  # where it lies is the author's own
     return "; ".join(f"{event_name(name)} {value_text(value)}" for name, value in values.items())
 
 
-_UNTOLD = ("event", "update", "blocks_sha256")
+_NOT_SHOWN = ("event", "update", "time_utc", "blocks_sha256")
 
 
 def value_text(value: Any) -> str:
@@ -31,7 +31,7 @@ def value_text(value: Any) -> str:
             text = ", ".join(f"{name} {value_text(old)} → {value_text(new)}" for name, (old, new) in pairs.items())
         else:
             text = ", ".join(f"{name} {value_text(inner)}" for name, inner in value.items())
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         text = ", ".join(value_text(inner) for inner in value)
     elif isinstance(value, float):
         text = f"{value:.4g}"

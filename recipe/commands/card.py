@@ -18,7 +18,7 @@ class CardConfig:
     """Write the model card of a run, with its curves, beside the model."""
 
     output: str | None = None
-    """Directory to write README.md and curves.png into. Null: final/ of the run."""
+    """Directory to write README.md, curves.png and config.yaml into. Null: final/ of the run."""
     model_name: str | None = None
     """What the card's snippet loads: a name on the Hub, user/model. Null: the directory that the card is written into."""
 
@@ -29,18 +29,17 @@ def main() -> None:
     parser.add_argument("run", help="Directory of a run, such as runs/quickstart.")
     config, rest = parse(parser, CardConfig, sys.argv[1:])
     run = Path(rest["run"])
-    library()  # a person who asks for the card wants its curves
+    library()  # whoever asks for the card wants its curves
     output = Path(config.output) if config.output else run / "final"
     if not config.output and not output.is_dir():
         read_record(run)
-        raise RecipeError(
-            f"{run} is not finished: it has no final/; set --output to the directory of a checkpoint or another"
-        )
+        raise RecipeError(f"{run} is not finished: it has no final/; set --output to another directory")
     files = card_files(run, config.model_name or output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (output / name).write_bytes(content)
+            if not (output.samefile(run) and name == "config.yaml"):  # the run's own says where it is written
+                (output / name).write_bytes(content)
     except OSError as error:
         raise RecipeError(f"cannot write the card to {output}: {error.strerror or error}; set --output") from None
     print(output / "README.md")

@@ -1,15 +1,20 @@
-"""Curves as Vega-Lite charts (https://vega.github.io/vega-lite/): in the report's page, and as the card's PNG."""
+"""Curves as charts of altair (https://altair-viz.github.io): in the report's page, and as the card's PNG."""
 
 from __future__ import annotations
 
+import io
 import math
-from typing import Any, Literal
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, Literal
 
+from recipe.config.settings import HELD_OUT
 from recipe.errors import RecipeError
-from recipe.report.curves import BITS_PER_BYTE, LOSS, VALIDATION, Curves, Metric, median_of
+from recipe.report.curves import LOSS, VALIDATION, Curves, Metric, bits_per_byte, median_of
 from recipe.report.record import Record
 
-Spec = dict[str, Any]
+if TYPE_CHECKING:
+    import altair as alt
+
 Axis = Literal["tokens", "time"]
 
 MANY_DOTS, MANY_EVENTS = 60, 30  # from here on they are drawn smaller, or paler
@@ -17,142 +22,111 @@ PALETTE = {
     "light": ["#2563c9", "#c2570c", "#1a7f4e", "#8446b8", "#0b7c8e", "#b92e6d"],
     "dark": ["#7fabff", "#f79a4b", "#57c98f", "#c7a2f2", "#4fc4d6", "#f28ab5"],
 }
-EVENT_COLORS = {
-    "resume": "#8b8d98",
-    "micro_batch": "#c99a12",
-    "spike": "#f76808",
-    "skipped_update": "#e5484d",
-    "rollback": "#a855f7",
-    "checkpoint_failed": "#d6409f",
-    "push_failed": "#d6409f",
-}
-OTHER_EVENT_COLOR = "#2a9d8f"
+EVENT_COLORS: dict[str, str] = defaultdict(lambda: "#2a9d8f")  # of the marks; readable on white and on black
+EVENT_COLORS |= {"resume": "#8b8d98", "micro_batch": "#c99a12", "spike": "#f76808", "skipped_update": "#e5484d"}
+EVENT_COLORS |= {"rollback": "#a855f7", "checkpoint_failed": "#d6409f", "push_failed": "#d6409f"}
 _INK = {"light": ("#ffffff", "#1c2430", "#5b6472", "#e6e8ec"), "dark": ("#171b22", "#e8eaed", "#9aa3b0", "#2b313b")}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Helvetica, Arial, sans-serif"
 
 
-def chart(curves: Curves, metric: Metric, axis: Axis) -> Spec:
+def chart(curves: Curves, metric: Metric, axis: Axis) -> alt.LayerChart:
     """The chart of a metric by tokens or by time. Its data are `curves.datasets`, which whoever draws it adds."""
-    x, y = _x(curves, axis), _y(curves, metric)
-    color = {"field": "run", "type": "nominal", "scale": {"domain": curves.names}, "legend": None}
-    who = [{"field": "run", "title": "run"}] if len(curves.names) > 1 else []
-    where = [
-        {"field": "update", "title": "update", "format": ","},
-        {"field": "tokens", "title": "tokens", "format": ","},
-        {"field": "time", "title": curves.time_unit, "format": ",.2f"},
-    ]
-    encoding = {"x": x, "y": y, "color": color, "order": {"field": "update"}}
+    import altair as alt
 
-    def with_values(what: str) -> Spec:
-        """The encoding of a point that shows its values."""
-        value = {"field": "value", "title": f"{what}, {metric.unit}", "format": ",.5~g"}
-        return {"x": x, "y": y, "color": color, "tooltip": [*who, value, *where]}
+    x, is_one_run = _x(curves, axis), len(curves.names) == 1
+    color = alt.Color("run:N", scale=alt.Scale(domain=curves.names), legend=None)
+    who = [] if is_one_run else [alt.Tooltip("run:N")]
+    where = [alt.Tooltip(f"{name}:Q", format=",") for name in ("update", "tokens")]
+    where.append(alt.Tooltip("time:Q", title=curves.time_unit, format=",.2f"))
 
-    layers: list[Spec] = []
-    evaluated = VALIDATION if metric == LOSS else metric if metric.validation_set is not None else None
-    if metric != evaluated:
-        pale = {"type": "line", "strokeWidth": 1.2, "opacity": 0.3} if metric.is_noisy else _LINE
-        layers.append({"data": {"name": metric.name}, "mark": pale, "encoding": encoding})
+    def points(dataset: str) -> alt.Chart:
+        return alt.Chart(alt.NamedData(dataset)).encode(x, _y(curves, metric), color)
+
+    def values(title: str) -> list[alt.Tooltip]:
+        """What a point shows under the pointer."""
+        return [*who, alt.Tooltip("value:Q", title=f"{title}, {metric.unit}", format=",.5~g"), *where]
+
+    layers: list[alt.Chart] = []
+    if not metric.is_validation:
+        line = points(metric.column).encode(order="update:Q")
         if metric.is_noisy:
-            layers.append({"data": {"name": median_of(metric)}, "mark": _LINE, "encoding": encoding})
+            layers.append(line.mark_line(strokeWidth=1.2, opacity=0.3))
+            line = points(median_of(metric)).encode(order="update:Q")
+        layers.append(line.mark_line(strokeWidth=1.8))
         # The point nearest to the pointer is shown; of a single run the nearest in x, however far above or below.
-        select = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
-        layers.append(
-            {
-                "data": {"name": metric.name},
-                "params": [{"name": "near", "select": select if who else {**select, "encodings": ["x"]}}],
-                "mark": {"type": "point", "filled": True, "size": 60},
-                "encoding": {
-                    **with_values(metric.title.lower()),
-                    "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
-                },
-            }
+        near = alt.selection_point(
+            on="pointerover", clear="pointerout", nearest=True, encodings=["x"] if is_one_run else alt.Undefined
         )
-    if evaluated:
-        size = 60 if len(curves.datasets[evaluated.name]) <= MANY_DOTS else 16
-        line, dot = (
-            {"type": "line", "strokeDash": [5, 3]},
-            {"type": "point", "filled": True, "size": size, "opacity": 1},
-        )
-        layers.append({"data": {"name": evaluated.name}, "mark": line, "encoding": encoding})
-        layers.append({"data": {"name": evaluated.name}, "mark": dot, "encoding": with_values("validation")})
+        opacity = alt.when(near, empty=False).then(alt.value(1)).otherwise(alt.value(0))
+        dots = points(metric.column).mark_point(filled=True, size=60)
+        layers.append(dots.encode(opacity=opacity, tooltip=values(metric.title.lower())).add_params(near))
+    evaluated = VALIDATION if metric == LOSS else metric
+    if evaluated.is_validation and evaluated.column in curves.datasets:
+        size = 60 if len(curves.datasets[evaluated.column]) <= MANY_DOTS else 16
+        layers.append(points(evaluated.column).mark_line(strokeDash=[5, 3]).encode(order="update:Q"))
+        dots = points(evaluated.column).mark_point(filled=True, size=size, opacity=1)
+        layers.append(dots.encode(tooltip=values("validation")))
     if curves.datasets["events"]:
-        layers += _event_marks(curves, x, [*who, {"field": "what", "title": "event"}, *where])
-    return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "description": f"{metric.title}, {metric.unit}, by {x['axis']['title']}",
-        "layer": layers,
-        "resolve": {"scale": {"color": "independent"}},
-    }
+        layers += _event_marks(curves, x, [*who, alt.Tooltip("what:N", title="event"), *where])
+    description = f"{metric.title}, {metric.unit}, by {axis}"
+    return alt.layer(*layers).resolve_scale(color="independent").properties(description=description)
 
 
-def _x(curves: Curves, axis: Axis) -> Spec:
-    look = {"title": f"{curves.time_unit} of training"}
-    if axis == "tokens":  # d3 says G for 10^9
-        look = {"title": "tokens seen", "labelExpr": "replace(format(datum.value, '~s'), 'G', 'B')"}
-    return {"field": axis, "type": "quantitative", "scale": {"zero": True, "nice": False}, "axis": look}
+def _x(curves: Curves, axis: Axis) -> alt.X:
+    import altair as alt
+
+    scale = alt.Scale(zero=True, nice=False)
+    if axis == "time":
+        return alt.X("time:Q", title=f"{curves.time_unit} of training", scale=scale)
+    tokens = "replace(format(datum.value, '~s'), 'G', 'B')"  # d3 says G for 10^9
+    return alt.X("tokens:Q", title="tokens seen", scale=scale, axis=alt.Axis(labelExpr=tokens))
 
 
-def _y(curves: Curves, metric: Metric) -> Spec:
-    look: Spec = {"title": None}
-    scale: Spec = {"zero": metric.from_zero, "nice": True, "padding": 0 if metric.from_zero else 8}
+def _y(curves: Curves, metric: Metric) -> alt.Y:
+    import altair as alt
+
+    look: dict[str, Any] = {}
+    scale = alt.Scale(zero=metric.from_zero, nice=True, padding=0 if metric.from_zero else 8)
     if curves.is_logarithmic(metric):
-        scale = {"type": "log", "nice": False, "padding": 8}
+        scale = alt.Scale(type="log", nice=False, padding=8)
         look["values"] = _logarithmic_ticks(*curves.range_of(metric))
     if metric.axis_format:
         look["labelExpr"] = f"datum.value ? format(datum.value, '{metric.axis_format}') : '0'"
-    return {"field": "value", "type": "quantitative", "scale": scale, "axis": look}
+    return alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(**look))
 
 
 def _logarithmic_ticks(smallest: float, largest: float) -> list[float]:
-    """1, 2 and 5 of every decade; powers of ten only, where there are many."""
+    """1, 2 and 5 of every decade; powers of ten only, if there are many."""
     first, last = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
     return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
-def _event_marks(curves: Curves, x: Spec, values: list[Spec]) -> list[Spec]:
+def _event_marks(curves: Curves, x: alt.X, values: list[alt.Tooltip]) -> list[alt.Chart]:
     """A line through the chart, and a mark at its top that is large enough to point at."""
+    import altair as alt
+
     events = curves.datasets["events"]
     kinds = sorted({event["event"] for event in events})
-    palette = {"domain": kinds, "range": [event_color(kind) for kind in kinds]}
-    encoding = {
-        "x": x,
-        "color": {"field": "event", "type": "nominal", "scale": palette, "legend": None},
-        "tooltip": [*values, {"field": "details", "title": "details"}],
-    }
-    line = {"type": "rule", "strokeDash": [2, 3], "opacity": 0.8 if len(events) <= MANY_EVENTS else 0.3}
-    top = {"type": "point", "shape": "triangle-down", "filled": True, "size": 70, "opacity": 1, "y": 0}
-    return [{"data": {"name": "events"}, "mark": mark, "encoding": encoding} for mark in (line, top)]
+    palette = alt.Scale(domain=kinds, range=[EVENT_COLORS[kind] for kind in kinds])
+    marks = alt.Chart(alt.NamedData("events")).encode(
+        x, alt.Color("event:N", scale=palette, legend=None), tooltip=[*values, alt.Tooltip("details:N")]
+    )
+    line = marks.mark_rule(strokeDash=[2, 3], opacity=0.8 if len(events) <= MANY_EVENTS else 0.3)
+    return [line, marks.mark_point(shape="triangle-down", filled=True, size=70, opacity=1).encode(y=alt.value(0))]
 
 
-_LINE = {"type": "line", "strokeWidth": 1.8}
-
-
-def event_color(kind: str) -> str:
-    """Of its mark; readable on white and on black."""
-    return EVENT_COLORS.get(kind, OTHER_EVENT_COLOR)
-
-
-def theme(mode: Literal["light", "dark"]) -> Spec:
+def theme(mode: Literal["light", "dark"]) -> dict[str, Any]:
     """Vega's configuration for a light or a dark page."""
     background, text, faint, grid = _INK[mode]
+    colors = {"labelColor": faint, "titleColor": faint, "gridColor": grid, "domainColor": grid, "tickColor": grid}
+    sizes = {"labelFontSize": 12, "titleFontSize": 12, "labelPadding": 6, "titlePadding": 10, "tickSize": 0}
     return {
         "background": background,
         "font": FONT,
         "view": {"stroke": None},
         "range": {"category": PALETTE[mode]},
-        "axis": {
-            **{"labelColor": faint, "titleColor": faint, "gridColor": grid, "domainColor": grid, "tickColor": grid},
-            **{
-                "labelFontSize": 12,
-                "titleFontSize": 12,
-                "titleFontWeight": "normal",
-                "labelPadding": 6,
-                "titlePadding": 10,
-            },
-            "tickSize": 0,
-        },
+        "axis": {**colors, **sizes, "titleFontWeight": "normal"},
         "axisX": {"grid": False, "tickCount": 6, "labelFlush": True, "labelOverlap": "greedy", "labelSeparation": 8},
         "axisY": {"domain": False, "tickCount": 5, "minExtent": 34},
         "title": {"color": text, "fontSize": 14, "anchor": "start", "subtitleColor": faint, "subtitleFontSize": 12},
@@ -160,32 +134,39 @@ def theme(mode: Literal["light", "dark"]) -> Spec:
 
 
 def library() -> Any:
-    """The module that turns Vega-Lite into PNG, and has its JavaScript.
+    """vl_convert: Vega's JavaScript, and PNG without a browser.
 
     Raises:
-        RecipeError: it is not installed.
+        RecipeError: it is not installed, or altair is not.
     """
     try:
+        import altair  # noqa: F401
         import vl_convert
-    except ImportError:
+    except ImportError as error:
         raise RecipeError(
-            "the curves need vl-convert-python, which is not installed: pip install --editable '.[report]'"
+            f"the curves need {error.name}, which is not installed: pip install --editable '.[report]'"
         ) from None
     return vl_convert
 
 
 def curves_png(record: Record) -> bytes:
-    """Loss and, where text was held out, bits per byte, by tokens, as one picture on white.
+    """Loss and, if text was held out, bits per byte, by tokens, as one picture on white.
 
     Raises:
         RecipeError: the library is not installed.
     """
+    library()
+    import altair as alt
+
     curves = Curves([record], [record.directory.name])
-    panels = []
-    for metric in (LOSS, BITS_PER_BYTE):
-        if metric in curves.metrics:
-            title = {"text": metric.title, "subtitle": metric.unit}
-            panels.append({**chart(curves, metric, "tokens"), "title": title, "width": 420, "height": 260})
-    spec = {"hconcat": panels, "spacing": 40, "datasets": curves.datasets, "padding": 16, "config": theme("light")}
-    png: bytes = library().vegalite_to_png(spec, scale=2)
-    return png
+    panels = [
+        chart(curves, metric, "tokens").properties(
+            title=alt.Title(metric.title, subtitle=metric.unit), width=420, height=260
+        )
+        for metric in (LOSS, bits_per_byte(HELD_OUT))
+        if metric in curves.metrics
+    ]
+    picture = alt.hconcat(*panels, spacing=40, padding=16, datasets=curves.datasets, config=theme("light"))
+    file = io.BytesIO()
+    picture.save(file, format="png", scale_factor=2)
+    return file.getvalue()

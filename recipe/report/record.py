@@ -1,36 +1,28 @@
-"""What a run has left, read back: settings, ledger and summary. Imports no torch, so it also reads a run that is going on."""
+"""What a run has left, read back: settings, ledger, events and summary. Imports no torch, so it reads a running one too."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import Config, flat_fields
+from recipe.config.settings import HELD_OUT, Config, flat_fields
 from recipe.errors import RecipeError
+from recipe.plan.budget import UpdatePlan
 from recipe.plan.run_plan import RunPlan, make_plan
+from recipe.run.ledger import EVENTS, LEDGER, read_lines
 
+DIVISION = ["world_size", "micro_batch_size", "gradient_accumulation_steps"]
+SPEED = ["tokens_per_second", "mfu"]
 COLUMNS = (
-    *("update", "tokens", "loss", "grad_norm", "learning_rate", "target_tokens"),
-    *("world_size", "micro_batch_size", "gradient_accumulation_steps"),
-    *("update_seconds", "data_wait_seconds", "tokens_per_second", "mfu", "peak_memory_bytes"),
-    *("validation_loss", "bits_per_byte"),
+    *("update", "tokens", "loss", "grad_norm", "learning_rate", *DIVISION, *SPEED),
+    *("update_seconds", "data_wait_seconds", "peak_memory_bytes"),
 )
-
-
-class Part(NamedTuple):
-    """Updates in a row that were cut in the same way: rows `start` to `stop` - 1 of the record."""
-
-    start: int
-    stop: int
-    world_size: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
 
 
 @dataclass(frozen=True)
@@ -38,134 +30,135 @@ class Record:
     """A run, finished or not.
 
     Args:
-        directory: of the run.
+        directory: where it was written.
         config: from config.yaml.
-        plan: of the configuration on the last number of ranks.
-        columns: name in the ledger -> float64, one value for each update that is in the model; NaN where there is none.
-            Of a validation set with a name: `column_of("validation_loss", NAME)` and `column_of("bits_per_byte", NAME)`.
-        hours: of training up to the end of each of these updates.
-        events: the other lines of the ledger.
-        summary: summary.json, empty for a run that is not finished.
+        plan: of the configuration, on the last number of ranks.
+        updates: the ledger as float64, NaN for a value it does not have. A row for each update that is in the model, and one
+            for update 0 with the validation before training. Added are `hours` of training up to the end of an update, and
+            `data_wait`, the share of its time that an update waited for data.
+        events: events.jsonl.
+        summary: summary.json; empty for a run that is not finished.
     """
 
     directory: Path
     config: Config
     plan: RunPlan
-    columns: dict[str, np.ndarray]
-    hours: np.ndarray
+    updates: pd.DataFrame
     events: list[dict[str, Any]]
     summary: dict[str, Any]
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        nothing = np.full(len(self.columns["update"]), np.nan)
-        return self.columns.get(name, nothing)
-
-    def last(self, name: str) -> tuple[int, float] | None:
-        """(row, value) of the last value in a column; None where it has none."""
-        rows = np.flatnonzero(np.isfinite(self[name]))
-        return (int(rows[-1]), float(self[name][rows[-1]])) if len(rows) else None
-
-    def median(self, name: str, part: Part | None = None) -> float | None:
-        """Median of a column, or of a part of it; None where it has no value."""
-        values = self[name][part.start : part.stop] if part else self[name]
-        values = values[np.isfinite(values)]
-        return float(np.median(values)) if len(values) else None
-
-    def events_called(self, name: str) -> list[dict[str, Any]]:
-        """The events of one kind, in the order of the ledger."""
+    def events_named(self, name: str) -> list[dict[str, Any]]:
+        """The events of one kind, in the order in which they happened."""
         return [event for event in self.events if event["event"] == name]
 
     @property
-    def updates(self) -> int:
+    def notable_events(self) -> list[dict[str, Any]]:
+        """What interrupted or changed the run: every event but those of its ordinary course."""
+        return [event for event in self.events if event["event"] not in ("start", "sample", "push")]
+
+    @property
+    def updates_done(self) -> int:
         """Updates done; a skipped one has no row, but counts."""
-        skipped = [event["update"] for event in self.events_called("skipped_update")]
-        return max([int(self["update"][-1]), *skipped])
+        return max([int(self.updates["update"].iloc[-1]), *[e["update"] for e in self.events_named("skipped_update")]])
 
     @property
     def tokens(self) -> int:
         """Target tokens seen."""
-        return int(self["tokens"][-1])
+        return int(self.updates["tokens"].iloc[-1])
 
     @property
     def is_finished(self) -> bool:
         """Whether it has done all its updates and left a model."""
-        return self.updates >= self.plan.planned_updates and (self.directory / "final").is_dir()
+        return self.updates_done >= self.plan.planned_updates and (self.directory / "final").is_dir()
 
     @property
     def validation_sets(self) -> list[str]:
-        """Names of the validation sets beside the held-out documents."""
-        first = column_of("bits_per_byte", "")
-        return [name.removeprefix(f"{first}/") for name in self.columns if name.startswith(f"{first}/")]
+        """Names of the sets it was evaluated on, the held-out documents first."""
+        columns = self.updates.dropna(axis=1, how="all").columns
+        names = [name.split("/")[1] for name in columns if name.startswith("validation/") and name.endswith("/loss")]
+        return sorted(names, key=lambda name: name != HELD_OUT)
 
-    def validation_before(self, validation_set: str) -> dict[str, Any] | None:
-        """The evaluation before the first update; None where a later start has taken its place in the summary."""
-        if self.events_called("resume"):
-            return None
-        if validation_set:
-            of_set: dict[str, Any] | None = (
-                self.summary.get("validation_sets", {}).get(validation_set, {}).get("before")
-            )
-            return of_set
-        held_out: dict[str, Any] | None = self.summary.get("validation_before")
-        return held_out
+    def evaluations(self, validation_set: str) -> pd.DataFrame:
+        """(update, loss, bits_per_byte) of each evaluation on a set; update 0 is that before training."""
+        columns = ["update", *(f"validation/{validation_set}/{name}" for name in ("loss", "bits_per_byte"))]
+        found = self.updates.reindex(columns=columns).dropna().set_axis(["update", "loss", "bits_per_byte"], axis=1)
+        return found.astype({"update": int})
+
+    def last_evaluation(self, validation_set: str) -> dict[str, Any] | None:
+        """The last of `evaluations` after update 0; None if there is none."""
+        rows: list[dict[str, Any]] = self.evaluations(validation_set).query("update > 0").tail(1).to_dict("records")
+        return rows[0] if rows else None
 
     @property
-    def parts(self) -> list[Part]:
-        """The run by how its updates were cut into ranks and micro-batches."""
-        names = ("world_size", "micro_batch_size", "gradient_accumulation_steps")
-        cuts = np.nan_to_num(np.stack([self[name] for name in names], axis=1))
-        changes = np.flatnonzero((cuts[1:] != cuts[:-1]).any(axis=1)) + 1
-        starts = [0, *changes.tolist()]
-        stops = [*starts[1:], len(cuts)]
-        return [Part(start, stop, *(int(n) for n in cuts[start])) for start, stop in zip(starts, stops, strict=True)]
+    def parts(self) -> list[dict[str, Any]]:
+        """The run by how its updates were divided into ranks and micro-batches.
+
+        Of each part: the `first` and the `last` update, the numbers of DIVISION, median `tokens_per_second` and `mfu`.
+        """
+        rows = (
+            self.updates[self.updates["update"] > 0]
+            .fillna(dict.fromkeys(DIVISION, 0))
+            .astype(dict.fromkeys(DIVISION, int))
+        )
+        part = (rows[DIVISION] != rows[DIVISION].shift()).any(axis=1).cumsum()
+        columns = {name: (name, "first") for name in DIVISION} | {name: (name, "median") for name in SPEED}
+        found = rows.groupby(part).agg(first=("update", "min"), last=("update", "max"), **columns)
+        return list(found.to_dict("records"))
+
+    def division(self, world_size: int, micro_batch_size: int) -> str:
+        """The accumulation steps with the division written out; empty for numbers of a damaged ledger."""
+        batch, length = self.config.batch, self.config.data.sequence_length
+        try:
+            return UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, micro_batch_size).division
+        except (RecipeError, ZeroDivisionError):
+            return ""
 
     @property
     def gpu_hours(self) -> float | None:
-        """Hours x ranks of the updates computed on CUDA; None where the ledger does not say what it was computed on."""
-        starts = self.events_called("start")
-        if not starts or all(start.get("device_type") != "cuda" for start in starts):
-            return None
-        part_of = np.searchsorted([start["update"] for start in starts], self["update"] - 1, side="right") - 1
-        if part_of.min() < 0:
-            return None
-        on_cuda = np.array([start.get("device_type") == "cuda" for start in starts])[part_of]
-        return float(np.nansum((self["update_seconds"] * self["world_size"])[on_cuda]) / 3600)
+        """Hours x ranks of the updates computed on CUDA; None if there are none, or events.jsonl does not say."""
+        on_cuda = pd.Series(False, index=self.updates.index)
+        for start in self.events_named("start"):
+            on_cuda[self.updates["update"] > start["update"]] = start.get("device_type") == "cuda"
+        rows = self.updates[on_cuda]
+        return float((rows["update_seconds"] * rows["world_size"]).sum() / 3600) if len(rows) else None
 
 
 def read_record(directory: Path, update: int | None = None) -> Record:
-    """Read `config.yaml`, `ledger.jsonl` and, where it is finished, `summary.json` of a run.
+    """Read `config.yaml`, `ledger.jsonl`, `events.jsonl` and, if the run is finished, `summary.json`.
 
     Args:
         directory: of the run.
-        update: read what was so after this update, for a checkpoint that later ones have followed; None for all.
+        update: the last update to read, for a checkpoint that later ones have followed; None for all.
 
     Raises:
-        RecipeError: it is no run directory, or has no update yet.
+        RecipeError: it is no run directory, one of an earlier version, or has no update yet.
     """
-    path = directory / "ledger.jsonl"
+    path = directory / LEDGER
     if not path.is_file() or not (directory / "config.yaml").is_file():
         raise RecipeError(
-            f"{directory} is no run: no config.yaml and ledger.jsonl in it; give a directory such as runs/NAME"
+            f"{directory} is no run: it has no config.yaml and {LEDGER}; give a directory such as runs/NAME"
         )
-    rows, sets, seconds, events = _read_ledger(path, math.inf if update is None else update)
-    if not rows:
-        raise RecipeError(f"{directory} has done no update yet: its ledger is empty")
+    lines = read_lines(path)
+    if any("event" in line for line in lines):
+        raise RecipeError(
+            f"{path} holds events, as an earlier version wrote them; read this run with the version that made it"
+        )
+    last = np.inf if update is None else update
+    updates = _numbers(pd.DataFrame([line for line in lines if line["update"] <= last]))
+    if not (updates["update"] > 0).any():
+        raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
     config = _read_config(directory / "config.yaml")
-    columns = {name: np.array([row[position] for row in rows]) for position, name in enumerate(COLUMNS)}
-    for name in sorted({name for of_update in sets for name in of_update}):
-        of_set = [of_update.get(name, {}) for of_update in sets]
-        columns[column_of("validation_loss", name)] = np.array([_number(values.get("loss")) for values in of_set])
-        columns[column_of("bits_per_byte", name)] = np.array(
-            [_number(values.get("bits_per_byte")) for values in of_set]
-        )
-    ranks, micro_batch_size = columns["world_size"][-1], columns["micro_batch_size"][-1]
+    numbers = updates[["world_size", "micro_batch_size"]].iloc[-1].fillna(1).clip(lower=1).astype(int)
     record = Record(
         directory=directory,
         config=config,
-        plan=make_plan(config, *(int(number) if number >= 1 else 1 for number in (ranks, micro_batch_size))),
-        columns=columns,
-        hours=np.array(seconds) / 3600,
-        events=events,
+        plan=make_plan(config, *numbers.tolist()),
+        updates=updates,
+        events=[
+            line
+            for line in read_lines(directory / EVENTS)
+            if isinstance(line.get("event"), str) and line["update"] <= last
+        ],
         summary={},
     )
     summary = directory / "summary.json"
@@ -174,13 +167,17 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     return record
 
 
-def column_of(name: str, validation_set: str) -> str:
-    """The column of a validation set: `name` itself for the held-out documents, whose set has no name."""
-    return f"{name}/{validation_set}" if validation_set else name
+def _numbers(ledger: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a ledger that are numbers, and the two that `Record.updates` adds."""
+    columns = [*COLUMNS, *(name for name in ledger.columns if name.startswith("validation/"))]
+    numbers = ledger.reindex(columns=columns).map(lambda value: value if isinstance(value, int | float) else np.nan)
+    numbers = numbers.astype(float).replace([np.inf, -np.inf], np.nan)
+    seconds = numbers["update_seconds"]
+    return numbers.assign(hours=seconds.fillna(0).cumsum() / 3600, data_wait=numbers["data_wait_seconds"] / seconds)
 
 
 def _read_config(path: Path) -> Config:
-    """The settings of a run, perhaps of an earlier version: those that are no settings any more are left out."""
+    """The settings of a run; what is no setting of this version is left out."""
     import yaml
 
     known = {name for name, _ in flat_fields(Config)}
@@ -198,48 +195,26 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _read_ledger(
-    path: Path, last: float
-) -> tuple[list[tuple[float, ...]], list[dict[str, dict[str, Any]]], list[float], list[dict[str, Any]]]:
-    """(a row of COLUMNS for each update up to `last`, its named validation sets, seconds of training up to its end, events).
+def thin(values: pd.Series, buckets: int) -> pd.Index:
+    """Labels of the smallest and the largest value of each of `buckets` equal parts, so that no spike is lost.
 
-    A line whose update is not after the one before takes its place: the run was rolled back. What it cost stays counted.
+    Also the first and the last. All that are not NaN if there are no more than two for each bucket.
     """
-    rows: list[tuple[float, ...]] = []
-    sets: list[dict[str, dict[str, Any]]] = []
-    seconds: list[float] = []
-    events: list[dict[str, Any]] = []
-    total_seconds, update = 0.0, 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                values = json.loads(line)
-                update = int(values["update"])
-            except (ValueError, KeyError, TypeError, OverflowError):
-                continue  # half written when the power went
-            if update > last:
-                continue
-            if "event" in values:
-                events.append({**values, "event": str(values["event"]), "update": update})
-                continue
-            row = tuple(_number(values.get(name)) for name in COLUMNS)
-            while rows and rows[-1][0] >= update:
-                rows.pop()
-                sets.pop()
-                seconds.pop()
-            took = row[_STEP_SECONDS]
-            total_seconds += took if math.isfinite(took) else 0.0
-            rows.append(row)
-            sets.append(values.get("validation") or {})
-            seconds.append(total_seconds)
-    return rows, sets, seconds, events
+    known = values.dropna()
+    if len(known) <= 2 * buckets:
+        return known.index
+    parts = known.groupby(np.arange(len(known)) * buckets // len(known))
+    return known.index[[0, -1]].union(parts.idxmin()).union(parts.idxmax())
 
 
-_STEP_SECONDS = COLUMNS.index("update_seconds")
+def smoothing_window(values: pd.Series) -> int:
+    """Updates that a running median takes together: a twentieth of the run, 200 at most, an odd number."""
+    return min(int(values.count()) // 20, 200) // 2 * 2 + 1
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+def some_of_each_kind(events: list[dict[str, Any]], of_a_kind: int) -> list[dict[str, Any]]:
+    """Of each kind at most `of_a_kind` events, evenly spread: one that came a thousand times hides no other."""
+    kinds = pd.Series([event["event"] for event in events], dtype=object)
+    groups = kinds.groupby(kinds)
+    is_shown = groups.cumcount() % np.ceil(groups.transform("size") / of_a_kind) == 0
+    return [event for event, shown in zip(events, is_shown, strict=True) if shown]

@@ -37,7 +37,7 @@ def content_of(directory: Path) -> dict[str, bytes]:
 
 def pushed_to(hub: HubServer, revision: str) -> dict[str, bytes]:
     """Path -> bytes of every file of a revision on the Hub, without its card and the file that the Hub makes itself."""
-    others = (".gitattributes", "README.md", "curves.png")
+    others = (".gitattributes", "README.md", "curves.png", "config.yaml")
     return {p: c for p, c in hub.repositories["user/model"].files(revision).items() if p not in others}
 
 
