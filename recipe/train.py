@@ -32,7 +32,7 @@ def train(config: Config) -> None:
     run = start_run(config)
     from recipe.checkpoint import CheckpointSaver, find_resume_point, restore, roll_back
     from recipe.data import UpdateReader, load_tokenizer, make_lanes, next_update, open_source
-    from recipe.evaluation import RunEvaluation, read_validation_sets
+    from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
     from recipe.finish import end_stopped_run, finish_run, usage
     from recipe.hub import Pusher, check_hub
     from recipe.model import build_model, build_optimizer, initial_model, set_kernels, set_learning_rate

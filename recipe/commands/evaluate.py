@@ -8,103 +8,87 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipe.config.checks import check_bounds
 from recipe.config.command_line import make_parser, parse
 from recipe.config.settings import BatchConfig, Config, DataConfig
 from recipe.errors import RecipeError, run_command
-
-if TYPE_CHECKING:
-    from recipe.data.blocks import ValidationSet
+from recipe.evaluation.lm_eval import evaluate_tasks, find_tasks
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate a finished model on text, on cloze files, on tasks of lm-eval."""
+    """Evaluate a finished model on text and tasks of lm-eval."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and length are the model's. Left
-    out where --cloze or --tasks is given and nothing of data is."""
+    """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and the length are the model's.
+    With --tasks and without any of data: no text."""
     tokens: int | None = None
     """Stop after this many tokens of the text, rounded to whole documents. Null: all of it."""
-    cloze: tuple[str, ...] = ()
-    """.jsonl files in the format of HellaSwag, LAMBADA or BLiMP."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval, which has to be installed; most of them download their data."""
+    """Names of lm-eval's tasks, or local .jsonl files in the format of HellaSwag, LAMBADA or BLiMP. Needs lm-eval."""
     task_directory: str | None = None
     """Directory of YAML files with tasks of your own for lm-eval."""
     micro_batch_size: int = 8
     """Blocks or continuations in one forward."""
     output: str | None = None
-    """JSON file that all results are written to."""
+    """JSON file for all results."""
 
 
 def main() -> None:
     """The command."""
-    parser = make_parser(
-        EvaluateConfig, "python -m recipe evaluate", "Evaluate a model on text, on cloze files, on tasks of lm-eval."
-    )
+    parser = make_parser(EvaluateConfig, "python -m recipe evaluate", "Evaluate a model on text and tasks of lm-eval.")
     parser.add_argument("model", help="Directory of a finished model, or its name on the Hub.")
     config, rest = parse(parser, EvaluateConfig, sys.argv[1:])
     check_bounds(config, {"tokens": (1, False), "micro_batch_size": (1, False), "data.sequence_length": (2, False)})
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise RecipeError(f"output = {config.output!r}: its directory does not exist")
+    tasks = find_tasks(config.tasks)
 
     from accelerate import Accelerator
 
-    from recipe.evaluation.cloze import cloze, read_items
-    from recipe.evaluation.evaluate import evaluate
-    from recipe.evaluation.lm_eval import evaluate_tasks, require_lm_eval
     from recipe.model.export import load_pretrained
-    from recipe.model.gpt2 import CausalLanguageModel
     from recipe.run.environment import device_type
-    from recipe.run.stop import StopRequest
 
-    if config.tasks:
-        require_lm_eval()
-    files = {path: read_items(path) for path in config.cloze}
     gpt2, tokenizer = load_pretrained(rest["model"])
     accelerator = Accelerator(cpu=device_type() == "cpu")
-    model = accelerator.prepare(CausalLanguageModel(gpt2, len(tokenizer))).eval()
-    rows = config.micro_batch_size
+    gpt2.to(accelerator.device)
     results: dict[str, Any] = {"model": rest["model"]}
-    if config.data != DataConfig() or not (config.cloze or config.tasks):
-        name, validation = _read_text(config, tokenizer, gpt2.config.n_positions)
-        text = evaluate(model, validation, accelerator, rows, StopRequest())
-        print(f"text           {text.tokens:,} tokens, {text.text_bytes:,} bytes of {name}")
-        print(f"loss           {text.loss:.4f} nats per token")
-        print(f"perplexity     {text.perplexity:.2f}")
-        print(f"bits per byte  {text.bits_per_byte:.4f}")
-        results["text"] = {"name": name, **asdict(text), "perplexity": text.perplexity}
-    for path, (format_name, items) in files.items():
-        result = cloze(gpt2, tokenizer, format_name, items, rows)
-        print(f"{path}  {result}")
-        results.setdefault("cloze", {})[path] = asdict(result)
-    if config.tasks:
-        results["tasks"] = evaluate_tasks(gpt2, tokenizer, config.tasks, config.task_directory, rows)
+    if config.data != DataConfig() or not tasks:
+        results["text"] = _evaluate_text(config, gpt2, tokenizer, accelerator)
+    if tasks:
+        results["tasks"] = evaluate_tasks(gpt2, tokenizer, tasks, config.task_directory, config.micro_batch_size)
         for task, metrics in results["tasks"].items():
             print(f"{task}  {', '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}")
     if config.output:
         Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_text(config: EvaluateConfig, tokenizer: Any, positions: int) -> tuple[str, ValidationSet]:
-    """(name, blocks) of the text that `config.data` names."""
+def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerator: Any) -> dict[str, Any]:
+    """Print and return the loss on the text that `config.data` names."""
     from recipe.data.blocks import pack_validation
     from recipe.data.sources import open_source
+    from recipe.evaluation.evaluate import evaluate
+    from recipe.model.gpt2 import CausalLanguageModel
+    from recipe.run.stop import StopRequest
 
-    # Windows removes no file that is still mapped
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # Windows keeps a file that is mapped
         one_in = None if config.data.text_files else config.data.validation_one_in
         data = replace(config.data, cache_directory=config.data.cache_directory or cache, validation_one_in=one_in)
         source = open_source(Config(data=data, batch=BatchConfig(lanes=1)))
         documents = source.training_documents() if data.text_files else source.validation_documents()
-        length = min(data.sequence_length, positions)
+        length = min(data.sequence_length, gpt2.config.n_positions)
         validation = pack_validation(documents, tokenizer, length, config.tokens or math.inf)
     if validation is None:
         raise RecipeError(f"no text to evaluate in {source.name}")
-    return source.name, validation
+    model = accelerator.prepare(CausalLanguageModel(gpt2, len(tokenizer)))
+    text = evaluate(model, validation, accelerator, config.micro_batch_size, StopRequest())
+    print(f"text           {text.tokens:,} tokens, {text.text_bytes:,} bytes of {source.name}")
+    print(f"loss           {text.loss:.4f} nats per token")
+    print(f"perplexity     {text.perplexity:.2f}")
+    print(f"bits per byte  {text.bits_per_byte:.4f}")
+    return {"name": source.name, **asdict(text), "perplexity": text.perplexity}
 
 
 if __name__ == "__main__":

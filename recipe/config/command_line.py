@@ -98,7 +98,7 @@ def flat_dictionary(config: Config) -> dict[str, str | int | float | bool]:
     return values
 
 
-_LISTS = ("--data.text_files", "--evaluation.prompts", "--log.trackers", "--cloze", "--tasks")
+_LISTS = ("--data.text_files", "--evaluation.prompts", "--log.trackers", "--tasks")
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:

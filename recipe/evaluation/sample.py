@@ -23,7 +23,7 @@ class GenerateConfig:
 
 
 def generate(gpt2: Any, tokenizer: Any, config: GenerateConfig) -> str:
-    """The prompt and its continuation. Rows of the embedding that are no token of the tokenizer are never sampled."""
+    """The prompt and its continuation. Never samples the embedding's padding rows, which are no token of the tokenizer."""
     import torch
     from transformers import GenerationConfig
 
