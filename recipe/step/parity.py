@@ -103,17 +103,10 @@ def relative_difference(gradients: Sequence[Tensor], reference: Sequence[Tensor]
 
 
 def _other_micro_batch_sizes(plan: UpdatePlan) -> list[int]:
-    """Up to two sizes that split the update otherwise: smaller ones first, since they fit in memory, and ragged ones."""
-    configured = plan.micro_batch_size
-    steps = {plan.gradient_accumulation_steps}
-    sizes = []
-    for size in (
-        configured - 1,
-        configured // 2,
-        *range(1, configured),
-        *range(configured + 1, plan.largest_share + 1),
-    ):
-        if size >= 1 and (other := replace(plan, micro_batch_size=size).gradient_accumulation_steps) not in steps:
-            steps.add(other)
-            sizes.append(size)
-    return sizes[:2]
+    """Up to two sizes that give other numbers of steps: smaller ones first, since they fit in memory, and ragged ones."""
+    size = plan.micro_batch_size
+    sizes = {plan.gradient_accumulation_steps: size}  # by number of steps
+    for other in (size - 1, size // 2, *range(1, size), *range(size + 1, plan.largest_share + 1)):
+        if other >= 1:
+            sizes.setdefault(replace(plan, micro_batch_size=other).gradient_accumulation_steps, other)
+    return list(sizes.values())[1:3]
