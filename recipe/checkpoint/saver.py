@@ -10,8 +10,7 @@ from typing import Any
 
 from recipe.checkpoint.files import Snapshot, TrainingState, prune, take_snapshot, write_checkpoint
 from recipe.checkpoint.resume import verification_loss
-from recipe.config.command_line import as_dictionary
-from recipe.config.settings import Config
+from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks
 from recipe.errors import RecipeError
 from recipe.hub.background import Pusher
@@ -140,7 +139,7 @@ class CheckpointSaver:
             state = TrainingState(
                 update=update,
                 tokens=tokens,
-                config=as_dictionary(self.config),
+                config=flat_settings(self.config),
                 blocks_sha256=blocks_sha256,
                 lane_states=lane_states,
                 verification_loss=proof,

@@ -8,11 +8,10 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from recipe.config.checks import check_bounds
 from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import BatchConfig, Config, DataConfig
+from recipe.config.settings import AtLeast, BatchConfig, Config, DataConfig
 from recipe.errors import RecipeError, run_command
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and length are the model's. Left
     out where --cloze or --tasks is given and nothing of data is."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop after this many tokens of the text, rounded to whole documents. Null: all of it."""
     cloze: tuple[str, ...] = ()
     """.jsonl files in the format of HellaSwag, LAMBADA or BLiMP."""
@@ -34,7 +33,7 @@ class EvaluateConfig:
     """Tasks of lm-eval, which has to be installed; most of them download their data."""
     task_directory: str | None = None
     """Directory of YAML files with tasks of your own for lm-eval."""
-    micro_batch_size: int = 8
+    micro_batch_size: Annotated[int, AtLeast(1)] = 8
     """Blocks or continuations in one forward."""
     output: str | None = None
     """JSON file that all results are written to."""
@@ -47,7 +46,6 @@ def main() -> None:
     )
     parser.add_argument("model", help="Directory of a finished model, or its name on the Hub.")
     config, rest = parse(parser, EvaluateConfig, sys.argv[1:])
-    check_bounds(config, {"tokens": (1, False), "micro_batch_size": (1, False), "data.sequence_length": (2, False)})
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise RecipeError(f"output = {config.output!r}: its directory does not exist")
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import Config, flat_fields
+from recipe.config.command_line import read_config
+from recipe.config.settings import Config
 from recipe.errors import RecipeError
 from recipe.plan.run_plan import RunPlan, make_plan
 
@@ -150,7 +150,7 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     rows, sets, seconds, events = _read_ledger(path, math.inf if update is None else update)
     if not rows:
         raise RecipeError(f"{directory} has done no update yet: its ledger is empty")
-    config = _read_config(directory / "config.yaml")
+    config = read_config(directory / "config.yaml")
     columns = {name: np.array([row[position] for row in rows]) for position, name in enumerate(COLUMNS)}
     for name in sorted({name for of_update in sets for name in of_update}):
         of_set = [of_update.get(name, {}) for of_update in sets]
@@ -177,25 +177,6 @@ def read_record(directory: Path, update: int | None = None) -> Record:
 def column_of(name: str, validation_set: str) -> str:
     """The column of a validation set: `name` itself for the held-out documents, whose set has no name."""
     return f"{name}/{validation_set}" if validation_set else name
-
-
-def _read_config(path: Path) -> Config:
-    """The settings of a run, perhaps of an earlier version: those that are no settings any more are left out."""
-    import yaml
-
-    known = {name for name, _ in flat_fields(Config)}
-    kept: dict[str, Any] = {}
-    try:
-        for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-            if isinstance(value, dict):
-                kept[name] = {inner: value[inner] for inner in value if f"{name}.{inner}" in known}
-            elif name in known:
-                kept[name] = value
-    except (ValueError, AttributeError, yaml.YAMLError):
-        raise RecipeError(f"{path} holds no settings of a run") from None
-    config, _ = parse(make_parser(Config, str(path), ""), Config, ["--config", yaml.safe_dump(kept)])
-    assert isinstance(config, Config)
-    return config
 
 
 def _read_ledger(

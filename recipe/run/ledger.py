@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipe.config.command_line import flat_dictionary
-from recipe.config.settings import Config
+from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks, combine_hashes
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 from recipe.plan.budget import UpdatePlan
@@ -176,7 +175,8 @@ def start_trackers(config: Config, accelerator: Any, update: int) -> None:
         "wandb": {"name": name},
     }
     with redirect_stdout(io.StringIO()):  # trackio's words, in colours also where they go to a pipe
-        accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(config), init_kwargs=options)
+        plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in flat_settings(config).items()}
+        accelerator.init_trackers(TRACKER_PROJECT, config=plain, init_kwargs=options)
 
 
 def read_events(path: Path, event: str, update: int) -> list[dict[str, Any]]:
