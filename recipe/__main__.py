@@ -38,5 +38,10 @@ def main() -> None:
         )
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script `recipe`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

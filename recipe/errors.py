@@ -1,4 +1,4 @@
-"""The one exception that is a message to the user, and how a command ends with it."""
+"""The exception that is a message to the user, and how a command ends with it. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class RecipeError(Exception):
-    """A user's mistake or an input that cannot be used: one line that says what was given, what would be valid, what to do.
+    """A user's mistake, or an input that cannot be used.
 
     Args:
-        message: the line.
-        on_this_rank_only: True where the other ranks may not have seen the problem, so this rank has to say it itself.
-        exit_code: of the command that ends with it.
+        message: one line: what was given, what would be valid, what to change.
+        on_this_rank_only: the other ranks may not see the problem, so this one prints the line even if it is not rank 0.
+        exit_code: of the command.
     """
 
     def __init__(self, message: str, *, on_this_rank_only: bool = False, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
@@ -31,7 +31,7 @@ class RecipeError(Exception):
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`; turn a `RecipeError` into one line on stderr and its exit code, and Ctrl-C into exit code 130.
 
-    Of several ranks that hit the same error only rank 0 prints it.
+    If all ranks meet the same error, only rank 0 prints it.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1")
     exit_code = 0
@@ -57,9 +57,9 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print(f"error (rank {rank}): {message}", file=sys.stderr, flush=True)
     if ranks != "1":
-        # Now and then a thread of gloo wants the interpreter while that is being taken down, and aborts a rank whose work is
-        # done ("terminate called without an active exception"): one in some fifty runs. So do what the interpreter does
-        # first, end idle pools (torch.compile's wait for ever) and wait for what is being written, and leave.
+        # In about one run of fifty a thread of gloo asks for the interpreter while that shuts down, and aborts a rank that is
+        # done ("terminate called without an active exception"). So leave before that, after what the interpreter does
+        # first: end idle pools (torch.compile's wait for ever), and wait for threads that still write.
         threading._shutdown()  # type: ignore[attr-defined]
         sys.stdout.flush()
         sys.stderr.flush()

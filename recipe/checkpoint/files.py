@@ -39,7 +39,7 @@ class TrainingState:
     Args:
         update: updates done.
         tokens: target tokens seen.
-        config: the whole configuration, nested.
+        config: dotted name -> value of every setting.
         blocks_sha256: hash of the blocks of that last update.
         lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
             leads exactly to the next update, and their hash proves that the data is what it was.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
-from recipe.config.command_line import as_dictionary
-from recipe.config.settings import Config
+from recipe.config.command_line import read_config
+from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.lanes import Lane
 from recipe.errors import RecipeError
@@ -121,36 +121,21 @@ def find_resume_point(config: Config) -> ResumePoint:
 
 
 def _earlier_config(directory: Path) -> dict[str, Any] | None:
-    import yaml
-
-    try:
-        values = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return values if isinstance(values, dict) and (directory / LEDGER).exists() else None
+    path = directory / "config.yaml"
+    return flat_settings(read_config(path)) if path.exists() and (directory / LEDGER).exists() else None
 
 
 def _check_same_run(earlier: dict[str, Any] | None, config: Config, what: str) -> dict[str, list[Any]]:
     """Changes from `earlier` to `config` that may be; a change of the run itself is refused."""
     if earlier is None:
         return {}
-    changes = dict(_differences(earlier, as_dictionary(config)))
+    now = flat_settings(config)
+    changes = {name: [earlier.get(name), value] for name, value in now.items() if earlier.get(name) != value}
     fatal = {name: values for name, values in changes.items() if not name.startswith(MAY_CHANGE_ON_RESUME)}
     if fatal:
         shown = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in fatal.items())
         raise RecipeError(f"{what}: {shown}; use another --run.directory, or --resume fresh to move it aside")
     return changes
-
-
-def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, list[Any]]]:
-    found: list[tuple[str, list[Any]]] = []
-    for name in dict.fromkeys([*earlier, *now]):
-        old, new = earlier.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append((f"{prefix}{name}", [old, new]))
-    return found
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

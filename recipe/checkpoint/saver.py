@@ -11,7 +11,7 @@ from typing import Any
 
 from recipe.checkpoint.files import Snapshot, TrainingState, prune, take_snapshot, write_checkpoint
 from recipe.checkpoint.resume import verification_loss
-from recipe.config.command_line import as_dictionary
+from recipe.config.settings import flat_settings
 from recipe.data.blocks import UpdateBlocks
 from recipe.errors import RecipeError
 from recipe.plan.schedule import crosses
@@ -115,7 +115,7 @@ class CheckpointSaver:
             state = TrainingState(
                 update=entry.update,
                 tokens=entry.tokens,
-                config=as_dictionary(self.run.config),
+                config=flat_settings(self.run.config),
                 blocks_sha256=entry.blocks_sha256,
                 lane_states=lane_states,
                 verification_loss=verification_loss(model, blocks),

@@ -8,11 +8,10 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from recipe.config.checks import check_bounds
 from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import BatchConfig, Config, DataConfig
+from recipe.config.settings import AtLeast, BatchConfig, Config, DataConfig
 from recipe.errors import RecipeError, run_command
 from recipe.evaluation.lm_eval import evaluate_tasks, find_tasks
 
@@ -24,13 +23,13 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and the length are the model's.
     With --tasks and without any of data: no text."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop after this many tokens of the text, rounded to whole documents. Null: all of it."""
     tasks: tuple[str, ...] = ()
     """Names of lm-eval's tasks, or local .jsonl files in the format of HellaSwag, LAMBADA or BLiMP. Needs lm-eval."""
     task_directory: str | None = None
     """Directory of YAML files with tasks of your own for lm-eval."""
-    micro_batch_size: int = 8
+    micro_batch_size: Annotated[int, AtLeast(1)] = 8
     """Blocks or continuations in one forward."""
     output: str | None = None
     """JSON file for all results."""
@@ -41,7 +40,6 @@ def main() -> None:
     parser = make_parser(EvaluateConfig, "python -m recipe evaluate", "Evaluate a model on text and tasks of lm-eval.")
     parser.add_argument("model", help="Directory of a finished model, or its name on the Hub.")
     config, rest = parse(parser, EvaluateConfig, sys.argv[1:])
-    check_bounds(config, {"tokens": (1, False), "micro_batch_size": (1, False), "data.sequence_length": (2, False)})
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise RecipeError(f"output = {config.output!r}: its directory does not exist")
     tasks = find_tasks(config.tasks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from recipe.config.checks import check_bounds
 from recipe.config.command_line import make_parser, parse
 from recipe.errors import run_command
 from recipe.evaluation.sample import GenerateConfig, generate
@@ -15,9 +14,6 @@ def main() -> None:
     parser = make_parser(GenerateConfig, "python -m recipe generate", "Print a sample from a model.")
     parser.add_argument("model", help="Directory of a finished model, or its name on the Hub.")
     config, rest = parse(parser, GenerateConfig, sys.argv[1:])
-    check_bounds(
-        config, {"max_new_tokens": (1, False), "temperature": (0, False), "top_k": (0, False), "seed": (0, False)}
-    )
 
     from recipe.model.export import load_pretrained
 

@@ -1,25 +1,39 @@
-"""The checks of a configuration that a type cannot make. Imports no torch."""
+"""The checks of a configuration. Imports no torch."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from recipe.config.settings import MOST_RETRY_SECONDS, Config, flat_fields, value_of
+from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config, flat_fields, value_of
 from recipe.config.text_files import expand_text_files
 from recipe.errors import RecipeError
 
 
+def check_values(config: Any) -> None:
+    """Check each value of a configuration class against its field: null only if the type has it, numbers within the bounds.
+
+    Raises:
+        RecipeError: naming the setting, its value and the bound.
+    """
+    for name, annotation in flat_fields(type(config)):
+        value, bounds = value_of(config, name), getattr(annotation, "__metadata__", ())
+        plain = annotation.__origin__ if bounds else annotation
+        if value is None and type(None) not in get_args(plain):
+            raise RecipeError(f"{name} = null: it needs a value ({getattr(plain, '__name__', plain)})")
+        for bound in bounds if isinstance(value, int | float) else ():
+            if not bound.holds(value, bound.limit):
+                why = f", {bound.why}" if bound.why else ""
+                raise RecipeError(f"{name} = {value}: must be {bound.words} {bound.limit:,}{why}")
+
+
 def validate(config: Config) -> None:
-    """Check what a type cannot say. The budget's divisions are checked in `recipe.plan.budget`, where they are made.
+    """Check how the values fit together. `recipe.plan.budget` checks the divisions of the budget, which it makes.
 
     Raises:
         RecipeError: naming the setting, its value, and a valid one.
     """
-    for name, setting in flat_fields(type(config)):
-        if value_of(config, name) is None and "None" not in str(setting.type):
-            raise RecipeError(f"{name} = null: it needs a value ({setting.type})")
-    check_bounds(config, _BOUNDS)
     model, data = config.model, config.data
     if model.n_embd % model.n_head:
         raise RecipeError(
@@ -27,18 +41,21 @@ def validate(config: Config) -> None:
             f"{[h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]}"
         )
     if data.sequence_length > config.n_positions:
+        ways = [f"--data.sequence_length {model.n_positions} or less"]
+        if model.init_from is None:
+            ways.insert(0, f"--model.n_positions {data.sequence_length} or more")
         raise RecipeError(
-            f"data.sequence_length = {data.sequence_length} is longer than model.n_positions = {model.n_positions}: "
-            f"set --model.n_positions {data.sequence_length} or more, or --data.sequence_length {model.n_positions} or less"
+            f"data.sequence_length = {data.sequence_length} is longer than model.n_positions = {model.n_positions}"
+            f"{'' if model.init_from is None else f' of {model.init_from}'}: set {', or '.join(ways)}"
         )
-    if config.schedule.final_learning_rate_fraction > 1:
-        raise RecipeError(
-            f"schedule.final_learning_rate_fraction = {config.schedule.final_learning_rate_fraction}: must be at most 1"
-        )
-    if config.run.seed >= 2**32:
-        raise RecipeError(f"run.seed = {config.run.seed}: must be below 2**32 = {2**32}")
     if not config.run.directory.strip():
         raise RecipeError("run.directory is empty: give the directory that the run is written to")
+    if not re.fullmatch(r"[^:\s]+(:[^:\s]+)?", data.dataset):
+        raise RecipeError(
+            f"data.dataset = {data.dataset!r}: give user/name, user/name:configuration or {STANDARD_LIBRARY}"
+        )
+    if data.repository == STANDARD_LIBRARY and data.configuration:
+        raise RecipeError(f"data.dataset = {data.dataset!r}: {STANDARD_LIBRARY} has no configurations")
     if data.tokenizer is None and model.vocab_size < 257:
         raise RecipeError(
             f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "
@@ -51,17 +68,20 @@ def validate(config: Config) -> None:
         )
     if config.hub.repo_id is not None:
         check_repo_id("hub.repo_id", config.hub.repo_id)
-    for name in ("data.retry_seconds", "hub.wait_seconds"):
-        if value_of(config, name) > MOST_RETRY_SECONDS:
-            raise RecipeError(
-                f"{name} = {value_of(config, name):g}: must be at most {MOST_RETRY_SECONDS}, since the other ranks wait "
-                "for the one that tries, for half an hour"
-            )
+    if (
+        config.resume not in ("auto", "fresh")
+        and not config.resume.startswith("hf://")
+        and not Path(config.resume).is_dir()
+    ):
+        raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or the path of a checkpoint")
     if data.text_files:
         expand_text_files(data.text_files)
     for name, pattern in config.evaluation.sets.items():
-        if not re.fullmatch(r"[\w-]+", name):
-            raise RecipeError(f"evaluation.sets: {name!r} is no name: use letters, digits, _ and -")
+        if not re.fullmatch(r"[\w-]+", name) or name == HELD_OUT:
+            raise RecipeError(
+                f"evaluation.sets: {name!r} cannot be the name of a set: use letters, digits, _ and -, and not {HELD_OUT}, "
+                "the name of the held-out documents"
+            )
         expand_text_files([pattern], f"evaluation.sets.{name}")
 
 
@@ -75,51 +95,6 @@ def check_repo_id(name: str, repo_id: str | None) -> None:
         raise RecipeError(f"{name} = {repo_id!r}: give the name of a model repository, user/name")
 
 
-# (smallest valid value, is it exclusive) of every number, by dotted name.
-_BOUNDS: dict[str, tuple[float, bool]] = {
-    "run.max_updates": (1, False),
-    "run.seed": (0, False),
-    "batch.tokens_per_update": (1, False),
-    "batch.micro_batch_size": (1, False),
-    "batch.lanes": (1, False),
-    "data.sequence_length": (2, False),
-    "data.shuffle_window": (1, False),
-    "data.validation_one_in": (1, False),
-    "data.retry_seconds": (0, False),
-    "model.n_layer": (1, False),
-    "model.n_embd": (1, False),
-    "model.n_head": (1, False),
-    "model.n_positions": (1, False),
-    "model.vocab_size": (2, False),
-    "model.dropout": (0, False),
-    "performance.activation_checkpointing": (1, False),
-    "model.initializer_range": (0, True),
-    "model.layer_norm_epsilon": (0, True),
-    "optimizer.learning_rate": (0, True),
-    "optimizer.beta1": (0, False),
-    "optimizer.beta2": (0, False),
-    "optimizer.epsilon": (0, True),
-    "optimizer.weight_decay": (0, False),
-    "optimizer.max_grad_norm": (0, True),
-    "schedule.total_tokens": (1, False),
-    "schedule.tokens_per_parameter": (0, True),
-    "schedule.warmup_tokens": (0, False),
-    "schedule.final_learning_rate_fraction": (0, False),
-    "stability.max_skipped_updates": (1, False),
-    "stability.spike_window": (4, False),
-    "stability.spike_score": (0, True),
-    "stability.rollback_updates": (1, False),
-    "stability.max_rollbacks": (1, False),
-    "checkpoint.every_tokens": (1, False),
-    "checkpoint.every_minutes": (0, True),
-    "checkpoint.keep": (1, False),
-    "checkpoint.keep_every_tokens": (1, False),
-    "hub.every_tokens": (1, False),
-    "hub.wait_seconds": (0, False),
-    "evaluation.every_tokens": (1, False),
-    "evaluation.tokens": (1, False),
-    "evaluation.sample_tokens": (1, False),
-}
 _BELOW_ONE = ("model.dropout", "optimizer.beta1", "optimizer.beta2")
 
 

@@ -8,11 +8,12 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config.checks import validate
+from recipe.config.checks import check_values, validate
+from recipe.config.init_from import SHAPE, shape_of
 from recipe.config.settings import Config, flat_fields, value_of
 from recipe.errors import RecipeError
 
@@ -24,8 +25,7 @@ def load_config(arguments: Sequence[str]) -> Config:
         RecipeError: an unknown key, a value of the wrong type, an unreadable file, or values that contradict each other.
     """
     parser = make_parser(Config, "accelerate launch recipe/train.py", "Train a GPT-2 whose batch is counted in tokens.")
-    config, _ = parse(parser, Config, arguments)
-    validate(config)
+    config: Config = parse_run(parser, Config, arguments)[0]
     return config
 
 
@@ -51,16 +51,17 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
 
 
 def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[Any, Any]:
-    """Parse `arguments` with a parser of `make_parser`.
+    """Parse `arguments` with a parser of `make_parser`, and check each value against its field.
 
     Returns: (instance of `config_class`, namespace of the other arguments).
     Raises:
         RecipeError: instead of argparse's usage text and exit.
     """
+    types = dict(flat_fields(config_class))
     try:
-        namespace = parser.parse_args(_join_lists(arguments))
+        namespace = parser.parse_args(_join_lists(arguments, [f"--{n}" for n, t in types.items() if "tuple" in str(t)]))
     except argparse.ArgumentError as error:
-        raise RecipeError(_explain(str(error), [name for name, _ in flat_fields(config_class)])) from None
+        raise RecipeError(_explain(str(error), {a.dest: a.help for a in parser._actions if a.dest in types})) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"--config: not a text file ({error.reason} at byte {error.start})") from None
     try:
@@ -68,14 +69,59 @@ def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[An
     except TypeError:
         sections = [f.name for f in fields(config_class) if not hasattr(namespace[f.name], "keys")]
         raise RecipeError(f"--config: each section has to be a mapping of settings; look at {sections}") from None
-    return config_class(**{f.name: values.pop(f.name) for f in fields(config_class)}), values
+    config = config_class(**{f.name: values.pop(f.name) for f in fields(config_class)})
+    check_values(config)
+    return config, values
+
+
+def parse_run(parser: Any, config_class: type[Config], arguments: Sequence[str]) -> tuple[Any, Any]:
+    """`parse` for a run to plan or to train: its model has the shape of `model.init_from`, and its settings fit together.
+
+    Raises:
+        RecipeError: also for settings that contradict each other, and for an `init_from` that this recipe cannot train.
+    """
+    config, rest = parse(parser, config_class, arguments)
+    if config.model.init_from is not None:
+        config = replace(config, model=replace(config.model, **_initial_shape(config)))
+        check_values(config)
+    validate(config)
+    return config, rest
+
+
+def _initial_shape(config: Config) -> dict[str, Any]:
+    """The shape of `model.init_from`; if that cannot be read any more, the shape of the run that goes on without it."""
+    name = str(config.model.init_from)
+    try:
+        return shape_of(name)
+    except RecipeError:
+        if config.resume not in ("auto", "fresh"):
+            return {}  # as it is stated: resuming compares it with the checkpoint's
+        path = Path(config.run.directory, "config.yaml")
+        if config.resume == "auto" and path.is_file():
+            earlier = read_config(path).model
+            if earlier.init_from == name:
+                return {field: getattr(earlier, field) for field in SHAPE}
+        raise
 
 
 def write_config(config: Config, path: Path) -> None:
     """Write every value, so that `--config path` gives the same configuration again."""
     import yaml
 
-    path.write_text(yaml.safe_dump(as_dictionary(config), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that `write_config` wrote. What it names, such as text files, may be gone.
+
+    Raises:
+        RecipeError: it cannot be read, or is not the configuration of a run of this version.
+    """
+    try:
+        config: Config = parse(make_parser(Config, str(path), ""), Config, ["--config", str(path)])[0]
+    except RecipeError as error:
+        raise RecipeError(f"{path} is not the configuration of a run of this version: {error}") from None
+    return config
 
 
 def as_dictionary(config: Any) -> dict[str, Any]:
@@ -98,16 +144,13 @@ def flat_dictionary(config: Config) -> dict[str, str | int | float | bool]:
     return values
 
 
-_LISTS = ("--data.text_files", "--evaluation.prompts", "--log.trackers", "--tasks")
-
-
-def _join_lists(arguments: Sequence[str]) -> list[str]:
-    """`--data.text_files a b` -> `--data.text_files=["a", "b"]`: a list flag takes what a shell glob expands to."""
+def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """`--data.text_files a b` -> `--data.text_files=["a", "b"]`: a flag among `lists` takes what a shell glob expands to."""
     joined: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument in _LISTS:
+        if argument in lists:
             values = []
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
@@ -119,14 +162,18 @@ def _join_lists(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _explain(message: str, known: Sequence[str]) -> str:
-    """jsonargparse's message in one line, with the nearest known setting where one is unknown."""
+def _explain(message: str, helps: dict[str, str]) -> str:
+    """jsonargparse's message in one line; for an unknown setting, the nearest of those that have a text in `helps`."""
     message = " ".join(message.split())
-    message = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", message)
-    message = re.sub(r"Expected an? (?:typing\.|<class ')?([^>]+?)'?>?\. Got value: ", r"expected \1, got ", message)
-    message = re.sub(
-        r"^Problems parsing config: (.*?)(?: in \"<unicode string>\")?,", r"--config is not valid YAML: \1,", message
-    )
+    for pattern, text in (
+        (r'^Parser key "([^"]+)": ', r"--\1: "),
+        (r"Expected an? (.+)\. Got value: ", r"expected \1, got "),
+        (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: ", r"expected \1, got "),
+        (r"typing\.|<class '|'>", ""),
+        (r"NoneType|None$", "null"),
+        (r"^Problems parsing config: (.*?)(?: in \"<unicode string>\")?,", r"--config is not valid YAML: \1,"),
+    ):
+        message = re.sub(pattern, text, message)
     unknown = (
         re.search(r"unrecognized arguments: --()([\w.+]+)", message)
         or re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
@@ -135,10 +182,13 @@ def _explain(message: str, known: Sequence[str]) -> str:
     if not unknown:
         return message
     key = f"{unknown[1]}.{unknown[2]}".lstrip(".")
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.strip(".").rpartition(".")
 
     def likeness(name: str) -> float:
-        same_start = os.path.commonprefix([leaf, name.rpartition(".")[2]])  # noqa: RUF071 (strings, not paths)
-        return difflib.SequenceMatcher(None, key, name).ratio() + len(same_start) / len(leaf)
+        of_section, _, of_leaf = name.rpartition(".")
+        same_start = os.path.commonprefix([leaf, of_leaf])  # noqa: RUF071 (strings, not paths)
+        # A setting that has a new name still says in its help what its old name said.
+        is_renamed = section == of_section and all(word in helps[name] for word in leaf.split("_"))
+        return difflib.SequenceMatcher(None, key, name).ratio() + len(same_start) / len(leaf) + 2 * is_renamed
 
-    return f"{key} is not a setting; did you mean {max(known, key=likeness)}? --help lists all"
+    return f"{key} is not a setting; did you mean {max(helps, key=likeness)}? --help lists all"

@@ -1,49 +1,72 @@
 """The configuration, as frozen dataclasses. Imports no torch.
 
-The values here are what the `gpt2-*` presets share; a preset holds only what differs. Field docstrings are the text of
-`--help`, so each says what the field means and in which unit.
+The defaults are what the `gpt2-*` presets share; a preset holds only what differs. A field's docstring is its text in `--help`:
+what it means, and in which unit. Its type says which numbers are valid: `Annotated[int, AtLeast(1)]`.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 STANDARD_LIBRARY = "python-standard-library"
 Scaling = Literal["accumulate", "manual"]
-HELD_OUT = "held_out"  # the validation set of held-out documents
-MOST_RETRY_SECONDS = 1200
+# One standard-library file in this many is held out, whatever data.validation_one_in says for other sources.
+STANDARD_LIBRARY_VALIDATION_ONE_IN = 50
+HELD_OUT = "held_out"  # the validation set of the documents that are not trained on
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Which numbers a field takes: those for which `holds(number, limit)`."""
+
+    words: str
+    holds: Callable[[float, float], bool]
+    limit: float
+    why: str = ""
+
+
+AtLeast = partial(Bound, "at least", operator.ge)
+AtMost = partial(Bound, "at most", operator.le)
+Above = partial(Bound, "greater than", operator.gt)
+Below = partial(Bound, "below", operator.lt)
+
+# Ranks wait half an hour for each other.
+WaitSeconds = Annotated[float, AtLeast(0), AtMost(1200, "since the other ranks wait for the one that tries")]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run: where it is written, how long it goes, what chance it uses."""
+    """The run: its directory, its length, its seed."""
 
     directory: str = "runs/default"
-    """Directory of this run: config.yaml, ledger.jsonl, final/."""
-    max_updates: int | None = None
-    """Stop after this many updates; the schedules stay those of the whole run. Null: all of them."""
-    seed: int = 1234
-    """Seed of the initialisation, the document order and dropout."""
+    """Directory of the run: config.yaml, ledger.jsonl, checkpoints/, final/."""
+    max_updates: Annotated[int | None, AtLeast(1)] = None
+    """Stop after this many updates. The schedules still stretch over the whole run. Null: do not stop early."""
+    seed: Annotated[int, AtLeast(0), Below(2**32)] = 1234
+    """Seed of the initial weights, the order of the documents and dropout."""
     parity_check: bool = False
-    """Before training, compute the first update's gradient with two other micro-batch sizes and with the other scaling path,
-    and refuse to go on if they differ. Costs four updates' arithmetic and two copies of the gradient."""
+    """Before training, compute the gradient of the first update again with two other micro-batch sizes and with the other
+    scaling path, and stop if they differ. Costs four updates of arithmetic and two copies of the gradient."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """The update: its size in tokens is a promise, the rest is how it is cut up."""
+    """The update: its size in tokens is a promise; how it is split is not."""
 
-    tokens_per_update: int = 524_288
-    """Target tokens of one optimizer step, over all ranks. A whole number of blocks."""
-    micro_batch_size: int | Literal["auto"] = 4
-    """Blocks in one forward and backward, at most. A memory setting: the update does not depend on it. auto: as many as fit
-    into the device, by the plan and a real step."""
-    lanes: int = 64
-    """Document streams the data is dealt into, fixed for the run; at least the number of ranks."""
+    tokens_per_update: Annotated[int, AtLeast(1)] = 524_288
+    """Target tokens of one optimizer step, over all ranks: a whole number of blocks."""
+    micro_batch_size: Annotated[int | Literal["auto"], AtLeast(1)] = 4
+    """Blocks in one forward and backward, at most: memory and speed, never the update. auto: as many as fit into the device, by
+    the plan and one real step."""
+    lanes: Annotated[int, AtLeast(1)] = 64
+    """Streams that the documents are dealt into, at least as many as ranks. They decide the order of the data."""
     scaling: Scaling = "accumulate"
-    """accumulate: accelerator.accumulate() and accelerator.backward(). manual: the reference path, scaled by hand."""
+    """accumulate: accelerator.accumulate() and accelerator.backward(). manual: the reference path, which scales by hand."""
 
 
 @dataclass(frozen=True)
@@ -51,35 +74,33 @@ class DataConfig:
     """The text: a Hub dataset, local files, or Python's own standard library."""
 
     dataset: str = "HuggingFaceFW/fineweb-edu:sample-10BT"
-    """Hub dataset to stream, `user/name` or `user/name:configuration`, or `python-standard-library` for the interpreter's own
-    .py files."""
+    """`user/name` or `user/name:configuration` of a Hub dataset, or `python-standard-library`: the interpreter's .py files."""
     split: str = "train"
     """Split of the Hub dataset."""
     revision: str | None = None
-    """Commit, branch or tag of the Hub dataset."""
+    """Commit, branch or tag of the Hub dataset. Null: its main branch."""
     text_files: tuple[str, ...] = ()
-    """Local files or globs, or http:// and https:// addresses, which are streamed (.txt: a document per file; .jsonl,
-    .jsonl.gz, .jsonl.zst, .parquet: a document per row). When given they are used instead of `dataset`."""
+    """Local files, globs, or http:// and https:// addresses to stream; they take the place of `dataset`. .txt: one document per
+    file. .jsonl, .jsonl.gz, .jsonl.zst, .parquet: one per row."""
     text_column: str = "text"
     """Column that holds the document."""
-    sequence_length: int = 2048
+    sequence_length: Annotated[int, AtLeast(2)] = 2048
     """Target tokens of a block."""
     tokenizer: str | None = "gpt2"
-    """Hub name or local directory of a tokenizer. Null: that of model.init_from, or, where that is null too, train a
-    byte-level BPE of model.vocab_size tokens on the text."""
-    shuffle_window: int = 64
-    """Documents that a lane shuffles among themselves; shards are shuffled too."""
-    validation_one_in: int | None = 100
-    """Hold out one document in this many, chosen by hash, for validation. Null: none."""
-    retry_seconds: float = 600.0
-    """How long streamed text that cannot be read is tried again, with growing pauses, before the run saves itself and stops. At
-    most 1,200, since the other ranks wait for the one that tries."""
+    """Hub name or local directory of a tokenizer. Null: that of model.init_from; without one, train a byte-level BPE of
+    model.vocab_size tokens on the text."""
+    shuffle_window: Annotated[int, AtLeast(1)] = 64
+    """Documents that a lane shuffles among themselves, after the order of the shards."""
+    validation_one_in: Annotated[int | None, AtLeast(1)] = 100
+    """Hold out one document in this many for validation, chosen by a hash of its text. Null: none."""
+    retry_seconds: WaitSeconds = 600.0
+    """Try for this long, with growing pauses, to read streamed text again; then save the run and stop. At most 1,200."""
     cache_directory: str | None = None
-    """Trained tokenizers and memory-mapped copies of files. Null: cache/ in the run directory."""
+    """Directory of trained tokenizers and memory-mapped copies of files. Null: cache/ in the run directory."""
 
     @property
     def repository(self) -> str:
-        """The name of the Hub dataset, without its configuration."""
+        """`user/name` of the Hub dataset."""
         return self.dataset.partition(":")[0]
 
     @property
@@ -90,28 +111,29 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The GPT-2 shape. Everything that GPT2Config would otherwise choose for us is stated here."""
+    """The shape of the GPT-2. No field is left to a default of GPT2Config that is wrong for pre-training."""
 
     init_from: str | None = None
-    """Start from the weights of this GPT-2: a local directory or a Hub name. Its shape has to be the one stated here.
-    Null: start from nothing."""
-    n_layer: int = 12
+    """Start from the weights of this GPT-2: a local directory or a Hub name. Its config.json then decides n_layer, n_embd,
+    n_head, n_positions, layer_norm_epsilon, activation_function and vocab_size (rounded up to a multiple of 64), whatever is
+    set for them. Null: start from random weights."""
+    n_layer: Annotated[int, AtLeast(1)] = 12
     """Transformer blocks."""
-    n_embd: int = 768
+    n_embd: Annotated[int, AtLeast(1)] = 768
     """Width; the feed-forward layer is 4 times as wide."""
-    n_head: int = 12
-    """Attention heads; must divide n_embd."""
-    n_positions: int | None = None
+    n_head: Annotated[int, AtLeast(1)] = 12
+    """Attention heads; they divide n_embd."""
+    n_positions: Annotated[int | None, AtLeast(1)] = None
     """Learned positions. Null: as many as data.sequence_length."""
-    vocab_size: int = 50_304
+    vocab_size: Annotated[int, AtLeast(2)] = 50_304
     """Rows of the embedding: the tokenizer's tokens, padded to a multiple of 64 for speed. The padding has probability 0."""
-    dropout: float = 0.0
+    dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
     """Dropout of embeddings, attention and residuals."""
     activation_function: str = "gelu_pytorch_tanh"
-    """The same function as GPT-2's gelu_new, in one fused kernel."""
-    initializer_range: float = 0.02
+    """Function of the feed-forward layer. gelu_pytorch_tanh is GPT-2's gelu_new in one fused kernel."""
+    initializer_range: Annotated[float, Above(0)] = 0.02
     """Standard deviation of the initial weights; residual projections get this / sqrt(2 n_layer)."""
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: Annotated[float, Above(0)] = 1e-5
     """Added to the variance in layer normalisation."""
 
 
@@ -122,77 +144,77 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov and Hutter, 2019), or plain SGD, which hides no error in the gradient's scale."""
     state: Literal["fp32", "bf16"] = "fp32"
-    """fp32: parameters, gradients and moments in float32, 16 bytes per parameter. lean: all of them in bf16, rounded
-    stochastically (torchao), 8 bytes per parameter; adamw with precision bf16 only, and less exact."""
-    learning_rate: float = 6e-4
+    """Parameters, gradients and moments. fp32: float32, 16 bytes per parameter. bf16: rounded stochastically (torchao), 8 bytes
+    per parameter and less exact; it needs adamw and precision bf16."""
+    learning_rate: Annotated[float, Above(0)] = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
-    beta1: float = 0.9
+    beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
     """AdamW: decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, AtLeast(0), Below(1)] = 0.95
     """AdamW: decay of the second moment."""
-    epsilon: float = 1e-8
+    epsilon: Annotated[float, Above(0)] = 1e-8
     """AdamW: added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled for AdamW; on matrices and embeddings only."""
-    max_grad_norm: float | None = 1.0
+    weight_decay: Annotated[float, AtLeast(0)] = 0.1
+    """Decay of matrices and embeddings, and of nothing else; decoupled from the gradient in AdamW."""
+    max_grad_norm: Annotated[float | None, Above(0)] = 1.0
     """Clip the norm of the whole update's gradient to this. Null: do not clip."""
 
 
 @dataclass(frozen=True)
 class PerformanceConfig:
-    """How the step is computed: speed and memory. The update stays the same, to rounding."""
+    """How the update is computed: speed and memory. The update stays the same, up to rounding."""
 
     loss: Literal["auto", "plain", "chunked", "linear_cross_entropy", "liger"] = "auto"
     """plain: all logits of a micro-batch at once. chunked: some rows at a time, computed again in backward.
     linear_cross_entropy: torch's, some rows at a time, whose gradient is computed in forward; for fp32. liger: Liger's kernel,
     for CUDA. auto: what was measured to be the fastest of those that hold no logits."""
     matmul: Literal["auto", "torch", "onednn"] = "auto"
-    """Library of the linear layers' matrix products: torch's own choice, or on a CPU in float32 oneDNN. auto: oneDNN where the
-    CPU has AVX-512, unless the model is compiled."""
+    """Library of the linear layers' matrix products. torch: the one that torch takes. onednn: oneDNN, for float32 on a CPU.
+    auto: oneDNN if the CPU has AVX-512 and the model is not compiled."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Kernel of scaled_dot_product_attention; one that the device has not is an error. auto: torch chooses."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the model with torch.compile, in place: at most two graphs, one for each size of micro-batch. auto: on CUDA with
-    Triton, and not on a CPU."""
-    activation_checkpointing: int | None = None
-    """Keep only the input of every n-th transformer block, which is computed again in backward. 1: every block. Null: none."""
+    """Compile the model in place with torch.compile: at most two graphs, one for each size of micro-batch. auto: on CUDA with
+    Triton."""
+    activation_checkpointing: Annotated[int | None, AtLeast(1)] = None
+    """Keep only the input of every n-th transformer block, and compute it again in backward. 1: every block. Null: none."""
     tf32: bool = False
-    """Let CUDA round the inputs of float32 matrix products to TF32."""
+    """Let CUDA round the inputs of float32 matrix multiplications to TF32."""
     deterministic: bool = False
-    """Use only deterministic kernels: the same bits in every run on the same device, at some cost."""
+    """Use only deterministic kernels: the same bits in every run on the same device, at some cost in speed."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Length of the run and learning rate, both functions of the tokens seen."""
 
-    total_tokens: int | None = None
+    total_tokens: Annotated[int | None, AtLeast(1)] = None
     """Target tokens of the whole run, rounded up to whole updates. Null: tokens_per_parameter x parameters."""
-    tokens_per_parameter: float = 20.0
-    """Length of the run where total_tokens is null (20: Hoffmann et al., 2022)."""
-    warmup_tokens: int = 104_857_600
-    """Linear warm-up over this many tokens, 200 updates of 524,288."""
-    final_learning_rate_fraction: float = 0.1
-    """The cosine ends at this fraction of the peak."""
+    tokens_per_parameter: Annotated[float, Above(0)] = 20.0
+    """Length of the run if total_tokens is null (20: Hoffmann et al., 2022)."""
+    warmup_tokens: Annotated[int, AtLeast(0)] = 104_857_600
+    """Linear warm-up over this many tokens: 200 updates of 524,288."""
+    final_learning_rate_fraction: Annotated[float, AtLeast(0), AtMost(1)] = 0.1
+    """Fraction of the peak at which the cosine ends."""
 
 
 @dataclass(frozen=True)
 class StabilityConfig:
-    """What to do about updates that are not finite, and about spikes of the loss or the gradient."""
+    """Updates that are not finite, and spikes of the loss or the gradient norm."""
 
-    max_skipped_updates: int = 5
-    """Stop after this many updates in a row whose loss or gradient was not finite; each of them is skipped."""
+    max_skipped_updates: Annotated[int, AtLeast(1)] = 5
+    """Skip an update whose loss or gradient is not finite, and stop after this many in a row."""
     on_spike: Literal["continue", "stop", "rollback"] = "continue"
-    """continue: note it in the ledger. stop: end the run, with the checkpoints before it. rollback: return to the last
-    checkpoint and leave out the blocks that led to the spike."""
-    spike_window: int = 128
-    """A spike is told by comparison with this many updates before it."""
-    spike_score: float = 7.0
+    """continue: record the spike and go on. stop: end the run. rollback: return to the last checkpoint, and skip the batches
+    that led to the spike."""
+    spike_window: Annotated[int, AtLeast(4)] = 128
+    """Compare an update with this many before it."""
+    spike_score: Annotated[float, Above(0)] = 7.0
     """A spike is a loss or gradient norm this many robust standard deviations (1.4826 median absolute deviations) above the
-    window's median."""
-    rollback_updates: int = 4
-    """rollback: leave out the blocks of this many updates, that of the spike the last."""
-    max_rollbacks: int = 3
+    median of the window."""
+    rollback_updates: Annotated[int, AtLeast(1)] = 4
+    """rollback: skip the batches of this many updates, the last of which is that of the spike."""
+    max_rollbacks: Annotated[int, AtLeast(1)] = 3
     """rollback: stop after this many returns to the same checkpoint."""
 
 
@@ -200,68 +222,68 @@ class StabilityConfig:
 class EvaluationConfig:
     """Validation loss, in nats per token and bits per byte, and samples."""
 
-    every_tokens: int = 262_144_000
-    """Evaluate whenever this many more tokens have been seen, and before and after the run."""
-    tokens: int = 131_072
+    every_tokens: Annotated[int, AtLeast(1)] = 262_144_000
+    """Evaluate after each this many tokens, and before and after the run."""
+    tokens: Annotated[int, AtLeast(1)] = 131_072
     """Size of a validation set, rounded up to whole documents."""
     sets: dict[str, str] = field(default_factory=dict)
-    """Validation sets of your own beside the held-out documents: a name for each, and its file, glob or address. They are
-    read as data.text_files are, and not held out of them."""
+    """Your own validation sets beside the held-out documents, as NAME: text files. Each is a file, glob or address, read like
+    those of data.text_files, and not held out of them."""
     prompts: tuple[str, ...] = ("",)
-    """Texts that samples continue, one sample each, at each evaluation after the start. Empty text: a new document."""
-    sample_tokens: int | None = 128
-    """Length of a sample. Null: no samples."""
+    """Texts to continue at each evaluation after the start, one sample for each. Empty text: start a new document."""
+    sample_tokens: Annotated[int | None, AtLeast(1)] = 128
+    """Tokens of a sample. Null: no samples."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the whole state is saved, and how much of it is kept."""
+    """When to save the whole state, and how many checkpoints to keep."""
 
-    every_tokens: int | None = 524_288_000
-    """Save whenever this many more tokens have been seen, and at the end. Null: not by tokens."""
-    every_minutes: float | None = 30.0
-    """Save whenever this many minutes have passed since the last one. Null: not by time."""
-    keep: int = 3
+    every_tokens: Annotated[int | None, AtLeast(1)] = 524_288_000
+    """Save after each this many tokens, and at the end. Null: not by tokens."""
+    every_minutes: Annotated[float | None, Above(0)] = 30.0
+    """Save this many minutes after the last checkpoint. Null: not by time."""
+    keep: Annotated[int, AtLeast(1)] = 3
     """Newest checkpoints to keep."""
-    keep_every_tokens: int | None = None
-    """Never remove those at multiples of this many tokens. Null: none."""
+    keep_every_tokens: Annotated[int | None, AtLeast(1)] = None
+    """Keep those at multiples of this many tokens for ever. Null: none."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where the ledger's values go besides ledger.jsonl."""
+    """Where the numbers of the ledger go besides ledger.jsonl."""
 
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Trackers of accelerate that receive the same values."""
+    """Trackers, started through accelerate."""
 
 
 @dataclass(frozen=True)
 class PushConfig:
-    """What goes to the Hub, and where. The login is that of HF_TOKEN or `hf auth login`; there is no setting for a token."""
+    """What to push to the Hub, and where. The login is that of HF_TOKEN or `hf auth login`; no setting takes a token."""
 
     repo_id: str | None = None
-    """Model repository `user/name`, made where there is none. Null: nothing is pushed."""
+    """Model repository `user/name`, created if there is none. Null: push nothing."""
     private: bool = True
-    """Make the repository private, and refuse one that is public."""
+    """Create the repository as a private one, and refuse one that is public."""
     revisions: bool = True
     """Tag each pushed checkpoint `step-N`, so that it stays when main moves on."""
     training_state: bool = False
-    """Push what resuming needs with each checkpoint: about three times the size."""
+    """Push with each checkpoint what resuming needs: about three times the size."""
 
 
 @dataclass(frozen=True)
 class HubConfig(PushConfig):
-    """Checkpoints and the finished model, pushed to the Hub in the background."""
+    """Push checkpoints and the finished model to the Hub in the background."""
 
-    every_tokens: int | None = None
-    """Push the next checkpoint whenever this many more tokens have been seen. Null: every checkpoint."""
-    wait_seconds: float = 600.0
-    """How long the end of the run waits for what is not pushed yet."""
+    every_tokens: Annotated[int | None, AtLeast(1)] = None
+    """Push the first checkpoint after each this many tokens. Null: every checkpoint."""
+    wait_seconds: WaitSeconds = 600.0
+    """At the end of the run, wait this long for what is not pushed yet. At most 1,200."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run of the recipe."""
+    """The settings of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -276,11 +298,11 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
-    """Arithmetic of the matrix products: bf16 autocast over fp32 parameters, or fp32. auto: what the device is good at."""
+    """Precision of the matrix products. bf16: autocast over fp32 parameters. auto: the one that is fast on the device."""
 
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of the run directory that verifies, if there is one. fresh: start again, and
-    move what is there to previous/. Otherwise a checkpoint: its path, or hf://user/name@revision."""
+    """auto: go on from the newest checkpoint of the run directory that verifies, if there is one. fresh: start again, and move
+    the files of the earlier run to previous/. Otherwise go on from a checkpoint: its path, or hf://user/name@revision."""
 
     @property
     def n_positions(self) -> int:
@@ -289,7 +311,7 @@ class Config:
 
     @property
     def cache_directory(self) -> Path:
-        """Where trained tokenizers and memory-mapped copies of local files are kept."""
+        """Directory of trained tokenizers and memory-mapped copies of local files."""
         return Path(self.data.cache_directory or Path(self.run.directory) / "cache")
 
 
@@ -301,12 +323,18 @@ def value_of(config: Any, name: str) -> Any:
 
 
 def flat_fields(config_class: type) -> list[tuple[str, Any]]:
-    """(dotted name, dataclass field) of every value of a configuration class."""
+    """(dotted name, type) of every value of a configuration class; bounds are in the metadata of the type."""
+    types = get_type_hints(config_class, include_extras=True)
     names: list[tuple[str, Any]] = []
     for f in fields(config_class):
-        section = f.default_factory if isinstance(f.default_factory, type) else None
-        if section is not None and is_dataclass(section):
-            names += [(f"{f.name}.{name}", inner) for name, inner in flat_fields(section)]
+        if is_dataclass(types[f.name]):
+            names += [(f"{f.name}.{name}", inner) for name, inner in flat_fields(types[f.name])]
         else:
-            names.append((f.name, f))
+            names.append((f.name, types[f.name]))
     return names
+
+
+def flat_settings(config: Any) -> dict[str, Any]:
+    """Dotted names to values as JSON and YAML give them back: a tuple is a list."""
+    values = {name: value_of(config, name) for name, _ in flat_fields(type(config))}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Which files are text that can be trained on. Imports no torch."""
+"""The files that text is read from. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TEXT_FILE_FORMATS = {
 
 
 def is_remote(path: str) -> bool:
-    """True for an address, which is streamed."""
+    """True for an address: it is streamed."""
     return path.startswith(("http://", "https://"))
 
 
 def text_file_format(path: str) -> str | None:
-    """The `datasets` builder for a file's name or address, or None: {.txt: text, .jsonl[.gz|.zst]: json, .parquet: parquet}."""
+    """The `datasets` builder for a file's name or address; None if its ending is not in `TEXT_FILE_FORMATS`."""
     name = path.partition("?")[0] if is_remote(path) else path
     return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if name.endswith(ending)), None)
 
 
 def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files") -> list[str]:
-    """Sorted paths and addresses that `patterns`, the value of `setting`, name, all of one format; a local one may be a glob.
+    """Sorted paths and addresses that match `patterns` (files, globs, addresses), the value of `setting`; all of one format.
 
     Raises:
-        RecipeError: a pattern that matches nothing, a file of an unknown format, or files of two formats.
+        RecipeError: a pattern that matches nothing, a file of an unknown format, files of two formats, or only empty ones.
     """
     paths: list[str] = []
     for pattern in patterns:

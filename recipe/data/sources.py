@@ -8,15 +8,13 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from recipe.config.settings import STANDARD_LIBRARY, Config
+from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
 from recipe.config.text_files import expand_text_files, is_remote, text_file_format
 from recipe.data.documents import Source, hash_number, reason_of
 from recipe.errors import RecipeError
 
 # A local file that cannot be split is copied into this many shards per lane, so that shard order shuffles something.
 SHARDS_PER_LANE = 16
-# One standard-library file in this many is held out, whatever data.validation_one_in says for other sources.
-STANDARD_LIBRARY_VALIDATION_ONE_IN = 50
 # Local files are streamed in place if the largest lane holds at most this many times the bytes of the smallest.
 LARGEST_LANE_RATIO = 2
 _NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

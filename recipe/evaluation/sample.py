@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from recipe.config.settings import AtLeast
 
 
 @dataclass(frozen=True)
@@ -12,13 +14,13 @@ class GenerateConfig:
 
     prompt: str = ""
     """Text to continue. Empty: start a new document."""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, AtLeast(1)] = 128
     """Tokens to generate at most."""
-    temperature: float = 0.8
+    temperature: Annotated[float, AtLeast(0)] = 0.8
     """0 takes the most likely token each time."""
-    top_k: int = 50
+    top_k: Annotated[int, AtLeast(0)] = 50
     """Sample among this many most likely tokens."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     """Seed of the sampling."""
 
 

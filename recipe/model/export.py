@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipe.config.init_from import check_model_name
 from recipe.errors import RecipeError
 from recipe.run.directory import new_directory
 
@@ -89,19 +90,6 @@ def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
             assert source.dtype == parameter.dtype, f"{parameter_name} is {source.dtype}"
             parameter[rows:] = 0
             parameter[:rows] = source
-
-
-def check_model_name(name: str) -> None:
-    """Answer a mistyped directory before the Hub is asked for it.
-
-    Raises:
-        RecipeError: it can be no Hub name, and is no model directory.
-    """
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name, "config.json").is_file():
-        raise RecipeError(
-            f"{name!r} is not a model directory: no config.json in it; give RUN/final or a Hub name user/model"
-        )
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:

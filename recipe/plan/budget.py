@@ -1,6 +1,6 @@
-"""The token budget: how one update of a fixed number of tokens is cut into ranks and micro-batches.
+"""The token budget: how an update of a fixed number of tokens is split into ranks and micro-batches.
 
-Pure arithmetic; imports no torch. Everything that counts blocks, lanes, ranks or micro-batches asks an `UpdatePlan`.
+Pure arithmetic; imports no torch. Whoever counts blocks, lanes, ranks or micro-batches asks an `UpdatePlan`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class UpdatePlan:
     start at l x blocks_per_lane. A rank owns a contiguous share of the lanes, so also of the blocks.
 
     Raises:
-        RecipeError: a division that the contract forbids to round, with the nearest values that would do.
+        RecipeError: a division would leave a remainder; the message has the nearest valid values.
     """
 
     tokens_per_update: int
@@ -31,19 +31,15 @@ class UpdatePlan:
     def __post_init__(self) -> None:
         tokens, length, lanes = self.tokens_per_update, self.sequence_length, self.lanes
         if tokens % length:
-            below, above = tokens // length * length, (tokens // length + 1) * length
-            nearest = f"{below:,} or {above:,}" if below else f"{above:,}"
             raise RecipeError(
                 f"batch.tokens_per_update = {tokens:,} is {tokens / length:.2f} blocks of {length:,} tokens, "
-                f"and must be a whole number of them: the nearest valid values are {nearest}"
+                f"and must be a whole number of them: the nearest valid values are {_nearest(tokens, length)}"
             )
         blocks = tokens // length
         if blocks % lanes:
-            below, above = blocks // lanes * lanes * length, (blocks // lanes + 1) * lanes * length
-            nearest = f"{below:,} or {above:,}" if below else f"{above:,}"
             raise RecipeError(
                 f"batch.lanes = {lanes} does not divide the {blocks} blocks of an update: choose lanes among "
-                f"{_divisors(blocks)}, or batch.tokens_per_update = {nearest}"
+                f"{_divisors(blocks)}, or batch.tokens_per_update = {_nearest(tokens, lanes * length)}"
             )
         if self.world_size > lanes:
             enough = [divisor for divisor in _divisors(blocks) if divisor >= self.world_size]
@@ -68,7 +64,7 @@ class UpdatePlan:
         return self.blocks_per_update // self.lanes
 
     def lanes_of_rank(self, rank: int) -> range:
-        """The contiguous share of the lanes that `rank` owns; shares differ by one lane at most."""
+        """The contiguous share of the lanes that `rank` owns; shares differ by at most one lane."""
         return range(rank * self.lanes // self.world_size, (rank + 1) * self.lanes // self.world_size)
 
     def blocks_of_rank(self, rank: int) -> range:
@@ -88,17 +84,17 @@ class UpdatePlan:
 
     @property
     def largest_micro_batch(self) -> int:
-        """Blocks of the largest micro-batch there is: a share of 8 in micro-batches of at most 7 is cut into 4 and 4."""
+        """Blocks of the largest micro-batch: a share of 8 in micro-batches of at most 7 is split into 4 and 4."""
         return -(-self.largest_share // self.gradient_accumulation_steps)
 
     def micro_batches(self, rank: int) -> list[range]:
-        """The blocks of each micro-batch of `rank`: `gradient_accumulation_steps` ranges, sizes within one of each other.
+        """The blocks of each micro-batch of `rank`: `gradient_accumulation_steps` ranges, whose sizes differ by at most one.
 
-        A range may be empty, where a rank has fewer blocks than steps; it is then run as one fully masked row.
+        If a rank has fewer blocks than steps, some ranges are empty: those micro-batches are one fully masked row.
         """
         share, steps = self.blocks_of_rank(rank), self.gradient_accumulation_steps
-        cuts = [share.start + len(share) * step // steps for step in range(steps + 1)]
-        return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
+        bounds = [share.start + len(share) * step // steps for step in range(steps + 1)]
+        return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     @property
     def division(self) -> str:
@@ -111,6 +107,12 @@ class UpdatePlan:
                 f"{self.tokens_per_update:,} / ({self.micro_batch_size} x {self.sequence_length:,} x {ranks}) = {steps}"
             )
         return f"ceil({self.largest_share} blocks of the largest share / {self.micro_batch_size}) = {steps}"
+
+
+def _nearest(number: int, divisor: int) -> str:
+    """The multiples of `divisor` below and above `number`."""
+    below, above = number // divisor * divisor, (number // divisor + 1) * divisor
+    return f"{below:,} or {above:,}" if below else f"{above:,}"
 
 
 def _divisors(number: int) -> list[int]:

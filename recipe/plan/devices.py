@@ -1,4 +1,4 @@
-"""The devices people train on: memory and peak. Imports no torch."""
+"""The devices that people train on: memory and peak. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ from recipe.errors import RecipeError
 
 @dataclass(frozen=True)
 class Device:
-    """One device of a machine.
-
-    Args:
-        name: as `--device` takes it.
-        type: as torch calls it.
-        memory_bytes: None for a CPU, whose memory is the machine's.
-        bf16_flops: dense peak in FLOP/s; None where it is not known.
-    """
+    """A device, as `--device` names it."""
 
     name: str
-    type: str
-    memory_bytes: int | None
-    bf16_flops: float | None
+    type: str  # torch's: cpu, cuda
+    memory_bytes: int | None  # None: a CPU, whose memory is the machine's
+    bf16_flops: float | None  # dense peak in FLOP/s; None: not known
 
 
-# Part of torch's name for the device, the most specific first; name here, memory in GB, dense bf16 peak in TFLOP/s, without
-# sparsity and with float32 accumulation. The vendor's data sheets: a GB there is 10^9 bytes at least.
+# Part of torch's name for the device, the most specific first; name here; memory in GB (at least 10^9 bytes); dense bf16 peak
+# in TFLOP/s, without sparsity and with float32 accumulation. From the vendor's data sheets.
 _GPUS = (
     ("H100 PCIe", "h100-pcie", 80, 756),
     ("H100 NVL", "h100-nvl", 94, 835),
@@ -59,5 +52,5 @@ def find_device(name: str) -> Device:
 
 
 def bf16_peak_flops(cuda_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of the device that torch calls `cuda_name`; None where it is not known."""
+    """Dense bf16 peak in FLOP/s of the device that torch calls `cuda_name`; None if it is not known."""
     return next((DEVICES[name].bf16_flops for part, name, *_ in _GPUS if part in cuda_name), None)

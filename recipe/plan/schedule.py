@@ -1,4 +1,4 @@
-"""What happens when, as functions of tokens. Imports no torch, and knows nothing of ranks."""
+"""Learning rate and times as functions of tokens, never of ranks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def total_updates(schedule: ScheduleConfig, parameters: int, tokens_per_update: 
 
 
 def learning_rate(tokens: int, total_tokens: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Learning rate of the update after which `tokens` target tokens have been seen.
+    """Learning rate of the update that ends at `tokens` target tokens.
 
-    Linear from 0 at 0 tokens to the peak at `warmup_tokens`, then half a cosine to
+    It rises linearly from 0 to the peak at `warmup_tokens`, then falls as half a cosine to
     `final_learning_rate_fraction` x peak at `total_tokens`.
     """
     peak, floor = optimizer.learning_rate, optimizer.learning_rate * schedule.final_learning_rate_fraction
@@ -29,5 +29,5 @@ def learning_rate(tokens: int, total_tokens: int, optimizer: OptimizerConfig, sc
 
 
 def crosses(tokens_before: int, tokens_after: int, every_tokens: int) -> bool:
-    """True where a multiple of `every_tokens` lies in (tokens_before, tokens_after]."""
+    """True if a multiple of `every_tokens` lies in (tokens_before, tokens_after]."""
     return tokens_after // every_tokens > tokens_before // every_tokens

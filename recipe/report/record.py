@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import HELD_OUT, Config, flat_fields
+from recipe.config.command_line import read_config
+from recipe.config.settings import HELD_OUT, Config
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.run_plan import RunPlan, make_plan
@@ -147,7 +147,7 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     updates = _numbers(pd.DataFrame([line for line in lines if line["update"] <= last]))
     if not (updates["update"] > 0).any():
         raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
-    config = _read_config(directory / "config.yaml")
+    config = read_config(directory / "config.yaml")
     numbers = updates[["world_size", "micro_batch_size"]].iloc[-1].fillna(1).clip(lower=1).astype(int)
     record = Record(
         directory=directory,
@@ -174,25 +174,6 @@ def _numbers(ledger: pd.DataFrame) -> pd.DataFrame:
     numbers = numbers.astype(float).replace([np.inf, -np.inf], np.nan)
     seconds = numbers["update_seconds"]
     return numbers.assign(hours=seconds.fillna(0).cumsum() / 3600, data_wait=numbers["data_wait_seconds"] / seconds)
-
-
-def _read_config(path: Path) -> Config:
-    """The settings of a run; what is no setting of this version is left out."""
-    import yaml
-
-    known = {name for name, _ in flat_fields(Config)}
-    kept: dict[str, Any] = {}
-    try:
-        for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-            if isinstance(value, dict):
-                kept[name] = {inner: value[inner] for inner in value if f"{name}.{inner}" in known}
-            elif name in known:
-                kept[name] = value
-    except (ValueError, AttributeError, yaml.YAMLError):
-        raise RecipeError(f"{path} holds no settings of a run") from None
-    config, _ = parse(make_parser(Config, str(path), ""), Config, ["--config", yaml.safe_dump(kept)])
-    assert isinstance(config, Config)
-    return config
 
 
 def thin(values: pd.Series, buckets: int) -> pd.Index:

@@ -12,8 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from recipe.config.command_line import as_dictionary
-from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config
-from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN
+from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
 from recipe.format import duration, event_name, event_text, percent, short_count, size_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
 

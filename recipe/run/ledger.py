@@ -12,8 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from recipe.config.command_line import flat_dictionary
-from recipe.config.settings import Config
+from recipe.config.settings import Config, flat_settings
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
 
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
@@ -166,7 +165,8 @@ def start_trackers(config: Config, accelerator: Any, update: int) -> None:
         "wandb": {"name": name},
     }
     with redirect_stdout(io.StringIO()):  # trackio's words, in colours even in a pipe
-        accelerator.init_trackers(TRACKER_PROJECT, config=flat_dictionary(config), init_kwargs=options)
+        plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in flat_settings(config).items()}
+        accelerator.init_trackers(TRACKER_PROJECT, config=plain, init_kwargs=options)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
