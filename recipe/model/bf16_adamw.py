@@ -7,11 +7,10 @@ itself is computed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torchao.optim import _AdamW
-
-from recipe.model.optimizer import seed_rounding
 
 
 class Bf16AdamW(_AdamW):
@@ -21,16 +20,16 @@ class Bf16AdamW(_AdamW):
 
     Args:
         parameters: as for any torch optimizer; in bf16.
-        seed: of the rounding.
+        seed_rounding: called with the steps taken, before each.
         options: as of `torch.optim.AdamW`.
     """
 
-    def __init__(self, parameters: Any, *, seed: int, **options: Any) -> None:
+    def __init__(self, parameters: Any, *, seed_rounding: Callable[[int], None], **options: Any) -> None:
         super().__init__(parameters, bf16_stochastic_round=True, **options)
-        self.seed = seed
+        self.seed_rounding = seed_rounding
 
     def step(self, closure: Any = None) -> Any:
         """One step; leaves torch's random generators in another state."""
         steps = next((int(state["step"]) for state in self.state.values()), 0)  # kept on the CPU
-        seed_rounding(self.seed, steps)
+        self.seed_rounding(steps)
         return super().step(closure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -41,7 +42,7 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0)
     if optimizer.state == "bf16":
         from recipe.model.bf16_adamw import Bf16AdamW
 
-        return Bf16AdamW(groups, seed=seed, **options)
+        return Bf16AdamW(groups, seed_rounding=partial(seed_rounding, seed), **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
