@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from recipe.run.launch import device_type
 
 from benchmarks.gpu_deadline import OutOfTime, deadline
 from benchmarks.gpu_limits import measure_limits
@@ -30,7 +31,6 @@ from recipe.errors import RecipeError, run_command
 from recipe.model.kernels import check_compiler
 from recipe.plan.run_plan import make_plan
 from recipe.run.environment import utc_now
-from recipe.run.launch import device_type
 from recipe.run.ledger import peak_flops
 from recipe.step.parity import TOLERANCE, relative_difference
 from recipe.step.update import is_out_of_memory

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recipe.run.launch import start_accelerator
 from torch import Tensor
 
 from recipe.config.checks import validate
@@ -28,7 +29,6 @@ from recipe.model.kernels import compile_model, set_kernels
 from recipe.plan.memory import choose_loss, estimate_memory
 from recipe.plan.run_plan import make_plan
 from recipe.plan.schedule import learning_rate
-from recipe.run.launch import start_accelerator
 from recipe.run.ledger import peak_memory_bytes
 from recipe.step.update import MicroBatch, accumulate_gradient, run_update
 

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from recipe.run.launch import start_accelerator
 from torch import Tensor
 
 from benchmarks.measure import circumstances, table, write_result
@@ -25,7 +26,6 @@ from recipe.plan.budget import UpdatePlan
 from recipe.report.charts import library, theme
 from recipe.report.record import Record, read_record
 from recipe.run.environment import describe_machine
-from recipe.run.launch import start_accelerator
 from recipe.step.update import MicroBatch, accumulate_gradient
 
 # The second seed shows how far two runs are apart that differ in nothing that matters.

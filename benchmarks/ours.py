@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from recipe.run.launch import announced_world_size, start_accelerator, warm_up_ddp
 
 from benchmarks.savers import Ours
 from benchmarks.worker import Setting, Turns
@@ -23,7 +24,6 @@ from recipe.plan.memory import choose_loss
 from recipe.plan.run_plan import make_plan
 from recipe.plan.schedule import learning_rate
 from recipe.run.console import Console
-from recipe.run.launch import announced_world_size, start_accelerator, warm_up_ddp
 from recipe.run.ledger import Ledger, entry_of
 from recipe.run.stop import StopRequest
 from recipe.step.micro_batches import MicroBatches

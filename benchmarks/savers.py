@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from recipe.run.launch import start_accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -22,7 +23,6 @@ from recipe.hub.background import Pusher
 from recipe.model.gpt2 import build_model, build_optimizer
 from recipe.plan.run_plan import make_plan
 from recipe.run.console import Console
-from recipe.run.launch import start_accelerator
 from recipe.run.ledger import Ledger, gather_hash
 from recipe.step.update import run_update
 

@@ -208,9 +208,10 @@ def main() -> None:
 
 
 def _machine() -> dict[str, Any]:
+    from recipe.run.launch import start_accelerator
+
     from recipe.config.command_line import load_config
     from recipe.run.environment import describe_machine
-    from recipe.run.launch import start_accelerator
 
     config = load_config(["--config", "configs/quickstart.yaml"])
     return describe_machine(start_accelerator(config, "fp32"), "fp32", None)

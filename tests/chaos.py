@@ -17,8 +17,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from recipe.checkpoint.files import list_checkpoints, why_invalid
-from tests.helpers import TINY, read_ledger_lines, start_ranks, write_texts
+from recipe.checkpoint.files import why_invalid
+from recipe.run.directory import list_checkpoints
+from tests.helpers import FAULTY, SCRIPT, TINY, assert_same_run, read_ledger, start_ranks, write_texts
 
 RANKS = 2
 UPDATES_BETWEEN = 20  # interruptions, at most
@@ -89,25 +90,23 @@ def chaos(interruptions: int, seed: int, root: Path) -> Counter[str]:
     Raises:
         AssertionError: something was lost.
     """
-    from tests.checkpoint.test_resume import assert_same_run
-
     chance, happened = random.Random(seed), Counter[str]()
     updates = UPDATES_PER_INTERRUPTION * (interruptions + 1)
     write_texts(root / "texts", count=16, largest=1200)
-    whole = start_ranks(RANKS, ["recipe/train.py", *arguments(root / "whole", updates)])
+    whole = start_ranks(RANKS, [SCRIPT, *arguments(root / "whole", updates)], fork=False)
     assert finish(whole, timeout=600) == [0] * RANKS
-    command = ["tests/support/faulty_train.py", "slow_checkpoint_writer", *arguments(root / "chaos", updates)]
+    command = [FAULTY, "slow_checkpoint_writer", *arguments(root / "chaos", updates)]
     for number in range(interruptions):
-        processes = start_ranks(RANKS, command, PYTHONUNBUFFERED="1")
+        processes = start_ranks(RANKS, command, fork=False, PYTHONUNBUFFERED="1")
         how = interrupt(processes, root / "chaos/ledger.jsonl", chance)
         codes = finish(processes)
         assert codes[0] != 0, "the run was over before all interruptions: raise UPDATES_PER_INTERRUPTION"
-        cut = len(list((root / "chaos/checkpoints").glob(".tmp-*")))
+        half_written = len(list((root / "chaos/checkpoints").glob(".tmp-*")))
         happened.update([how, damage(root / "chaos", chance)])
-        happened["killed while a checkpoint was being written"] += cut > 0
-        done = [line["update"] for line in read_ledger_lines(root / "chaos")]
+        happened["killed while a checkpoint was being written"] += half_written > 0
+        done = [line["update"] for line in read_ledger(root / "chaos")]
         print(f"{number + 1:>3} {how:<25} exit {codes}, {done[-1] if done else 0} of {updates} updates", flush=True)
-    last = start_ranks(RANKS, command)
+    last = start_ranks(RANKS, command, fork=False)
     assert finish(last, timeout=600) == [0] * RANKS
     assert_same_run(root / "whole", root / "chaos")
     return happened

@@ -1,20 +1,26 @@
-"""What several test modules need: real text, tiny settings, and real processes."""
+"""What tests share: real text, tiny settings, real processes, and what a run has written."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 from recipe.data.sources import standard_library_files
+from recipe.run.ledger import EVENTS, LEDGER
+from tests.support.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+SCRIPT = "recipe/train.py"
+FAULTY = "tests/support/faulty_train.py"
 
 # A model that trains in seconds; everything else is the quickstart's.
 TINY = [
@@ -24,6 +30,11 @@ TINY = [
     *["--schedule.total_tokens", "61440", "--schedule.warmup_tokens", "7680"],
     *["--data.validation_one_in", "null", "--evaluation.sample_tokens", "8"],
 ]
+# Columns of the ledger that are not the same twice.
+TIMES = ("update_seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
+
+
+# ---- Text --------------------------------------------------------------------------------------------------------------
 
 
 def write_texts(directory: Path, count: int = 24, largest: int = 6000) -> list[str]:
@@ -38,83 +49,179 @@ def write_texts(directory: Path, count: int = 24, largest: int = 6000) -> list[s
     return texts
 
 
+# ---- Processes ---------------------------------------------------------------------------------------------------------
+
+
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without a launcher's variables, one thread for each process, no network."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_", "TORCHELASTIC_")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    dropped = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_",
+        "TORCHELASTIC_",
+        "PYTEST_",
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
 
 
+@cache
+def fork_server() -> ForkServer:
+    """The one of this process and its tests."""
+    return ForkServer(environment())
+
+
+# Options before `**more`, which are variables of the environment, are Any: mypy takes a dictionary of strings for all of them.
+
+
+def start(
+    command: Sequence[str], *, cwd: Any = ROOT, fork: Any = True, stdout: Any = PIPE, stderr: Any = PIPE, **more: str
+) -> subprocess.Popen[str]:
+    """Start a command; its output can be read line by line. `fork`: by the fork server, if it can run it."""
+    options = {"cwd": cwd, "env": environment(**more), "stdout": stdout, "stderr": stderr}
+    if fork and fork_server().can_run(command, options["env"]):
+        return ForkedProcess(fork_server(), command, **options)
+    return subprocess.Popen(command, text=True, **options)
+
+
 def run(
-    command: Sequence[str], *, timeout: float = 240, cwd: Path = ROOT, **more: str
+    command: Sequence[str], *, timeout: Any = 240, cwd: Any = ROOT, fork: Any = True, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with its output as text."""
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    with start(command, cwd=cwd, fork=fork, **more) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def run_and_time(command: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], float]:
-    """`run`, and the seconds of processor time that it took: the machine may be busy with something else."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run(command)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def train(
-    *arguments: str, script: Sequence[str] = ("recipe/train.py",), **more: str
-) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, script: Any = (SCRIPT,), fork: Any = True, **more: str) -> subprocess.CompletedProcess[str]:
     """`python recipe/train.py ...` in one process."""
-    return run([sys.executable, *script, *arguments], timeout=240, cwd=ROOT, **more)
+    return run([sys.executable, *script, *arguments], fork=fork, **more)
+
+
+def start_training(*arguments: str, script: Any = (SCRIPT,), fork: Any = True, **more: str) -> subprocess.Popen[str]:
+    """`train` in the background."""
+    return start([sys.executable, *script, *arguments], fork=fork, PYTHONUNBUFFERED="1", **more)
 
 
 def start_ranks(
-    world_size: int,
-    command: Sequence[str],
-    stderr: int = subprocess.STDOUT,
-    stdout: int = subprocess.PIPE,
-    /,
-    **more: str,
+    world_size: int, command: Sequence[str], *, fork: Any = True, stdout: Any = PIPE, stderr: Any = STDOUT, **more: str
 ) -> list[subprocess.Popen[str]]:
     """Start `python command` in `world_size` processes that form a gloo group; rank 0 first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
+    port, processes = str(free_port()), []
     for rank in range(world_size):
         group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment(**(group if world_size > 1 else {}), **more),
-                stdout=stdout,
-                stderr=stderr,
-                text=True,
-            )
-        )
+        variables = {**(group if world_size > 1 else {}), **more}
+        processes.append(start([sys.executable, *command], fork=fork, stdout=stdout, stderr=stderr, **variables))
     return processes
 
 
-def run_ranks(world_size: int, command: Sequence[str], timeout: float = 240) -> None:
-    """Run `python command` in `world_size` processes to their end; all of them have to succeed."""
-    processes = start_ranks(world_size, command)
+def end_of(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> tuple[list[int], str, str]:
+    """(exit codes, all on stdout, all on stderr) of processes that end by themselves."""
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {world_size} ended with {process.returncode}:\n{output}"
+    output, errors = ("".join(texts) for texts in zip(*[(out, err or "") for out, err in outputs], strict=True))
+    return [process.returncode for process in processes], output, errors
+
+
+def run_ranks(world_size: int, command: Sequence[str], *, fork: Any = True, **more: str) -> str:
+    """Run `python command` in `world_size` processes to their end; all of them have to succeed. Returns their output."""
+    codes, output, _ = end_of(start_ranks(world_size, command, fork=fork, **more))
+    assert codes == [0] * world_size, output
+    return output
+
+
+def launcher(ranks: int) -> list[str]:
+    """One rank as a plain script, two as README says it, three with torchrun."""
+    if ranks == 1:
+        return [sys.executable, SCRIPT]
+    if ranks == 2:
+        return [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_2.yaml", SCRIPT]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *rendezvous, SCRIPT]
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    """Read its output up to a line with these words."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"{words!r} was never printed: {process.communicate()}")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], words: Sequence[str]) -> None:
+    """A user's mistake: exit code 2, one line with these words, and no traceback."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+# ---- What a run has written --------------------------------------------------------------------------------------------
 
 
 def read_ledger(run_directory: Path) -> list[dict[str, Any]]:
-    """The entries of a run's ledger, one for each update; events are left out."""
-    return [line for line in read_ledger_lines(run_directory) if "event" not in line]
+    """The updates of a run, from 1 on."""
+    return [line for line in _lines_of(run_directory / LEDGER) if line["update"] > 0]
 
 
-def read_ledger_lines(run_directory: Path) -> list[dict[str, Any]]:
-    """Every line of a run's ledger."""
-    return [json.loads(line) for line in (run_directory / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_events(run_directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run, or those of one kind."""
+    return [line for line in _lines_of(run_directory / EVENTS) if kind in (None, line["event"])]
+
+
+def _lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tensors_of(run_directory: Path) -> dict[str, Any]:
+    """Weights and optimizer state of a run's last checkpoint."""
+    from safetensors.torch import load_file
+
+    from recipe.run.directory import list_checkpoints
+
+    checkpoint = list_checkpoints(run_directory / "checkpoints")[0]
+    files = [checkpoint / "model.safetensors", *(checkpoint / "training").glob("*.safetensors")]
+    assert len(files) == 2
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def assert_same_run(whole: Path, other: Path, without_validation_of: int = 0) -> None:
+    """Bit for bit: the ledger except times, weights, optimizer state, and the finished model.
+
+    Of the update `without_validation_of` the other has no validation.
+    """
+
+    def timeless(directory: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k not in TIMES} for line in _lines_of(directory / LEDGER)]
+
+    expected, found = timeless(whole), timeless(other)
+    for line in expected:
+        if line["update"] == without_validation_of > 0:
+            line |= {name: None for name in line if name.startswith("validation/")}
+    assert found == expected
+    tensors, others = tensors_of(whole), tensors_of(other)
+    assert set(others) == set(tensors)
+    assert len(tensors) > 60
+    for name, tensor in tensors.items():
+        assert others[name].equal(tensor), name
+    assert (other / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()

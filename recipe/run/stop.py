@@ -17,6 +17,9 @@ from recipe.errors import RecipeError
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 REPEAT_SECONDS = 1.0
 _ERROR = 1000  # beyond any signal's number; the rest is an exit code
+# Until the process ends: the destructor of a process group waits for its threads while it holds the interpreter, and they may
+# want it, to let go of a last tensor. Now and then a rank whose work was done hung, when train() returned.
+_PROCESS_GROUPS: list[Any] = []
 
 
 class Stopped(Exception):
@@ -65,6 +68,7 @@ class StopRequest:
             import torch
 
             self._group = torch.distributed.new_group(backend="gloo")
+            _PROCESS_GROUPS.extend([torch.distributed.group.WORLD, self._group])
 
     def agree(self) -> None:
         """Agree with the other ranks whether to abandon what is open. Collective: each rank calls it once per update.

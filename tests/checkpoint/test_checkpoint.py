@@ -6,68 +6,35 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import recipe.checkpoint.files as checkpoint
-from benchmarks.checkpoint import QUICK
-from benchmarks.savers import Ours, Training
-from recipe.checkpoint.files import (
-    MANIFEST,
-    STATE,
-    TrainingState,
-    list_checkpoints,
-    load_checkpoint,
-    read_state,
-    take_snapshot,
-    why_invalid,
-    write_checkpoint,
+from recipe.checkpoint.files import MANIFEST, STATE, load_checkpoint, read_state, take_snapshot, why_invalid
+from recipe.checkpoint.saver import CheckpointSaver
+from recipe.config.settings import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
 )
-from recipe.checkpoint.resume import Start
-from recipe.config.settings import Config, ModelConfig, OptimizerConfig, RunConfig
-from recipe.data.tokenizer import train_tokenizer
+from recipe.data.blocks import UpdateBlocks, hash_blocks, to_tensors
 from recipe.errors import RecipeError
-from recipe.model.export import PADDED
-from recipe.model.gpt2 import CausalLanguageModel, build_model, build_optimizer
-from recipe.run.directory import begin_run
-
-Trained = tuple[CausalLanguageModel, torch.optim.Optimizer, Any]
-
-
-def state_of(update: int) -> TrainingState:
-    return TrainingState(update, update * 100, {"run": {"seed": 1}}, "ab" * 32, [{"epoch": 0}], 5.5)
-
-
-def trained(name: str = "adamw", seed: int = 1) -> Trained:
-    """A tiny padded model that has taken three steps, its optimizer, and a tokenizer."""
-    tokenizer = train_tokenizer(["some text to train on"], 280)
-    shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=16)
-    model = build_model(Config(model=shape), len(tokenizer), 0)
-    optimizer = build_optimizer(model, OptimizerConfig(name=name))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(3):
-        tokens = torch.randint(len(tokenizer), (2, 17), generator=generator)
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer, tokenizer
-
-
-def write(root: Path, update: int, trained: Trained) -> Path:
-    model, optimizer, tokenizer = trained
-    gpt2: Any = model.gpt2
-    return write_checkpoint(root, take_snapshot(model, optimizer), state_of(update), gpt2.config, tokenizer)
-
-
-def everything(model: CausalLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights without their padding, and the optimizer's state."""
-    snapshot = take_snapshot(model, optimizer)
-    rows = {k: v[: model.vocabulary] if k in PADDED else v for k, v in snapshot.model.items()}
-    return rows | snapshot.optimizer
+from recipe.model.gpt2 import build_model
+from recipe.model.optimizer import build_optimizer
+from recipe.run.directory import begin_run, list_checkpoints
+from recipe.run.ledger import LedgerEntry, read_lines
+from tests.support.checkpoints import check_order_of_syncs, everything, state_of, trained, write
+from tests.support.runs import make_run
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -110,11 +77,9 @@ def test_a_snapshot_takes_the_memory_of_an_earlier_one() -> None:
 
 
 def test_the_next_snapshot_waits_until_the_one_before_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accelerator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share their memory: two updates saved in a row, with a slow disk, are both what they were."""
-    training = Training(QUICK, tmp_path)
-    ours = Ours(training, tmp_path)
     original = checkpoint.write_model
 
     def slow(*arguments: Any) -> None:
@@ -122,19 +87,33 @@ def test_the_next_snapshot_waits_until_the_one_before_it_is_written(
         original(*arguments)
 
     monkeypatch.setattr(checkpoint, "write_model", slow)
-    saved = {}
+    config = Config(
+        run=RunConfig(directory=str(tmp_path)),
+        batch=BatchConfig(tokens_per_update=16, lanes=1),
+        data=DataConfig(sequence_length=16),
+        checkpoint=CheckpointConfig(every_tokens=1),
+    )
+    plain, plain_optimizer, tokenizer = trained()
+    model, optimizer = accelerator.prepare(plain, plain_optimizer)
+    directories: list[Path] = []
+    saver = CheckpointSaver(
+        make_run(config, accelerator), model, optimizer, tokenizer, lambda _, path: directories.append(path)
+    )
+    blocks = np.arange(17, dtype=np.int32)[None]
+    held = UpdateBlocks(blocks, to_tensors(blocks, accelerator.device), hash_blocks(blocks), [{}])
+    saved: list[dict[str, Tensor]] = []
     for update in (1, 2):
-        for tensor in training.tensors():
+        for tensor in (*plain.parameters(), *(state["exp_avg"] for state in plain_optimizer.state.values())):
             tensor.detach().add_(1)
-        ours.begin(update)
-        saved[update] = training.fingerprint()
-    ours.saver.finish()
-    assert saved[1] != saved[2]
-    for update in (2, 1):
-        training.forget()
-        ours.load(update)
-        assert training.fingerprint() == saved[update]
-        shutil.rmtree(ours.path(update))
+        saver.finish_update(LedgerEntry(update, 16 * update, blocks_sha256="ab" * 32), replace(held, update=update), [])
+        saved.append({name: tensor.clone() for name, tensor in everything(plain, plain_optimizer).items()})
+    saver.finish()
+    assert directories == [tmp_path / "checkpoints/step-000001", tmp_path / "checkpoints/step-000002"]
+    assert not saved[0]["transformer.wte.weight"].equal(saved[1]["transformer.wte.weight"])
+    for directory, expected in zip(directories, saved, strict=True):
+        load_checkpoint(directory, plain, plain_optimizer)
+        found = everything(plain, plain_optimizer)
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
 def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
@@ -181,27 +160,7 @@ def test_a_failure_at_any_point_leaves_the_older_checkpoint_and_no_half_one(
 def test_the_manifest_is_written_last_and_synced_before_the_name_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the operating system sees it."""
-    events: list[str] = []
-    sync, replace = os.fsync, os.replace
-
-    def noted_sync(descriptor: int) -> None:
-        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        sync(descriptor)
-
-    def noted_replace(old: Path, new: Path) -> None:
-        events.append(f"rename {Path(new).name}")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    path = write(tmp_path, 5, trained())
-    renamed = events.index("rename step-000005")
-    names = {p.name for p in path.rglob("*") if p.is_file()}
-    assert names <= set(events[:renamed])
-    assert max(events.index(name) for name in names - {MANIFEST}) < events.index(MANIFEST) < renamed
-    assert events[renamed - 1] == ".tmp-step-000005", "the directory itself"
-    assert events[renamed + 1 :] == [tmp_path.name], "and the one its name is in"
+    check_order_of_syncs(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +169,7 @@ def test_the_manifest_is_written_last_and_synced_before_the_name_appears(
         (lambda path: (path / MANIFEST).unlink(), "never finished"),
         (lambda path: (path / MANIFEST).write_text("{"), "cannot be read"),
         (lambda path: (path / MANIFEST).write_text("[]"), "cannot be read"),
-        (lambda path: (path / MANIFEST).write_text(json.dumps({"format": 9})), "format is 9"),
+        (lambda path: (path / MANIFEST).write_text(json.dumps({"format": 2})), "format is 2, of another version"),
         (lambda path: (path / STATE).unlink(), "training/state.json is missing"),
         (lambda path: os.truncate(path / "model.safetensors", 99), "has 99 bytes instead of"),
         (lambda path: (path / "config.json").write_bytes((path / "config.json").read_bytes()[::-1]), "has changed"),
@@ -241,14 +200,19 @@ def test_a_snapshot_before_the_first_step_leaves_the_optimizer_as_it_is(tmp_path
     assert not stepped.state
 
 
-def test_newer_checkpoints_of_another_course_are_set_aside(tmp_path: Path) -> None:
+def test_newer_checkpoints_of_another_course_are_set_aside(accelerator: Any, tmp_path: Path) -> None:
     """Going on from an older one by its path: a rollback or the next resume must not take the newer ones for this run's."""
-    run = tmp_path / "run"
-    paths = {update: write(run / "checkpoints", update, trained()) for update in (5, 10, 15)}
-    (run / "ledger.jsonl").write_text('{"update": 5}\n{"update": 10}\n{"update": 15}\n', encoding="utf-8")
-    config = Config(run=RunConfig(directory=str(run)))
-    previous = begin_run(config, Start(paths[10], read_state(paths[10])))
-    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-000010", "step-000005"]
-    assert previous is not None
-    assert why_invalid(previous / "checkpoints/step-000015") is None
-    assert (run / "ledger.jsonl").read_text(encoding="utf-8") == '{"update": 5}\n{"update": 10}\n'
+    directory = tmp_path / "run"
+    paths = {update: write(directory / "checkpoints", update, trained()) for update in (5, 10, 15)}
+    for name in ("ledger.jsonl", "events.jsonl"):
+        (directory / name).write_text('{"update": 5}\n{"update": 10}\n{"update": 15}\n', encoding="utf-8")
+    run = make_run(Config(run=RunConfig(directory=str(directory))), accelerator)
+    begin_run(run, 10, paths[10])
+    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == ["step-000010", "step-000005"]
+    assert why_invalid(directory / "previous/1/checkpoints/step-000015") is None
+    assert (directory / "ledger.jsonl").read_text(encoding="utf-8") == '{"update": 5}\n{"update": 10}\n'
+    assert [(event["update"], event.get("event")) for event in read_lines(directory / "events.jsonl")] == [
+        (5, None),
+        (10, None),
+        (10, "start"),
+    ]

@@ -6,89 +6,51 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipe.checkpoint.files import list_checkpoints, prune, why_invalid
-from recipe.run.ledger import truncate_ledger
+from recipe.checkpoint.files import prune, why_invalid
+from recipe.config.settings import Config, RunConfig
+from recipe.run.directory import list_checkpoints
 from recipe.run.stop import REPEAT_SECONDS
-from tests.helpers import ROOT, TINY, environment, read_ledger, read_ledger_lines, run, train, write_texts
-from tests.test_train import launcher
-
-SCRIPT = ["recipe/train.py"]
-UPDATES = 24
-TIMES = ("update_seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
-
-
-def arguments(directory: Path, *more: str) -> list[str]:
-    """24 updates over a small corpus, so that some are of the third epoch; a checkpoint every 4, windows of 5 documents."""
-    return [
-        *TINY,
-        *["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/texts/*.txt"],
-        *["--schedule.total_tokens", str(UPDATES * 1536), "--checkpoint.every_tokens", str(4 * 1536)],
-        *["--data.shuffle_window", "5", "--batch.micro_batch_size", "8", "--model.dropout", "0.1"],
-        *["--data.cache_directory", str(directory.parent / "cache"), *more],
-    ]
+from tests.chaos import chaos
+from tests.helpers import (
+    FAULTY,
+    SCRIPT,
+    assert_one_line,
+    assert_same_run,
+    end_of,
+    read_events,
+    read_ledger,
+    run_ranks,
+    start_ranks,
+    start_training,
+    train,
+    wait_for,
+    write_texts,
+)
+from tests.support.resuming import SMALL_DISK_BYTES, UPDATES, arguments, check_full_disk
+from tests.support.runs import make_run
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and `whole`: the run that was never interrupted, on one rank."""
+    """Texts, and `whole`: the run that was never interrupted, on one rank, in a new Python."""
     root = tmp_path_factory.mktemp("resume")
     write_texts(root / "texts", count=16, largest=1200)
-    done = train(*arguments(root / "whole"))
+    done = train(*arguments(root / "whole"), fork=False)
     assert done.returncode == 0, done.stderr
     return root
 
 
-def tensors_of(run_directory: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of a run's last checkpoint."""
-    checkpoint = list_checkpoints(run_directory / "checkpoints")[0]
-    files = [checkpoint / "model.safetensors", *(checkpoint / "training").glob("*.safetensors")]
-    assert len(files) == 2
-    return {name: tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def assert_same_run(whole: Path, other: Path) -> None:
-    """Bit for bit: the ledger except times, weights, optimizer state, and the finished model."""
-
-    def timeless(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
-
-    assert timeless(read_ledger(other)) == timeless(read_ledger(whole))
-    expected, found = tensors_of(whole), tensors_of(other)
-    assert set(found) == set(expected)
-    assert len(expected) > 60
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    assert (other / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
-
-
-def start(directory: Path, *more: str, **variables: str) -> subprocess.Popen[str]:
-    """Start a run in the background; its output can be read line by line."""
-    return subprocess.Popen(
-        [sys.executable, *SCRIPT, *arguments(directory, *more)],
-        cwd=ROOT,
-        env=environment(PYTHONUNBUFFERED="1", **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], words: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if words in line:
-            return
-    raise AssertionError(f"{words!r} was never printed: {process.communicate()}")
+def test_a_run_of_the_fork_server_is_that_of_a_new_python_bit_for_bit(root: Path) -> None:
+    done = train(*arguments(root / "forked"))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(root / "whole", root / "forked")
 
 
 def test_three_resumes_give_the_uninterrupted_run_bit_for_bit(root: Path) -> None:
@@ -100,8 +62,7 @@ def test_three_resumes_give_the_uninterrupted_run_bit_for_bit(root: Path) -> Non
         more = ["--run.max_updates", str(stop_after)] if stop_after else []
         done = train(*arguments(root / "resumed", *more))
         assert done.returncode == 0, done.stderr
-    resumes = [line for line in read_ledger_lines(root / "resumed") if line.get("event") == "resume"]
-    assert [event["update"] for event in resumes] == [5, 10, 17]
+    assert [event["update"] for event in read_events(root / "resumed", "resume")] == [5, 10, 17]
     assert_same_run(root / "whole", root / "resumed")
 
 
@@ -112,8 +73,7 @@ def test_a_run_moves_between_one_two_and_three_ranks(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     for ranks, size, stop_after in ((1, 8, 6), (2, 5, 11), (3, 2, 17), (1, 3, UPDATES)):
         more = [*plain, "--batch.micro_batch_size", str(size), "--run.max_updates", str(stop_after)]
-        done = run([*launcher(ranks), *arguments(root / "moved", *more)])
-        assert done.returncode == 0, done.stderr
+        run_ranks(ranks, [SCRIPT, *arguments(root / "moved", *more)])
     expected, found = read_ledger(root / "one"), read_ledger(root / "moved")
     assert [entry["world_size"] for entry in found] == [1] * 6 + [2] * 5 + [3] * 6 + [1] * 7
     assert [entry["blocks_sha256"] for entry in found] == [entry["blocks_sha256"] for entry in expected]
@@ -126,7 +86,8 @@ def test_a_run_moves_between_one_two_and_three_ranks(root: Path) -> None:
 )
 def test_a_signal_saves_and_the_same_command_goes_on(root: Path, number: int, code: int) -> None:
     directory = root / f"signal-{number}"
-    process = start(directory, "--checkpoint.every_tokens", "null", "--run.max_updates", "9999")
+    endless = arguments(directory, "--checkpoint.every_tokens", "null", "--run.max_updates", "9999")
+    process = start_training(*endless, fork=number != signal.SIGINT)
     wait_for(process, "update      6/")
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -145,7 +106,7 @@ def test_kill_9_loses_nothing_but_time(root: Path) -> None:
     """Killed three times at different places, also while a checkpoint is written; the lock does not stay."""
     directory = root / "killed"
     for words in ("update     10/", "checkpoint ", "update     20/"):
-        process = start(directory)
+        process = start_training(*arguments(directory))
         wait_for(process, words)
         process.kill()
         process.communicate()
@@ -156,7 +117,7 @@ def test_kill_9_loses_nothing_but_time(root: Path) -> None:
 
 def test_a_second_process_on_the_same_directory_is_refused(root: Path) -> None:
     directory = root / "locked"
-    process = start(directory)
+    process = start_training(*arguments(directory))
     wait_for(process, "update      2/")
     os.kill(process.pid, signal.SIGSTOP)
     try:
@@ -191,18 +152,16 @@ def test_a_damaged_checkpoint_is_skipped_and_named(root: Path) -> None:
     assert "skipped step-000012: training/state.json has 100 bytes instead of" in done.stdout
     assert "going on from" in done.stdout
     assert not (directory / "executed").exists()
-    (event,) = [line for line in read_ledger_lines(directory) if line.get("event") == "resume"]
+    (event,) = read_events(directory, "resume")
     assert [name for name, _ in event["skipped"]] == ["step-000014", "step-000012"]
     assert_same_run(root / "whole", directory)
 
 
 def test_another_run_in_the_directory_is_refused_with_the_difference(root: Path) -> None:
     done = train(*arguments(root / "whole", "--run.seed", "7", "--optimizer.learning_rate", "1e-4"))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    for words in ("run.seed was 1234 and is 7", "optimizer.learning_rate was 0.005 and is 0.0001", "--resume fresh"):
-        assert words in line
-    assert "batch.lanes" not in line
+    words = ["run.seed was 1234 and is 7", "optimizer.learning_rate was 0.005 and is 0.0001", "--resume fresh"]
+    assert_one_line(done, words)
+    assert "batch.lanes" not in done.stderr
 
 
 def test_changed_text_is_refused(root: Path) -> None:
@@ -225,26 +184,23 @@ def test_a_model_that_computes_another_function_is_refused(root: Path) -> None:
     directory = root / "another-function"
     done = train(*arguments(directory, "--run.max_updates", "2"))
     assert done.returncode == 0, done.stderr
-    done = train("attention_sees_the_future", *arguments(directory), script=["tests/support/faulty_train.py"])
+    done = train("attention_sees_the_future", *arguments(directory), script=[FAULTY])
     assert done.returncode == 2
     assert "does not compute the same function" in done.stderr
-
-
-SMALL_DISK = (100_000, 100_000)  # bytes of the largest file that can be written: less than the model's
 
 
 def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints(root: Path) -> None:
     """No file may grow beyond a limit, until the first checkpoint has failed: training does not notice."""
     directory = root / "full"
-    process = start(directory)
+    process = start_training(*arguments(directory))
     wait_for(process, "update      1/")
-    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL_DISK[0], resource.RLIM_INFINITY))
+    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, resource.RLIM_INFINITY))
     wait_for(process, "checkpoint after update 4 failed")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "step-000024" in output
-    events = [line for line in read_ledger_lines(directory) if line.get("event") == "checkpoint_failed"]
+    events = read_events(directory, "checkpoint_failed")
     assert events[0]["update"] == 4
     assert "File too large" in events[0]["reason"]
     assert not [path for path in (directory / "checkpoints").iterdir() if path.name.startswith(".tmp")]
@@ -253,14 +209,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints(root: Path) 
 
 def test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkpoint(root: Path) -> None:
     directory = root / "stays-full"
-    process = start(directory, "--run.max_updates", "14", "--checkpoint.keep", "1")
-    wait_for(process, "step-000004")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, SMALL_DISK)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    (line,) = errors.splitlines()
-    assert "the last checkpoint could not be written" in line
-    assert why_invalid(list_checkpoints(directory / "checkpoints")[0]) is None
+    check_full_disk(directory)
     done = train(*arguments(directory))
     assert done.returncode == 0, done.stderr
     assert_same_run(root / "whole", directory)
@@ -269,20 +218,15 @@ def test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkp
 def test_a_non_finite_update_is_skipped_on_all_ranks(root: Path) -> None:
     """One rank's gradient becomes infinite in updates 3 and 4: no rank steps, and the run goes on; five in a row end it."""
     directory = root / "skipped"
-    command = launcher(2)
-    command[-1:] = ["tests/support/faulty_train.py", "infinite_gradient_on_rank_1"]
-    done = run(
-        [*command, *arguments(directory, "--run.max_updates", "8", "--checkpoint.every_tokens", "1536")],
-        FAULTY_UPDATES="3,4",
-    )
-    assert done.returncode == 0, done.stderr
-    events = [line for line in read_ledger_lines(directory) if line.get("event") == "skipped_update"]
-    assert [event["update"] for event in events] == [3, 4]
+    faulty, every_update = [FAULTY, "infinite_gradient_on_rank_1"], ["--checkpoint.every_tokens", "1536"]
+    shorter = arguments(directory, "--run.max_updates", "8", *every_update)
+    run_ranks(2, [*faulty, *shorter], FAULTY_UPDATES="3,4")
+    assert [event["update"] for event in read_events(directory, "skipped_update")] == [3, 4]
     assert [entry["update"] for entry in read_ledger(directory)] == [1, 2, 5, 6, 7, 8]
 
     directory = root / "diverged"
-    more = ["--run.max_updates", "12", "--checkpoint.every_tokens", "1536", "--checkpoint.keep", "9"]
-    done = run([*launcher(1)[:1], *command[-2:], *arguments(directory, *more)], FAULTY_UPDATES="3,4,5,6,7")
+    more = ["--run.max_updates", "12", *every_update, "--checkpoint.keep", "9"]
+    done = train(*arguments(directory, *more), script=faulty, FAULTY_UPDATES="3,4,5,6,7")
     assert done.returncode == 3
     assert "updates 3 to 7 were not finite" in done.stderr
     assert "--optimizer.learning_rate" in done.stderr
@@ -292,11 +236,46 @@ def test_a_non_finite_update_is_skipped_on_all_ranks(root: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(("ranks", "number"), [(1, 1), (2, 2), (1, 3)])
+def test_a_signal_in_an_evaluation_stops_behind_the_update_that_is_done(root: Path, ranks: int, number: int) -> None:
+    """To the last rank, in the evaluation before training, in the next one, and in the last one. The update that it would have
+    been of is written down, without it, and saved."""
+    evaluated = [
+        *[
+            "--evaluation.sets.mine",
+            f"{root}/texts/000.txt",
+            "--evaluation.every_tokens",
+            "6144",
+            "--model.dropout",
+            "0",
+        ],
+        *["--run.max_updates", "6", "--batch.micro_batch_size", "4", "--checkpoint.every_tokens", "null"],
+    ]
+    whole, directory = root / f"evaluated-{ranks}", root / f"signal-in-evaluation-{number}"
+    if not whole.exists():
+        run_ranks(ranks, [SCRIPT, *arguments(whole, *evaluated)])
+    faulty = [FAULTY, "signal_in_an_evaluation", *arguments(directory, *evaluated)]
+    codes, output, _ = end_of(start_ranks(ranks, faulty, FAULTY_EVALUATION=str(number)))
+    assert codes == [143] * ranks, output
+    assert "the same command goes on from here" in output
+    done = {1: 0, 2: 4, 3: 6}[number]
+    column = "validation/mine/loss"
+    if done:
+        assert [entry["update"] for entry in read_ledger(directory)] == list(range(1, done + 1))
+        assert read_ledger(directory)[-1][column] is None
+        assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [f"step-{done:06d}"]
+    else:
+        assert not (directory / "ledger.jsonl").exists()
+    run_ranks(ranks, [SCRIPT, *arguments(directory, *evaluated)])
+    assert_same_run(whole, directory, without_validation_of=done)
+    assert [entry["update"] for entry in read_ledger(whole) if entry[column] is not None] == [4, 6]
+
+
 def test_no_token_is_written_anywhere(root: Path) -> None:
     secret = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
     directory = root / "secret"
     more = ["--run.max_updates", "4", "--log.trackers", "tensorboard"]
-    done = run([sys.executable, "recipe/train.py", *arguments(directory, *more)], HF_TOKEN=secret)
+    done = train(*arguments(directory, *more), fork=False, HF_TOKEN=secret)
     assert done.returncode == 0, done.stderr
     assert secret not in done.stdout + done.stderr
     files = [path for path in directory.rglob("*") if path.is_file()]
@@ -318,17 +297,22 @@ def test_pruning_keeps_the_newest_and_the_marked(tmp_path: Path) -> None:
     ]
 
 
-def test_the_ledger_is_cut_back_to_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    path.write_bytes(b'{"update": 1}\n{"event": "resume", "update": 1}\n{"update": 2}\n{"update": 3}\n{"upda')
-    assert truncate_ledger(path, 2) == 2
-    assert path.read_bytes() == b'{"update": 1}\n{"event": "resume", "update": 1}\n{"update": 2}\n'
-    assert truncate_ledger(tmp_path / "none.jsonl", 2) == 0
+def test_ledger_and_events_are_truncated_to_whole_lines(tmp_path: Path) -> None:
+    ledger, events = tmp_path / "ledger.jsonl", tmp_path / "events.jsonl"
+    ledger.write_bytes(b'{"update": 0}\n{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upda')
+    events.write_bytes(b'{"event": "start", "update": 0}\n{"event": "sample", "update": 3}\n')
+    run = make_run(Config(run=RunConfig(directory=str(tmp_path))))
+    run.ledger.truncate(2)
+    assert ledger.read_bytes() == b'{"update": 0}\n{"update": 1}\n{"update": 2}\n'
+    assert events.read_bytes() == b'{"event": "start", "update": 0}\n'
+    ledger.unlink()
+    run.ledger.truncate(2)
+    assert not ledger.exists()
 
 
 def test_a_second_signal_leaves_at_once(root: Path) -> None:
     """The process is held in between, as in a long micro-batch. A launcher's repeat, within a second, is not a second one."""
-    process = start(root / "twice", "--run.max_updates", "9999")
+    process = start_training(*arguments(root / "twice", "--run.max_updates", "9999"))
     wait_for(process, "update      2/")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.02)
@@ -342,9 +326,8 @@ def test_a_second_signal_leaves_at_once(root: Path) -> None:
     assert "goes on from here" not in output
 
 
+@pytest.mark.slow
 def test_chaos_in_short(tmp_path: Path) -> None:
     """Two interruptions of a two-rank run; `python -m tests.chaos --runs 30` is the long one."""
-    from tests.chaos import chaos
-
     happened = chaos(2, seed=5, root=tmp_path)
     assert sum(count for what, count in happened.items() if what.startswith("SIG")) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import recipe.data.documents as documents_module
-from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
+from recipe.config.settings import BatchConfig, DataConfig, ModelConfig, RunConfig
 from recipe.data.blocks import (
+    IGNORED_TARGET,
     UpdateReader,
+    batch_index,
     combine_hashes,
     hash_blocks,
     make_lanes,
@@ -35,79 +35,27 @@ from recipe.data.lanes import Lane
 from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
 from recipe.data.tokenizer import END_OF_TEXT, document_encoder, load_tokenizer, train_tokenizer
 from recipe.errors import RecipeError
-from recipe.model.loss import IGNORED_TARGET
 from recipe.plan.budget import UpdatePlan
+from recipe.run.stop import Stopped
 from tests.helpers import write_texts
-
-CPU = torch.device("cpu")
-END = 256  # of the byte encoding below
-LENGTH = 32
-
-
-def encode_bytes(texts: list[str]) -> Sequence[Sequence[int]]:
-    """A token for each byte, so that a test can read a block."""
-    return [list(text.encode("utf-8", "replace")) for text in texts]
-
-
-def config_for(tmp_path: Path, *patterns: str, lanes: int = 1, **data: Any) -> Config:
-    settings: dict[str, Any] = {"text_files": patterns, "validation_one_in": None, "sequence_length": LENGTH, **data}
-    return Config(
-        run=RunConfig(directory=str(tmp_path / "run")),
-        batch=BatchConfig(lanes=lanes),
-        data=DataConfig(**settings),
-        model=ModelConfig(vocab_size=400),
-    )
-
-
-def lane_of(source: Source, index: int = 0, lanes: int = 1, window: int = 5, seed: int = 3) -> Lane:
-    return Lane(
-        source,
-        index,
-        lanes,
-        encode=encode_bytes,
-        end_of_text=END,
-        sequence_length=LENGTH,
-        seed=seed,
-        shuffle_window=window,
-    )
-
-
-def documents_of(tokens: np.ndarray) -> list[bytes]:
-    """Split a stream of byte tokens at the end-of-text tokens; the last, unfinished document is left out."""
-    ends = np.flatnonzero(tokens == END)
-    return [bytes(part[part != END].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
-
-
-def read_epoch(lane: Lane) -> np.ndarray:
-    """The tokens of the lane's whole first epoch (and the rest of the block that ends it)."""
-    stream = [lane.next_blocks(1)[0]]
-    while lane.state_dict()["epoch"] == 0:
-        block = lane.next_blocks(1)[0]
-        assert block[0] == stream[-1][-1], "neighbours share one token"
-        stream.append(block[1:])
-    return np.concatenate(stream)
-
-
-def check_conservation(lanes: Sequence[Lane], texts: Sequence[str]) -> None:
-    """Every document once per epoch, in one lane, whole, followed by one end-of-text token."""
-    seen: Counter[bytes] = Counter()
-    for lane in lanes:
-        epoch = documents_of(read_epoch(lane))
-        own = [text.encode() for text in texts_of(lane)]
-        assert Counter(epoch[: len(own)]) == Counter(own)
-        seen.update(epoch[: len(own)])
-    assert seen == Counter(text.encode() for text in texts)
-
-
-def texts_of(lane: Lane) -> list[str]:
-    return [lane.source.text(row) for shard in lane.shards for row in lane.source.shard(shard)]
+from tests.support.lanes import (
+    CPU,
+    LENGTH,
+    check_conservation,
+    check_conservation_of_files,
+    check_states_of_updates,
+    config_for,
+    documents_of,
+    lane_of,
+    read_epoch,
+    run_on,
+    texts_of,
+)
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 8])
 def test_no_token_is_dropped_and_each_document_ends_once(tmp_path: Path, lanes: int) -> None:
-    texts = write_texts(tmp_path)
-    source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt", lanes=lanes))
-    check_conservation([lane_of(source, i, lanes) for i in range(lanes)], texts)
+    check_conservation_of_files(tmp_path, lanes)
 
 
 def write_jsonl(path: Path, texts: Sequence[str | None]) -> None:
@@ -230,39 +178,66 @@ def test_a_reader_that_is_never_read_is_stopped(tmp_path: Path) -> None:
     write_texts(tmp_path)
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
-    plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 1, 3)
-    reader = UpdateReader(make_lanes(config, plan, 0, source, load_tokenizer(config, source)), 2, 10**9, CPU)
+    run = run_on(config, 8)
+    reader = UpdateReader(run, make_lanes(run, source, load_tokenizer(config, source)))
     reader.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "data-reader"]
 
 
-def test_an_error_while_reading_reaches_the_training(tmp_path: Path) -> None:
-    class Broken:
-        def state_dict(self) -> dict[str, Any]:
-            return {}
+class BrokenLane:
+    """Its text cannot be read, or what reads it has a bug."""
 
-        def next_blocks(self, count: int) -> np.ndarray:
-            raise RecipeError("cannot read on")
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
-    with pytest.raises(RecipeError, match="cannot read on"):
-        UpdateReader([Broken()], 1, 5, CPU).next_update()  # type: ignore[list-item]
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def next_blocks(self, count: int) -> np.ndarray:
+        raise self.error
+
+
+def test_an_error_while_reading_stops_the_training_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_on(config_for(tmp_path), 1)
+    unreadable: Any = BrokenLane(RecipeError("cannot read on", exit_code=4))
+    with pytest.raises(Stopped):
+        UpdateReader(run, [unreadable]).next_update()
+    assert (run.stop.is_agreed, run.stop.exit_code) == (True, 4)
+    assert capsys.readouterr().err == "error: cannot read on\n"
+
+
+def test_a_bug_while_reading_reaches_the_training(tmp_path: Path) -> None:
+    faulty: Any = BrokenLane(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        UpdateReader(run_on(config_for(tmp_path), 1), [faulty]).next_update()
 
 
 def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> None:
-    """The background thread reads ahead; what a checkpoint would hold must not."""
+    check_states_of_updates(tmp_path)
+
+
+def test_skipped_batches_are_left_out_and_updates_count_on(tmp_path: Path) -> None:
+    """Update 3 on trains on batch 5 on, also in a reader that begins behind them."""
     write_texts(tmp_path)
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
-    tokenizer = load_tokenizer(config, source)
-    plan = UpdatePlan(8 * LENGTH, LENGTH, 4, 2, 3)
-    reader = UpdateReader(make_lanes(config, plan, 1, source, tokenizer), plan.blocks_per_lane, 12, CPU)
-    updates = [update for _ in range(12) if (update := reader.next_update()) is not None]
-    for stop in (0, 4, 10):
-        lanes = make_lanes(config, plan, 1, source, tokenizer)
-        for lane, state in zip(lanes, updates[stop].lane_states, strict=True):
+    tokenizer, run = load_tokenizer(config, source), run_on(config, 8)
+    lanes = make_lanes(run, source, tokenizer)
+    batches = [next_update(lanes, 2, CPU) for _ in range(8)]
+    skipped = (3, 4)
+    assert [batch_index(update, skipped) for update in range(1, 6)] == [1, 2, 5, 6, 7]
+    for done in (0, 2, 4):
+        lanes = make_lanes(run, source, tokenizer)
+        for lane, state in zip(lanes, batches[batch_index(done, skipped)].lane_states, strict=True):
             lane.load_state_dict(state)
-        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane, CPU).blocks, updates[stop].blocks)
-        np.testing.assert_array_equal(next_update(lanes, plan.blocks_per_lane, CPU).blocks, updates[stop + 1].blocks)
+        reader = UpdateReader(run, lanes, done, skipped)
+        for update in range(done + 1, 7):
+            blocks = reader.next_update()
+            assert (blocks.update, blocks.skipped_batches) == (update, skipped)
+            np.testing.assert_array_equal(blocks.blocks, batches[batch_index(update, skipped) - 1].blocks)
+        reader.close()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -272,9 +247,9 @@ def test_ranks_share_the_same_blocks(tmp_path: Path, ranks: int) -> None:
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=8, tokenizer=None)
     source = open_source(config)
     tokenizer = load_tokenizer(config, source)
-    whole = next_update(make_lanes(config, UpdatePlan(16 * LENGTH, LENGTH, 8, 1, 1), 0, source, tokenizer), 2, CPU)
-    plan = UpdatePlan(16 * LENGTH, LENGTH, 8, ranks, 1)
-    shares = [next_update(make_lanes(config, plan, rank, source, tokenizer), 2, CPU) for rank in range(ranks)]
+    whole = next_update(make_lanes(run_on(config, 16), source, tokenizer), 2, CPU)
+    runs = [run_on(config, 16, rank, ranks) for rank in range(ranks)]
+    shares = [next_update(make_lanes(run, source, tokenizer), 2, CPU) for run in runs]
     np.testing.assert_array_equal(np.concatenate([share.blocks for share in shares]), whole.blocks)
     assert combine_hashes(np.concatenate([share.sha256 for share in reversed(shares)])) == combine_hashes(whole.sha256)
 
@@ -455,9 +430,9 @@ def test_validation_counts_every_token_and_byte_of_whole_documents() -> None:
     ((inputs, targets),) = split_into_micro_batches(to_tensors(validation.blocks, CPU), plan, 0)
     assert (targets != IGNORED_TARGET).sum() == validation.tokens
     assert inputs.min() >= 0
-    cut = pack_validation(iter(texts), tokenizer, 16, 2)
-    assert cut is not None
-    assert cut.text_bytes == len(texts[0])
+    first = pack_validation(iter(texts), tokenizer, 16, 2)
+    assert first is not None
+    assert first.text_bytes == len(texts[0])
     assert pack_validation(iter([]), tokenizer, 16, 10) is None
 
 

@@ -17,19 +17,21 @@ from pathlib import Path
 from zlib import crc32
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import recipe.data.documents as documents_module
 import recipe.data.remote_files as remote_files
-from recipe.checkpoint.files import list_checkpoints, read_state, why_invalid
+from recipe.checkpoint.files import read_state, why_invalid
 from recipe.config.settings import BatchConfig, Config, DataConfig, RunConfig
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane
+from recipe.data.lanes import Lane, LaneOrder
 from recipe.data.sources import open_source
 from recipe.errors import DATA_EXIT_CODE, RecipeError
-from tests.helpers import ROOT, TINY, environment, read_ledger, run, start_ranks, write_texts
+from recipe.run.directory import list_checkpoints
+from tests.helpers import ROOT, SCRIPT, TINY, end_of, environment, read_ledger, start_ranks, train, write_texts
 from tests.support.http_server import FAULTS, HUB_DATASET, HttpServer, for_ever
 
 FORMATS = ("jsonl", "jsonl.gz", "parquet")
@@ -80,16 +82,11 @@ def source_of(server: HttpServer, directory: Path, *names: str, lanes: int = 1, 
 
 def lane_of(source: Source, index: int = 0, lanes: int = 1) -> Lane:
     """Its tokens are a hash of each document, and 0 behind it."""
-    return Lane(
-        source,
-        index,
-        lanes,
-        encode=lambda texts: [[crc32(text.encode()) >> 1] for text in texts],
-        end_of_text=0,
-        sequence_length=4,
-        seed=3,
-        shuffle_window=7,
-    )
+    return Lane(source, index, LaneOrder(lanes, seed=3, shuffle_window=7), encode=encode_hashes, sequence_length=4)
+
+
+def encode_hashes(texts: list[str]) -> list[np.ndarray]:
+    return [np.array([crc32(text.encode()) >> 1, 0], dtype=np.int32) for text in texts]
 
 
 def read(lane: Lane, blocks: int = BLOCKS) -> list[list[int]]:
@@ -279,7 +276,7 @@ def training(server: HttpServer, directory: Path, ending: str, *more: str) -> li
     """40 updates; a shard for each lane, so that rank 1 of 2 alone reads those from 4 on, many times over."""
     files = [server.address(f"{number:03d}.{ending}") for number in range(8)]
     return [
-        *["recipe/train.py", *TINY, "--run.directory", str(directory), "--data.text_files", *files],
+        *[*TINY, "--run.directory", str(directory), "--data.text_files", *files],
         *["--data.cache_directory", str(directory / "cache"), "--data.shuffle_window", "3", *more],
     ]
 
@@ -300,25 +297,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], tuple[list[str], int]]]:
     """(blocks_sha256 of each update, requests for 005.jsonl) of a run in one process on a healthy server, beside the tests."""
 
-    def train() -> tuple[list[str], int]:
+    def undisturbed_run() -> tuple[list[str], int]:
         directory = tmp_path_factory.mktemp("undisturbed")
         with HttpServer(texts) as server:
-            done = run([sys.executable, *training(server, directory, "jsonl")])
+            done = train(*training(server, directory, "jsonl"))
             assert done.returncode == 0, done.stderr
             return blocks_of(directory), server.requests.count("005.jsonl")
 
     with ThreadPoolExecutor() as pool:
-        yield pool.submit(train).result
-
-
-def end_of(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
-    """(exit codes, what all of them said on stderr)."""
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], "".join(errors)
+        yield pool.submit(undisturbed_run).result
 
 
 def blocks_of(directory: Path) -> list[str]:
@@ -335,7 +322,7 @@ def test_a_run_does_not_notice_what_the_server_does(
         for number, fault in enumerate(faults):
             server.plan(f"{number:03d}.parquet", [None, None, None, fault])
         server.plan("006.parquet", [None, *4 * ["404"]])  # while the tokenizer is trained
-        done = run([sys.executable, *training(server, tmp_path, "parquet")])
+        done = train(*training(server, tmp_path, "parquet"))
         assert all(server.is_over(f"{number:03d}.parquet") for number in range(8))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error") == 0
@@ -348,9 +335,9 @@ def test_a_shard_that_is_gone_stops_all_ranks_with_a_checkpoint_and_one_message(
     """Only rank 1 reads it. When it is back, the same command goes on."""
     expected, requests = undisturbed()
     with HttpServer(texts) as server:
-        command = training(server, tmp_path, "jsonl", "--data.retry_seconds", "2")
+        command = [SCRIPT, *training(server, tmp_path, "jsonl", "--data.retry_seconds", "2")]
         server.plan("005.jsonl", itertools.chain(itertools.repeat(None, requests // 2 + 2), for_ever("404")))
-        exit_codes, errors = end_of(start_ranks(2, command, subprocess.PIPE))
+        exit_codes, _, errors = end_of(start_ranks(2, command, stderr=subprocess.PIPE))
         assert exit_codes == [DATA_EXIT_CODE] * 2, errors
         (message,) = errors.splitlines()
         assert message.startswith("error (rank 1): cannot read shard 5 of 8 files: http")
@@ -363,6 +350,6 @@ def test_a_shard_that_is_gone_stops_all_ranks_with_a_checkpoint_and_one_message(
         assert read_state(newest).update == len(done)
 
         server.plan("005.jsonl", [])
-        exit_codes, errors = end_of(start_ranks(2, command, subprocess.PIPE))
-        assert exit_codes == [0, 0], errors
+        exit_codes, output, _ = end_of(start_ranks(2, command))
+        assert exit_codes == [0, 0], output
     assert blocks_of(tmp_path) == expected

@@ -1,4 +1,4 @@
-"""The parity check compares cuts that differ."""
+"""The parity check compares splits that differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipe.step.parity import _other_micro_batch_sizes
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 300])
-def test_every_row_of_the_receipt_is_another_cut(ranks: int, size: int) -> None:
+def test_every_row_of_the_check_is_another_split(ranks: int, size: int) -> None:
     plan = UpdatePlan(524_288, 2048, 64, ranks, size)
     sizes = _other_micro_batch_sizes(plan)
     steps = [replace(plan, micro_batch_size=other).gradient_accumulation_steps for other in sizes]
@@ -20,6 +20,6 @@ def test_every_row_of_the_receipt_is_another_cut(ranks: int, size: int) -> None:
     assert len(sizes) == 2, "there is room for two in each of these"
 
 
-def test_where_there_is_no_other_cut_there_is_no_row() -> None:
+def test_without_another_split_there_is_no_row() -> None:
     assert _other_micro_batch_sizes(UpdatePlan(64, 16, 4, 4, 1)) == []
     assert _other_micro_batch_sizes(UpdatePlan(128, 16, 4, 4, 1)) == [2]

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from recipe.config.settings import StabilityConfig
+from recipe.config.settings import Config, StabilityConfig
 from recipe.data.blocks import batch_index
 from recipe.step.spikes import SpikeDetector, robust_score
-from tests.checkpoint.test_resume import assert_same_run, wait_for
-from tests.helpers import TINY, read_ledger, read_ledger_lines, run, start_ranks, train, write_texts
-
-OUT_OF_MEMORY = ["tests/support/faulty_train.py", "small_memory"]
+from tests.helpers import (
+    FAULTY,
+    SCRIPT,
+    TINY,
+    assert_same_run,
+    end_of,
+    read_events,
+    read_ledger,
+    run_ranks,
+    start_ranks,
+    start_training,
+    train,
+    wait_for,
+    write_texts,
+)
+from tests.support.runs import make_run
 
 
 def plain_arguments(directory: Path, *more: str) -> list[str]:
@@ -41,13 +51,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_ranks(directory: Path, rows: int, where: str, first: int, *more: str) -> tuple[list[int], str]:
     """Exit codes and output of two ranks, the last of which has memory for `rows` blocks only, from update `first` on."""
     faults = {"FAULTY_ROWS": str(rows), "FAULTY_PASS": where, "FAULTY_FROM": str(first)}
-    processes = start_ranks(2, [*OUT_OF_MEMORY, *plain_arguments(directory, *more)], **faults)
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], "".join(outputs)
+    return end_of(start_ranks(2, [FAULTY, "small_memory", *plain_arguments(directory, *more)], **faults))[:2]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def test_out_of_memory_on_one_rank_makes_the_micro_batch_smaller_on_all(healthy:
     directory = healthy.parent / f"{where}-{first}"
     codes, output = two_ranks(directory, 3, where, first)
     assert codes == [0, 0], output
-    events = [line for line in read_ledger_lines(directory) if line.get("event") == "micro_batch"]
+    events = read_events(directory, "micro_batch")
     assert [(event["update"], event["old"], event["new"]) for event in events] == [
         (first - 1, 12, 6),
         (first - 1, 6, 3),
@@ -125,12 +129,8 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def events_of(directory: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_ledger_lines(directory) if line.get("event") == kind]
-
-
 def test_a_spike_is_noted_and_training_goes_on(spiky: Path) -> None:
-    spikes = events_of(spiky / "continued", "spike")
+    spikes = read_events(spiky / "continued", "spike")
     assert spikes
     entries = {entry["update"]: entry for entry in read_ledger(spiky / "continued")}
     assert sorted(entries) == list(range(1, 25))
@@ -146,7 +146,7 @@ def test_stop_leaves_the_checkpoint_before_the_spike_and_says_what_to_do(spiky: 
     (line,) = done.stderr.splitlines()
     assert "robust standard deviations above the median" in line
     assert "--stability.on_spike rollback" in line
-    first = events_of(spiky / "continued", "spike")[0]["update"]
+    first = read_events(spiky / "continued", "spike")[0]["update"]
     checkpoints = sorted(path.name for path in (directory / "checkpoints").iterdir())
     assert checkpoints == [f"step-{update:06d}" for update in range(5, first, 5)]
 
@@ -156,22 +156,22 @@ def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) 
     rollback = ["--stability.on_spike", "rollback"]
     done = train(*spiky_arguments(spiky / "back", *rollback))
     assert done.returncode == 0, done.stderr
-    (*_, event) = events_of(spiky / "back", "rollback")
-    skipped = sorted(draw for event in events_of(spiky / "back", "rollback") for draw in event["skipped_batches"])
+    (*_, event) = read_events(spiky / "back", "rollback")
+    skipped = sorted(batch for event in read_events(spiky / "back", "rollback") for batch in event["skipped_batches"])
     assert event["spike_update"] in skipped or len(skipped) > 4
-    every_draw = {e["update"]: e["blocks_sha256"] for e in read_ledger(spiky / "continued")}
+    every_batch = {e["update"]: e["blocks_sha256"] for e in read_ledger(spiky / "continued")}
     entries = read_ledger(spiky / "back")
     assert [entry["update"] for entry in entries] == list(range(1, 25))
-    draws = [batch_index(entry["update"], skipped) for entry in entries]
-    assert not set(draws) & set(skipped)
-    for entry, draw in zip(entries, draws, strict=True):
-        assert entry["blocks_sha256"] == every_draw.get(draw, entry["blocks_sha256"]), draw
-    noisy = {e["update"] for e in events_of(spiky / "continued", "spike")}
+    batches = [batch_index(entry["update"], skipped) for entry in entries]
+    assert not set(batches) & set(skipped)
+    for entry, batch in zip(entries, batches, strict=True):
+        assert entry["blocks_sha256"] == every_batch.get(batch, entry["blocks_sha256"]), batch
+    noisy = {e["update"] for e in read_events(spiky / "continued", "spike")}
     assert noisy & set(skipped)
 
     killed = spiky / "killed"  # once after each rollback, before another checkpoint
-    for _ in events_of(spiky / "back", "rollback"):
-        (process,) = start_ranks(1, ["recipe/train.py", *spiky_arguments(killed, *rollback)], PYTHONUNBUFFERED="1")
+    for _ in read_events(spiky / "back", "rollback"):
+        process = start_training(*spiky_arguments(killed, *rollback))
         wait_for(process, "robust standard deviations")
         wait_for(process, f"after {event['update']} updates")
         wait_for(process, "update ")
@@ -182,9 +182,7 @@ def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) 
     assert "robust standard deviations" not in done.stdout, "it knows what to leave out"
     assert_same_run(spiky / "back", killed)
 
-    processes = start_ranks(2, ["recipe/train.py", *spiky_arguments(spiky / "two", *rollback)])
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_ranks(2, [SCRIPT, *spiky_arguments(spiky / "two", *rollback)])
     assert [e["blocks_sha256"] for e in read_ledger(spiky / "two")] == [e["blocks_sha256"] for e in entries]
 
 
@@ -196,7 +194,7 @@ def test_rollback_without_a_checkpoint_or_without_effect_stops(spiky: Path) -> N
     assert done.returncode == 3
     assert "no checkpoint of its own to return to yet" in done.stderr
     more = ["--stability.rollback_updates", "1", "--stability.max_rollbacks", "1", "--stability.spike_score", "0.1"]
-    done = run([sys.executable, "recipe/train.py", *spiky_arguments(spiky / "in-vain", *rollback, *more)])
+    done = train(*spiky_arguments(spiky / "in-vain", *rollback, *more))
     assert done.returncode == 3
     assert "have not helped" in done.stderr
 
@@ -208,12 +206,13 @@ def test_the_score_is_that_of_the_median_and_its_absolute_deviation() -> None:
 
 
 def test_a_spike_is_told_once_the_window_is_full_and_only_upwards() -> None:
-    detector = SpikeDetector(StabilityConfig(spike_window=8))
+    detector = SpikeDetector(make_run(Config(stability=StabilityConfig(spike_window=8))))
     values = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1]
-    assert not any(detector.check(value, 1.0) for value in (9.0, *values))
-    assert detector.check(0.1, 1.0) is None
-    assert detector.check(float("nan"), 1.0) is None
-    spike = detector.check(3.0, 1.0)
+    assert not any(detector.find(value, 1.0) for value in (9.0, *values))
+    assert detector.find(0.1, 1.0) is None
+    assert detector.find(float("nan"), 1.0) is None
+    assert detector.find(None, None) is None
+    spike = detector.find(3.0, 1.0)
     assert spike is not None
     assert spike.loss_score > 7 > spike.grad_norm_score
     assert len(detector.recent) == 8
@@ -232,6 +231,6 @@ def test_an_automatic_micro_batch_fits_and_gives_the_same_updates(healthy: Path)
     for name, size in (("auto", 24), ("two", 3)):
         found = read_ledger(healthy.parent / name)
         assert {entry["micro_batch_size"] for entry in found} == {size}
-        assert not [line for line in read_ledger_lines(healthy.parent / name) if line.get("event") == "micro_batch"]
+        assert not read_events(healthy.parent / name, "micro_batch")
         assert [entry["blocks_sha256"] for entry in found] == [entry["blocks_sha256"] for entry in expected]
         assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)

@@ -1,10 +1,9 @@
-"""The gradient of an update does not depend on how it is cut up."""
+"""The gradient of an update does not depend on how it is split."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,26 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipe.config.settings import Config, Scaling
 from recipe.plan.budget import UpdatePlan
-from recipe.step.update import Scaling, accumulate_gradient, run_update
+from recipe.run.environment import start_accelerator
+from recipe.step.update import accumulate_gradient, run_update
 from tests.helpers import run_ranks
 from tests.support.gradients import (
     LENGTH,
     big_batch,
+    check_sgd_update,
     differences,
     flat_gradient,
-    make_accelerator,
     make_blocks,
     make_mask,
     make_model,
     micro_batches_of,
+    run_of,
 )
 
 # float64 rounds at 1e-16 and these sums have some thousand terms; float32 at 6e-8.
 BOUND = {"torch.float64": 1e-12, "torch.float32": 1e-6}
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Any]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield make_accelerator()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -59,34 +50,7 @@ def test_gradient_equals_one_big_batch(world_size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scaling", ["accumulate", "manual"])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_sgd_update_equals_one_big_batch(accelerator: Any, scaling: Scaling, max_grad_norm: float | None) -> None:
-    """Parameters after one step, where a wrong scale cannot hide; clipped once, on the whole gradient."""
-    blocks, mask = make_blocks(32), make_mask(32, masked=True)
-    expected_loss, gradient = big_batch(make_model(torch.float64), blocks, mask)
-    norm = gradient.norm().item()
-    assert norm > 0.5, "the gradient has to be clipped for this test to say something"
-    factor = min(1.0, max_grad_norm / norm) if max_grad_norm else 1.0
-    for size in (1, 3, 8, 32):
-        plain = make_model(torch.float64)
-        before = torch.cat([p.detach().flatten() for p in plain.parameters()])
-        model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
-        plan = UpdatePlan(32 * LENGTH, LENGTH, 16, 1, size)
-        result = run_update(
-            model,
-            optimizer,
-            micro_batches_of(plan, 0, blocks, mask),
-            accelerator=accelerator,
-            scaling=scaling,
-            max_grad_norm=max_grad_norm,
-        )
-        assert result is not None
-        after = torch.cat([p.detach().flatten() for p in plain.parameters()])
-        torch.testing.assert_close(
-            after, before - 0.1 * factor * gradient, rtol=0, atol=1e-7
-        )  # clip adds 1e-6 to the norm
-        assert result.grad_norm.item() == pytest.approx(norm, rel=1e-12), "the norm before clipping"
-        assert result.loss.item() == pytest.approx(expected_loss, rel=1e-12)
-        assert result.target_tokens.item() == (~mask).sum().item()
-        assert all(p.grad is None for p in plain.parameters())
+    check_sgd_update(accelerator, scaling, max_grad_norm)
 
 
 def test_steps_may_change_between_updates(accelerator: Any) -> None:
@@ -98,18 +62,16 @@ def test_steps_may_change_between_updates(accelerator: Any) -> None:
         plan = UpdatePlan(12 * LENGTH, LENGTH, 1, 1, size)
         micro_batches = micro_batches_of(plan, 0, blocks, mask)
         accelerator.step += 1  # what a broken-off update would leave behind
-        accumulate_gradient(model, micro_batches, accelerator=accelerator, scaling="accumulate")
+        accumulate_gradient(run_of(accelerator, plan), model, micro_batches)
         assert (flat_gradient(model) - expected).norm() / expected.norm() < 1e-12
 
 
+@pytest.mark.usefixtures("accelerate_state")
 def test_the_environment_cannot_change_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    largest = max(differences(make_accelerator(), torch.float64, masked=False).values())
-    assert largest < 1e-12
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    accelerator = start_accelerator(Config(), "fp32")
+    assert max(differences(accelerator, torch.float64, masked=False).values()) < 1e-12
 
 
 class _Operations(TorchDispatchMode):
@@ -132,9 +94,10 @@ def test_no_device_synchronisation_per_micro_batch(accelerator: Any, scaling: Sc
     model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
 
     def operations(size: int) -> Counter[str]:
-        micro_batches = micro_batches_of(UpdatePlan(16 * LENGTH, LENGTH, 16, 1, size), 0, blocks, mask)
+        plan = UpdatePlan(16 * LENGTH, LENGTH, 16, 1, size)
+        run, micro_batches = run_of(accelerator, plan, scaling, 1.0), micro_batches_of(plan, 0, blocks, mask)
         with _Operations() as seen:
-            run_update(model, optimizer, micro_batches, accelerator=accelerator, scaling=scaling, max_grad_norm=1.0)
+            run_update(run, model, optimizer, micro_batches)
         return seen.counts
 
     few, many = operations(16), operations(1)

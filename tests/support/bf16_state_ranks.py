@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 
-from recipe.config.settings import Config, ModelConfig, OptimizerConfig
+from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig
 from recipe.data.blocks import split_into_micro_batches, to_tensors
-from recipe.model.gpt2 import build_model, build_optimizer
-from recipe.model.seeds import seed_dropout
-from recipe.plan.budget import UpdatePlan
+from recipe.model.gpt2 import build_model
+from recipe.model.optimizer import build_optimizer, seed_dropout
 from recipe.step.update import run_update
 from tests.support.gradients import LENGTH, VOCABULARY, make_blocks
+from tests.support.runs import make_run
 
 
 def main() -> None:
@@ -26,26 +26,21 @@ def main() -> None:
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
     accelerator: Any = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_plugin=plugin)
     shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=LENGTH)
-    config = Config(model=shape, optimizer=OptimizerConfig(state="bf16"))
+    batch = BatchConfig(tokens_per_update=8 * LENGTH, lanes=8, micro_batch_size=2)
+    data, optimizer_config = DataConfig(sequence_length=LENGTH), OptimizerConfig(state="bf16")
+    config = Config(batch=batch, data=data, model=shape, optimizer=optimizer_config)
     plain = build_model(config, VOCABULARY, 0)
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, config.optimizer, seed=5))
-    plan = UpdatePlan(8 * LENGTH, LENGTH, 8, accelerator.num_processes, 2)
-    held = plan.blocks_of_rank(accelerator.process_index)
-    batch = to_tensors(make_blocks(8)[held.start : held.stop], torch.device("cpu"))
+    run = make_run(config, accelerator)
+    plan = run.plan.update
+    held = plan.blocks_of_rank(run.rank)
+    blocks = to_tensors(make_blocks(8)[held.start : held.stop], torch.device("cpu"))
     for update in range(1, 4):
-        seed_dropout(5, update, accelerator.process_index)  # as train.py does: ranks draw differently
-        run_update(
-            model,
-            optimizer,
-            split_into_micro_batches(batch, plan, accelerator.process_index),
-            accelerator=accelerator,
-            scaling="accumulate",
-            max_grad_norm=1.0,
-            target_tokens=plan.tokens_per_update,
-        )
+        seed_dropout(5, update, run.rank)  # as in a run: another seed on each rank
+        run_update(run, model, optimizer, split_into_micro_batches(blocks, plan, run.rank), plan.tokens_per_update)
     parameters = list(plain.parameters())
     digest = sha256(b"".join(p.detach().view(torch.int16).numpy().tobytes() for p in parameters)).hexdigest()
-    model(*(tokens[:1] for tokens in batch)).backward()
+    model(*(tokens[:1] for tokens in blocks)).backward()
     count = sum(p.numel() for p in parameters)
     bytes_per_parameter = {
         "parameters": sum(p.nbytes for p in parameters) / count,

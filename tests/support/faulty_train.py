@@ -9,39 +9,51 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recipe.checkpoint.files
-import recipe.data.lanes
-import recipe.plan.schedule
+import recipe.checkpoint.resume
+import recipe.checkpoint.saver
+import recipe.evaluation.in_run
+import recipe.model.gpt2
+import recipe.model.optimizer
+import recipe.step.micro_batches
+import recipe.step.parity
 import recipe.step.update
-from recipe.data.blocks import UpdateBlocks, UpdateReader, hash_blocks, to_tensors
+from recipe.data.blocks import IGNORED_TARGET, MicroBatch, UpdateBlocks, UpdateReader, hash_blocks, to_tensors
 from recipe.data.lanes import Lane
-from recipe.step.update import MicroBatch
+from recipe.run.directory import list_checkpoints
+from recipe.run.run import Run
 
 Backward = Callable[[Tensor], None]
 
 
+def plant_gradient(accumulate: Callable[..., Any]) -> None:
+    """Let `accumulate` stand for `accumulate_gradient`, in updates and in the parity check."""
+    setattr(recipe.step.update, "accumulate_gradient", accumulate)  # noqa: B010
+    setattr(recipe.step.parity, "accumulate_gradient", accumulate)  # noqa: B010
+
+
 def change_backward(change: Callable[[Backward, nn.Module, int], Backward]) -> None:
     """In each update let `change(accelerator.backward, model, steps)` stand for `accelerator.backward`."""
-    original = recipe.step.update._accumulate_path
+    original = recipe.step.update.accumulate_gradient
 
-    def path(
-        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
-    ) -> Any:
-        backward = accelerator.backward
-        accelerator.backward = change(backward, model, len(micro_batches))
+    def accumulate(run: Run, model: nn.Module, micro_batches: Sequence[MicroBatch], *rest: Any) -> Any:
+        backward = run.accelerator.backward
+        run.accelerator.backward = change(backward, model, len(micro_batches))
         try:
-            return original(model, micro_batches, accelerator, targets, stop)
+            return original(run, model, micro_batches, *rest)
         finally:
-            accelerator.backward = backward
+            run.accelerator.backward = backward
 
-    recipe.step.update._accumulate_path = path
+    plant_gradient(accumulate)
 
 
 def divide_the_loss_twice() -> None:
@@ -52,20 +64,20 @@ def divide_the_loss_twice() -> None:
 def mean_of_means() -> None:
     """Each micro-batch's mean, averaged over the steps and ranks: right only where all hold equally many targets."""
 
-    def path(
-        model: nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Any, targets: Tensor, stop: Any
-    ) -> Any:
+    def accumulate(run: Run, model: nn.Module, micro_batches: Sequence[MicroBatch], *rest: Any) -> Any:
+        accelerator = run.accelerator
         accelerator.gradient_accumulation_steps = len(micro_batches)
         accelerator.step = 0
-        means = []
+        means, counts = [], []
         for inputs, labels in micro_batches:
+            counts.append((labels != IGNORED_TARGET).sum())
             with accelerator.accumulate(model):
-                mean = model(inputs, labels) / (labels != -100).sum().clamp(min=1)
+                mean = model(inputs, labels) / counts[-1].clamp(min=1)
                 accelerator.backward(mean)
                 means.append(mean.detach().double())
-        return torch.stack(means).mean() * targets / accelerator.num_processes
+        return accelerator.reduce(torch.stack(means).mean(), "mean"), accelerator.reduce(torch.stack(counts).sum())
 
-    recipe.step.update._accumulate_path = path
+    plant_gradient(accumulate)
 
 
 def tick_the_schedule_per_rank() -> None:
@@ -73,8 +85,8 @@ def tick_the_schedule_per_rank() -> None:
     import os
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    original = recipe.plan.schedule.learning_rate
-    recipe.plan.schedule.learning_rate = lambda tokens, *rest: original(tokens * ranks, *rest)
+    original = recipe.model.optimizer.learning_rate
+    recipe.model.optimizer.learning_rate = lambda tokens, *rest: original(tokens * ranks, *rest)
 
 
 def clip_each_micro_batch() -> None:
@@ -110,27 +122,27 @@ def prepare_the_data_loader() -> None:
     """Pass blocks that are this rank's share already through `accelerator.prepare`, which shares them out again."""
 
     class Blocks(torch.utils.data.IterableDataset):
-        def __init__(self, read: Callable[[], UpdateBlocks | None]) -> None:
+        def __init__(self, read: Callable[[], UpdateBlocks]) -> None:
             self.read = read
 
         def __iter__(self) -> Iterator[Tensor]:
-            while (update := self.read()) is not None:
-                yield from torch.from_numpy(update.blocks.copy())
+            while True:
+                yield from torch.from_numpy(self.read().blocks.copy())
 
     start, original = UpdateReader.__init__, UpdateReader.next_update
 
-    def init(self: Any, lanes: Any, blocks_per_lane: int, updates: int, device: Any, **more: Any) -> None:
-        self.share = len(lanes) * blocks_per_lane
-        start(self, lanes, blocks_per_lane, updates * 8, device, **more)
+    def init(self: Any, run: Run, lanes: Sequence[Lane], *rest: Any) -> None:
+        self.share, self.updates = len(lanes) * run.plan.update.blocks_per_lane, count(1)
+        longer = replace(run.plan, planned_updates=8 * run.plan.planned_updates)
+        start(self, replace(run, plan=longer), lanes, *rest)
 
-    def next_update(self: Any) -> UpdateBlocks | None:
+    def next_update(self: Any) -> UpdateBlocks:
         if not hasattr(self, "batches"):
-            from accelerate import Accelerator
-
             loader = torch.utils.data.DataLoader(Blocks(lambda: original(self)), batch_size=self.share)
-            self.batches = iter(Accelerator(cpu=True).prepare(loader))
+            self.batches = iter(self.run.accelerator.prepare(loader))
         blocks = next(self.batches).numpy().astype(np.int32)
-        return UpdateBlocks(blocks, to_tensors(blocks, torch.device("cpu")), hash_blocks(blocks), [], 0.0)
+        batch = to_tensors(blocks, torch.device("cpu"))
+        return UpdateBlocks(blocks, batch, hash_blocks(blocks), [], next(self.updates))
 
     setattr(UpdateReader, "__init__", init)  # noqa: B010
     setattr(UpdateReader, "next_update", next_update)  # noqa: B010
@@ -140,18 +152,13 @@ def read_ahead_of_the_state() -> None:
     """The state of the lanes as it is when it is asked for, not as it was before the update that is trained on."""
     import time
 
-    start, original = UpdateReader.__init__, UpdateReader.next_update
+    original = UpdateReader.next_update
 
-    def init(self: Any, lanes: Any, *rest: Any, **more: Any) -> None:
-        self.lanes = lanes
-        start(self, lanes, *rest, **more)
-
-    def next_update(self: Any) -> UpdateBlocks | None:
+    def next_update(self: UpdateReader) -> UpdateBlocks:
         update = original(self)
         time.sleep(0.05)  # the background thread goes on
-        return replace(update, lane_states=[lane.state_dict() for lane in self.lanes]) if update else None
+        return replace(update, lane_states=[lane.state_dict() for lane in self.lanes])
 
-    setattr(UpdateReader, "__init__", init)  # noqa: B010
     setattr(UpdateReader, "next_update", next_update)  # noqa: B010
 
 
@@ -161,10 +168,10 @@ def infinite_gradient_on_rank_1() -> None:
 
     faulty = {int(update) for update in os.environ["FAULTY_UPDATES"].split(",")}
     is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    count = iter(range(1, 10**6))
+    updates = count(1)
 
     def infinite(backward: Backward, model: nn.Module, steps: int) -> Backward:
-        is_faulty = next(count) in faulty and is_last_rank
+        is_faulty = next(updates) in faulty and is_last_rank
         return lambda loss: backward(loss * float("inf") if is_faulty else loss)
 
     change_backward(infinite)
@@ -175,12 +182,10 @@ def small_memory() -> None:
     update FAULTY_FROM on: with the error that torch's own allocator gives for too large a request."""
     import os
 
-    import recipe.model.gpt2
-
     rows, where = int(os.environ["FAULTY_ROWS"]), os.environ["FAULTY_PASS"]
     first = int(os.environ.get("FAULTY_FROM", "1"))
     is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    original, run_update = recipe.model.gpt2.CausalLanguageModel.forward, recipe.step.update.run_update
+    original, run_update = recipe.model.gpt2.CausalLanguageModel.forward, recipe.step.micro_batches.run_update
     update = [0]
 
     def exhaust(gradient: Tensor) -> None:
@@ -194,36 +199,30 @@ def small_memory() -> None:
             loss.register_hook(exhaust)
         return loss
 
-    def count(*arguments: Any, **options: Any) -> Any:
+    def counting(*arguments: Any) -> Any:
         update[0] += 1
-        return run_update(*arguments, **options)
+        return run_update(*arguments)
 
     recipe.model.gpt2.CausalLanguageModel.forward = forward  # type: ignore[method-assign]
-    recipe.step.update.run_update = count
+    setattr(recipe.step.micro_batches, "run_update", counting)  # noqa: B010
 
 
 def forget_to_restore_dropout() -> None:
     """Dropout goes on from wherever the process's random state is."""
-    import recipe.model.seeds
-
-    recipe.model.seeds.seed_dropout = lambda seed, update, rank: None
+    setattr(recipe.step.micro_batches, "seed_dropout", lambda seed, update, rank: None)  # noqa: B010
 
 
 def forget_skipped_batches() -> None:
     """A rollback that only the process knows of."""
-    import recipe.checkpoint.resume
-
-    recipe.checkpoint.resume.read_events = lambda path, event, update: []
+    setattr(recipe.checkpoint.resume, "read_events", lambda path, event, update: [])  # noqa: B010
 
 
 def prune_before_writing() -> None:
     """Make room for a checkpoint before it is there, as accelerate's `total_limit` does."""
-    import recipe.checkpoint.saver
-
     original = recipe.checkpoint.saver.write_checkpoint
 
     def write(root: Path, *arguments: Any) -> Path:
-        for path in recipe.checkpoint.files.list_checkpoints(root):
+        for path in list_checkpoints(root):
             shutil.rmtree(path)
         return original(root, *arguments)
 
@@ -238,16 +237,30 @@ def forget_the_manifests_sync() -> None:
     )
 
 
+def signal_in_an_evaluation() -> None:
+    """No fault, but SIGTERM comes to the last rank at the start of evaluation FAULTY_EVALUATION, from 1."""
+    import os
+    import signal
+
+    is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    original, evaluations = recipe.evaluation.in_run.evaluate, count(1)
+
+    def evaluate(*arguments: Any) -> Any:
+        if next(evaluations) == int(os.environ["FAULTY_EVALUATION"]) and is_last_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    setattr(recipe.evaluation.in_run, "evaluate", evaluate)  # noqa: B010
+
+
 def attention_sees_the_future() -> None:
     """The causal mask is lost."""
-    import recipe.model.gpt2
-
-    original = recipe.model.gpt2.F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def not_causal(*arguments: Any, **options: Any) -> Tensor:
         return original(*arguments, **{**options, "is_causal": False})
 
-    recipe.model.gpt2.F.scaled_dot_product_attention = not_causal
+    F.scaled_dot_product_attention = not_causal
 
 
 def slow_checkpoint_writer() -> None:
@@ -279,6 +292,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         forget_skipped_batches,
         prune_before_writing,
         forget_the_manifests_sync,
+        signal_in_an_evaluation,
         attention_sees_the_future,
         slow_checkpoint_writer,
     )

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from recipe.config.settings import Config, ModelConfig
-from recipe.data.blocks import split_into_micro_batches, to_tensors
+from recipe.config.settings import BatchConfig, Config, ModelConfig, OptimizerConfig, Scaling
+from recipe.data.blocks import IGNORED_TARGET, MicroBatch, split_into_micro_batches, to_tensors
 from recipe.model.gpt2 import CausalLanguageModel, build_model
-from recipe.model.loss import IGNORED_TARGET
 from recipe.plan.budget import UpdatePlan
-from recipe.step.update import MicroBatch, Scaling, accumulate_gradient
+from recipe.run.run import Run
+from recipe.step.update import accumulate_gradient, run_update
+from tests.support.runs import make_run
 
 LENGTH = 16
 VOCABULARY = 257
@@ -33,7 +35,7 @@ SHAPES = ((32, 16), (4, 4))
 
 
 def make_accelerator() -> Any:
-    """As recipe.run.launch starts one, in float32 or float64."""
+    """As `recipe.run.environment` starts one, in float32 or float64."""
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
     return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
 
@@ -42,6 +44,14 @@ def make_model(dtype: torch.dtype) -> CausalLanguageModel:
     """A GPT-2 of two layers, with weights large enough for a gradient that is not nearly linear."""
     shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=LENGTH, initializer_range=0.2)
     return build_model(Config(model=shape), VOCABULARY, 0).to(dtype)
+
+
+def run_of(
+    accelerator: Any, plan: UpdatePlan, scaling: Scaling = "accumulate", max_grad_norm: float | None = None
+) -> Run:
+    """A run whose updates are split by `plan`."""
+    batch, optimizer = BatchConfig(scaling=scaling), OptimizerConfig(max_grad_norm=max_grad_norm)
+    return make_run(Config(batch=batch, optimizer=optimizer), accelerator, plan)
 
 
 def make_blocks(count: int) -> np.ndarray:
@@ -103,21 +113,43 @@ def differences(accelerator: Any, dtype: torch.dtype, masked: bool) -> dict[str,
             plan = UpdatePlan(count * LENGTH, LENGTH, lanes, accelerator.num_processes, size)
             micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask)
             for path in PATHS:
-                accumulated = accumulate_gradient(
-                    model,
-                    micro_batches,
-                    accelerator=accelerator,
-                    scaling=path,
-                    target_tokens=None if masked else plan.tokens_per_update,
-                )
-                assert accumulated is not None
-                loss, targets = accumulated
+                run, known = run_of(accelerator, plan, path), None if masked else plan.tokens_per_update
+                loss, targets = accumulate_gradient(run, model, micro_batches, known)
                 assert int(targets) == int((~mask).sum())
                 apart = relative(flat_gradient(model), expected)
                 results[f"{count} blocks, micro-batch {size}, {path}"] = max(
                     apart, abs(loss.item() / expected_loss - 1)
                 )
     return results
+
+
+def check_sgd_update(accelerator: Any, scaling: Scaling, max_grad_norm: float | None) -> None:
+    """Parameters after one step, where a wrong scale cannot hide; clipped once, on the whole gradient.
+
+    Raises:
+        AssertionError: they are not those of one big batch.
+    """
+    blocks, mask = make_blocks(32), make_mask(32, masked=True)
+    expected_loss, gradient = big_batch(make_model(torch.float64), blocks, mask)
+    norm = gradient.norm().item()
+    assert norm > 0.5, "the gradient has to be clipped for this test to say something"
+    factor = min(1.0, max_grad_norm / norm) if max_grad_norm else 1.0
+    for size in (1, 3, 8, 32):
+        plain = make_model(torch.float64)
+        before = torch.cat([p.detach().flatten() for p in plain.parameters()])
+        model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+        plan = UpdatePlan(32 * LENGTH, LENGTH, 16, 1, size)
+        run = run_of(accelerator, plan, scaling, max_grad_norm)
+        result = run_update(run, model, optimizer, micro_batches_of(plan, 0, blocks, mask))
+        after = torch.cat([p.detach().flatten() for p in plain.parameters()])
+        torch.testing.assert_close(
+            after, before - 0.1 * factor * gradient, rtol=0, atol=1e-7
+        )  # clip adds 1e-6 to the norm
+        assert result.grad_norm.item() == pytest.approx(norm, rel=1e-12), "the norm before clipping"
+        assert result.loss.item() == pytest.approx(expected_loss, rel=1e-12)
+        assert result.target_tokens.item() == (~mask).sum().item()
+        assert result.is_finite
+        assert all(p.grad is None for p in plain.parameters())
 
 
 def main() -> None:
