@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -137,7 +138,7 @@ def describe_environment(accelerator: Any, precision: str) -> dict[str, Any]:
     }
 
 
-def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
+def installed_versions(names: Sequence[str]) -> dict[str, str]:
     """Version of each of these distributions, if it is installed."""
     versions = {}
     for name in names:

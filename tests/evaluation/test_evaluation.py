@@ -16,7 +16,8 @@ from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import evaluate
 from recipe.model.export import load_pretrained
 from recipe.model.gpt2 import CausalLanguageModel
-from tests.helpers import TINY, read_ledger, read_ledger_lines, run_ranks, write_texts
+from recipe.run.stop import StopRequest
+from tests.helpers import TINY, read_ledger, read_events, run_ranks, write_texts
 
 UPDATES = 4
 PROMPTS = ["def main", 'a "quoted" \N{GRINNING FACE}\nline']
@@ -52,18 +53,18 @@ def runs(root: Path) -> tuple[Path, Path]:
 
 def test_a_run_with_samples_and_sets_is_bit_identical_to_one_without(runs: tuple[Path, Path]) -> None:
     mine, other = runs
-    for name in ("loss", "grad_norm", "validation_loss"):
-        assert [e.get(name) for e in read_ledger(mine)] == [e.get(name) for e in read_ledger(other)], name
+    for name in ("loss", "grad_norm", "validation/held_out/loss"):
+        assert [e[name] for e in read_ledger(mine)] == [e[name] for e in read_ledger(other)], name
     weights, others = (load_file(directory / "final/model.safetensors") for directory in runs)
     assert all(torch.equal(weights[name], others[name]) for name in weights | others)
 
 
 def test_each_prompt_is_sampled_once_at_each_evaluation(runs: tuple[Path, Path]) -> None:
-    samples = [line for line in read_ledger_lines(runs[0]) if line.get("event") == "sample"]
+    samples = read_events(runs[0], "sample")
     assert [(s["update"], s["prompt"]) for s in samples] == [(u, p) for u in (2, 4) for p in PROMPTS]
     assert all(s["text"].startswith(s["prompt"]) and len(s["text"]) > len(s["prompt"]) for s in samples)
     assert samples[0]["text"] != samples[2]["text"], "the model has learnt something"
-    assert not [line for line in read_ledger_lines(runs[1]) if line.get("event") == "sample"]
+    assert not read_events(runs[1], "sample")
 
 
 def test_the_ledger_holds_the_loss_of_each_named_set(runs: tuple[Path, Path]) -> None:
@@ -71,8 +72,9 @@ def test_the_ledger_holds_the_loss_of_each_named_set(runs: tuple[Path, Path]) ->
     from accelerate import Accelerator
 
     entries = read_ledger(runs[0])
-    assert [set(entry.get("validation", {})) for entry in entries] == [set(), {"short", "rows"}] * 2
-    assert "validation" not in read_ledger(runs[1])[-1]
+    for name in ("short", "rows"):
+        assert [entry[f"validation/{name}/loss"] is None for entry in entries] == [True, False] * 2
+        assert f"validation/{name}/loss" not in read_ledger(runs[1])[-1]
     gpt2, tokenizer = load_pretrained(str(runs[0] / "final"))
     texts = {"short": [(runs[0].parent / "short.txt").read_text(encoding="utf-8")]}
     texts["rows"] = [json.loads(line)["text"] for line in (runs[0].parent / "rows.jsonl").open(encoding="utf-8")]
@@ -81,13 +83,12 @@ def test_the_ledger_holds_the_loss_of_each_named_set(runs: tuple[Path, Path]) ->
         blocks = pack_validation(iter(documents), tokenizer, 64, float("inf"))
         assert blocks is not None
         model = CausalLanguageModel(gpt2, len(tokenizer))
-        expected = evaluate(model, blocks, accelerator=Accelerator(cpu=True), rows=1)
-        assert expected is not None
-        recorded = entries[-1]["validation"][name]
-        assert recorded["loss"] == pytest.approx(expected.loss, rel=1e-6), "float32 sums in another order"
-        assert recorded["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
-        before, after = (summary["validation_sets"][name][moment]["loss"] for moment in ("before", "after"))
-        assert after == recorded["loss"] < before
+        expected = evaluate(model, blocks, Accelerator(cpu=True), 1, StopRequest())
+        loss, bits_per_byte = (entries[-1][f"validation/{name}/{value}"] for value in ("loss", "bits_per_byte"))
+        assert loss == pytest.approx(expected.loss, rel=1e-6), "float32 sums in another order"
+        assert bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        before, after = (summary["validation"][name][moment]["loss"] for moment in ("before", "after"))
+        assert after == loss < before
 
 
 def test_prompts_and_sets_survive_the_written_configuration(runs: tuple[Path, Path]) -> None:
@@ -100,7 +101,7 @@ def test_prompts_and_sets_survive_the_written_configuration(runs: tuple[Path, Pa
     ("arguments", "message"),
     [
         (["--evaluation.sets.wiki", "/nowhere/*.txt"], r"evaluation\.sets\.wiki: no file matches"),
-        (["--evaluation.sets", '{"a b": "README.md"}'], r"'a b' is no name"),
+        (["--evaluation.sets", '{"a b": "README.md"}'], r"'a b' cannot be the name of a set"),
         (["--evaluation.sets.wiki", "README.md"], "has no known format"),
     ],
 )
