@@ -1,8 +1,9 @@
-"""Numbers and values for a person. What belongs together has a space that does not break."""
+"""Numbers and values as text for a person. A number and its unit have a space that does not break."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ def event_name(name: str) -> str:
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """The values of any event in one line, without when it happened and without hashes."""
+    """The values of an event in one line, without empty ones and those that tell a person nothing."""
     values = {k: v for k, v in event.items() if k not in _NOT_SHOWN and v not in (None, [], {})}
     if "checkpoint" in values:
-        values["checkpoint"] = Path(str(values["checkpoint"])).name  # where it lies is the author's own
+        values["checkpoint"] = Path(str(values["checkpoint"])).name  # a reader has no use for the author's directories
     return "; ".join(f"{event_name(name)} {value_text(value)}" for name, value in values.items())
 
 
@@ -24,7 +25,7 @@ _NOT_SHOWN = ("event", "update", "time_utc", "blocks_sha256")
 
 
 def value_text(value: Any) -> str:
-    """A JSON value for a person, 200 characters at most."""
+    """A JSON value in at most 200 characters."""
     if isinstance(value, dict):
         pairs = {k: v for k, v in value.items() if isinstance(v, list) and len(v) == 2}
         if len(pairs) == len(value):  # changes: [earlier, now]
@@ -57,7 +58,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `1 min 24 s`, `3 h 12 min`, `5 d 3 h`, with spaces that do not break."""
+    """`42 s`, `1 min 24 s`, `3 h 12 min`, `5 d 3 h`."""
     text = f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     for large, small, scale, factor in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if seconds >= scale:
@@ -68,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def size_text(size_bytes: float) -> str:
-    """Bytes in kB, MB or GB, powers of ten."""
+    """Bytes in kB, MB or GB of powers of ten."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
@@ -76,7 +77,7 @@ def size_text(size_bytes: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines with columns below each other: the first and the last to the left, sizes between them to the right."""
+    """A table: the first and the last column aligned to the left, those between them to the right."""
     last = len(rows[0]) - 1
     widths = [max(len(row[column]) for row in rows) for column in range(last)]
     lines = []
@@ -87,3 +88,35 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         ]
         lines.append("  " + "  ".join([*cells, row[last]]).rstrip())
     return "\n".join(lines)
+
+
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "bytes": size_text,
+    "hours": lambda hours: duration(3600 * hours),
+    "tokens/s": "{:,.0f}".format,
+    "device-hours": "{:,.2f}".format,
+    "money": "{:,.2f}".format,
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A derived number: one line of a table, one entry of the JSON."""
+
+    key: str
+    value: float | None  # None until it is known
+    unit: str
+    derivation: str = "{}"  # how it follows from other numbers; {} is the place of the value
+
+    @property
+    def name(self) -> str:
+        """The key in words: `state_bytes` -> `state`."""
+        return self.key.removesuffix("_bytes").replace("_", " ")
+
+    @property
+    def shown(self) -> str:
+        """The value for a person; nothing if it is not known."""
+        return "" if self.value is None else _FORMATS.get(self.unit, "{:,}".format)(self.value)
+
+    def __str__(self) -> str:
+        return self.derivation.format(self.shown)

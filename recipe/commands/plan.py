@@ -1,168 +1,122 @@
-"""What a run comes to before it is started: the division, the bytes, the time and the cost. Imports no torch."""
+"""Print every derived number of a run before it starts: `python -m recipe plan ...`. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from recipe.config.checks import check_bounds, validate
-from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import Config
-from recipe.errors import RecipeError, run_command
-from recipe.format import aligned
+from recipe.config.command_line import make_parser, parse_run
+from recipe.config.settings import Above, AtLeast, AtMost, Config
+from recipe.errors import run_command
+from recipe.format import Number, aligned
+from recipe.plan import run_plan
 from recipe.plan.devices import Device, find_device
-from recipe.plan.estimate import (
-    Memory,
-    Time,
-    classic_bytes,
-    classic_rows,
-    fit_rows,
-    memory_rows,
-    plan_memory,
-    planned_precision,
-)
 from recipe.plan.memory import largest_micro_batch
-from recipe.plan.run_plan import RunPlan, make_plan, world_size_of_launcher
+
+Table = dict[str, list[Number]]  # heading of a column -> its numbers; the only column has none
 
 
 @dataclass(frozen=True)
 class PlanConfig(Config):
-    """A run, and what it is planned for."""
+    """The settings of a run, and the devices to plan it for."""
 
-    world_size: int | None = None
+    world_size: Annotated[int | None, AtLeast(1)] = None
     """Ranks, one device each. Null: WORLD_SIZE, or 1."""
     device: str | None = None
     """h100, a100, ..., cpu: its memory and its peak. An unknown name lists all. Null: no limit and no time."""
-    memory_gb: float | None = None
-    """Memory of a device, 10^9 bytes. Null: the device's; of cpu, a rank's share of this machine."""
-    mfu: float = 0.4
+    memory_gb: Annotated[float | None, Above(0)] = None
+    """Memory of a device, 10^9 bytes. Null: that of the device; for cpu, a rank's share of this machine's."""
+    mfu: Annotated[float, Above(0), AtMost(1, "a share of the peak; 0.4 is 40 %")] = 0.4
     """Share of the peak that the model's own arithmetic uses: an assumption until the run's ledger has it."""
-    flops: float | None = None
-    """Peak FLOP/s of a device. Null: the device's in bf16."""
-    price_per_hour: float | None = None
+    flops: Annotated[float | None, Above(0)] = None
+    """Peak FLOP/s of a device. Null: that of the device in bf16."""
+    price_per_hour: Annotated[float | None, AtLeast(0)] = None
     """Price of a device for an hour."""
-
-
-_BOUNDS: dict[str, tuple[float, bool]] = {
-    "world_size": (1, False),
-    "memory_gb": (0, True),
-    "mfu": (0, True),
-    "flops": (0, True),
-    "price_per_hour": (0, False),
-}
-
-
-def memory_of(config: PlanConfig, device: Device | None, world_size: int) -> float | None:
-    """Bytes that a rank has; None where no device is given."""
-    if config.memory_gb is not None:
-        return config.memory_gb * 1e9
-    if device is not None and device.memory_bytes is None:
-        import psutil
-
-        return psutil.virtual_memory().total / world_size
-    return device.memory_bytes if device else None
-
-
-def plan_everything(config: PlanConfig) -> tuple[RunPlan, Memory, Time | None]:
-    """The division, the bytes and, where the peak is known, the time.
-
-    Raises:
-        RecipeError: settings that cannot be used, a device that is not known, or one too small for one block.
-    """
-    validate(config)
-    check_bounds(config, _BOUNDS)
-    if config.mfu > 1:
-        raise RecipeError(f"--mfu {config.mfu:g}: a share of the peak, at most 1; 0.4 is 40 %")
-    world_size = config.world_size or world_size_of_launcher()
-    device = None if config.device is None else find_device(config.device)
-    device_type = device.type if device else "cuda"
-    memory_bytes = memory_of(config, device, world_size)
-    precision = planned_precision(config, device_type)
-    found = None
-    if config.batch.micro_batch_size == "auto" and memory_bytes is not None:
-        found = largest_micro_batch(config, world_size, memory_bytes, device_type, precision)
-    plan = make_plan(config, world_size, found)
-    update = plan.update
-    memory = plan_memory(config, update.micro_batch_size, world_size, device_type, memory_bytes)
-    flops = config.flops or (device and device.bf16_flops if precision == "bf16" else None)
-    time = flops and Time(
-        flops=flops,
-        mfu=config.mfu,
-        flops_per_token=plan.flops_per_token,
-        balance=update.blocks_per_update / (update.largest_share * world_size),
-        tokens=plan.planned_updates * update.tokens_per_update,
-        world_size=world_size,
-        price_per_hour=config.price_per_hour,
-    )
-    return plan, memory, time or None
-
-
-def as_text(config: PlanConfig, plan: RunPlan, memory: Memory, time: Time | None) -> str:
-    """Three tables: the division, a rank's memory, and the run on the device."""
-    update = plan.update
-    masked = sum(len(rows) == 0 for rank in range(update.world_size) for rows in update.micro_batches(rank))
-    padding = f"0 tokens{f'; {masked} masked blocks, where ranks have fewer than steps' if masked else ''}"
-    division = [*plan.rows()[:-1], ("padding", padding)]
-    run = fit_rows(memory, update.largest_share) + (time.rows() if time else [])
-    if memory.memory_bytes is None:
-        run.append(("not given", "--device h100, or another one, for the largest micro-batch, time and cost"))
-    elif time is None:
-        run.append(("not given", f"--flops for time and cost: the {memory.precision} peak is not known"))
-    elif time.price_per_hour is None:
-        run.append(("not given", "--price_per_hour for the cost"))
-    parts = {
-        "plan": aligned(division),
-        f"memory of a rank{', for micro-batches of one block' if plan.micro_batch_is_auto else ''}": aligned(
-            memory_rows(memory, config, update)
-        ),
-        "classic table, before activations": aligned(
-            classic_rows(plan.parameters, memory.footprints[config.optimizer.state])
-        ),
-        f"run{f' on {config.device}' if config.device else ''}": aligned(run),
-    }
-    return "\n\n".join(f"{title}\n{lines}" for title, lines in parts.items())
-
-
-def as_dictionary(plan: RunPlan, memory: Memory, time: Time | None) -> dict[str, Any]:
-    """The numbers of `as_text`, in bytes, tokens, FLOP and hours."""
-    update = plan.update
-    return {
-        **asdict(update),
-        "blocks_per_update": update.blocks_per_update,
-        "micro_batch_size": None if plan.micro_batch_is_auto else update.micro_batch_size,
-        "gradient_accumulation_steps": None if plan.micro_batch_is_auto else update.gradient_accumulation_steps,
-        "padding_tokens": 0,
-        "parameters": plan.parameters,
-        "total_tokens": plan.total_tokens,
-        "updates": plan.total_updates,
-        "planned_updates": plan.planned_updates,
-        "classic_bytes": classic_bytes(plan.parameters),
-        "memory": memory.as_dictionary(),
-        "time": time and time.as_dictionary(),
-    }
-
-
-def forecast(arguments: Sequence[str]) -> str:
-    """What `python -m recipe plan ARGUMENTS` prints.
-
-    Raises:
-        RecipeError: settings that cannot be used.
-    """
-    parser = make_parser(PlanConfig, "python -m recipe plan", "What a run comes to, before it is started.")
-    parser.add_argument("--json", action="store_true", help="Print the same numbers as JSON.")
-    config, rest = parse(parser, PlanConfig, arguments)
-    plan, memory, time = plan_everything(config)
-    return (
-        json.dumps(as_dictionary(plan, memory, time), indent=2) if rest["json"] else as_text(config, plan, memory, time)
-    )
 
 
 def main() -> None:
     """The command."""
-    print(forecast(sys.argv[1:]))
+    print(planned(sys.argv[1:]))
+
+
+def planned(arguments: Sequence[str]) -> str:
+    """What `python -m recipe plan ARGUMENTS` prints.
+
+    Raises:
+        RecipeError: settings that cannot be used, an unknown device, or one that is too small for one block.
+    """
+    parser = make_parser(PlanConfig, "python -m recipe plan", "Print every derived number of a run before it starts.")
+    parser.add_argument("--json", action="store_true", help="Print the same numbers as JSON, each with its derivation.")
+    config, rest = parse_run(parser, PlanConfig, arguments)
+    tables = plan_tables(config)
+    if rest["json"]:
+        return json.dumps({title: as_dictionary(table) for title, table in tables.items()}, indent=2)
+    return "\n\n".join(f"{title.replace('_', ' ')}\n{as_text(table)}" for title, table in tables.items())
+
+
+def plan_tables(config: PlanConfig) -> dict[str, Table]:
+    """The division of an update, the memory of a rank, and the run on the device."""
+    world_size = config.world_size or run_plan.world_size_of_launcher()
+    device = None if config.device is None else find_device(config.device)
+    device_type, memory_bytes = device.type if device else "cuda", _memory_bytes(config, device, world_size)
+    precision = run_plan.planned_precision(config, device_type)
+    largest = None
+    if memory_bytes is not None:
+        largest = largest_micro_batch(config, world_size, memory_bytes, device_type, precision)
+    plan = run_plan.make_plan(config, world_size, largest)
+    masked = sum(len(blocks) == 0 for rank in range(world_size) for blocks in plan.update.micro_batches(rank))
+    padding = f"{{}}; {masked} masked blocks, for ranks with fewer blocks than steps" if masked else "{}"
+    *division, state = plan.numbers()
+    division += [Number("planned_updates", plan.planned_updates, "updates")]
+    division += [Number("padding_tokens", 0, "tokens", padding)]
+    configs = {config.optimizer.state: config}
+    if precision == "bf16" and config.optimizer.name == "adamw":
+        other: Literal["fp32", "bf16"] = "fp32" if config.optimizer.state == "bf16" else "bf16"
+        configs[other] = replace(config, optimizer=replace(config.optimizer, state=other))
+    flops = config.flops or (device.bf16_flops if device and precision == "bf16" else None)
+    return {
+        "plan": {"": division},
+        "memory_of_a_rank": {
+            f"{name}_state": run_plan.memory_numbers(of, plan.update, device_type, memory_bytes)
+            for name, of in configs.items()
+        },
+        "classic_table": {"": [run_plan.classic_number(plan.parameters), state]},
+        "run": {"": run_plan.time_numbers(plan, flops, config.mfu, config.price_per_hour)},
+    }
+
+
+def _memory_bytes(config: PlanConfig, device: Device | None, world_size: int) -> float | None:
+    """Memory of a rank; None if no device is given."""
+    if config.memory_gb is not None:
+        return config.memory_gb * 1e9
+    if device is None or device.memory_bytes is not None:
+        return device.memory_bytes if device else None
+    import psutil
+
+    return psutil.virtual_memory().total / world_size
+
+
+def as_text(table: Table) -> str:
+    """Names, values and derivations; with several columns, the derivations of the first. Rows of zeros are left out."""
+    if "" in table:
+        return aligned([(number.name, str(number)) for number in table[""]])
+    rows = [
+        (row[0].name, *(n.shown for n in row), row[0].derivation)
+        for row in zip(*table.values(), strict=True)
+        if any(n.value != 0 for n in row)
+    ]
+    return aligned([("", *(heading.replace("_", " ") for heading in table), ""), *rows])
+
+
+def as_dictionary(table: Table) -> dict[str, Any]:
+    """The same for JSON."""
+    columns: dict[str, Any] = {}
+    for heading, numbers in table.items():
+        columns[heading] = {n.key: {"value": n.value, "unit": n.unit, "derivation": str(n)} for n in numbers}
+    return columns.get("", columns)
 
 
 if __name__ == "__main__":

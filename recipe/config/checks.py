@@ -93,22 +93,3 @@ def check_repo_id(name: str, repo_id: str | None) -> None:
     """
     if repo_id is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise RecipeError(f"{name} = {repo_id!r}: give the name of a model repository, user/name")
-
-
-_BELOW_ONE = ("model.dropout", "optimizer.beta1", "optimizer.beta2")
-
-
-def check_bounds(config: Any, bounds: dict[str, tuple[float, bool]]) -> None:
-    """Check numbers against (smallest valid value, is it exclusive), by dotted name.
-
-    Raises:
-        RecipeError: naming the setting, its value and its bound.
-    """
-    for name, (smallest, exclusive) in bounds.items():
-        value = value_of(config, name)
-        if value is None or value == "auto":
-            continue
-        if not (value > smallest if exclusive else value >= smallest):
-            raise RecipeError(f"{name} = {value}: must be {'greater than' if exclusive else 'at least'} {smallest:g}")
-        if name in _BELOW_ONE and value >= 1:
-            raise RecipeError(f"{name} = {value}: must be below 1")

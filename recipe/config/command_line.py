@@ -14,7 +14,7 @@ from typing import Any
 
 from recipe.config.checks import check_values, validate
 from recipe.config.init_from import SHAPE, shape_of
-from recipe.config.settings import Config, flat_fields, value_of
+from recipe.config.settings import Config, flat_fields
 from recipe.errors import RecipeError
 
 
@@ -122,26 +122,6 @@ def read_config(path: Path) -> Config:
     except RecipeError as error:
         raise RecipeError(f"{path} is not the configuration of a run of this version: {error}") from None
     return config
-
-
-def as_dictionary(config: Any) -> dict[str, Any]:
-    """Nested plain dictionaries, with tuples as lists, for YAML, JSON and trackers."""
-    values: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if hasattr(value, "__dataclass_fields__"):
-            value = as_dictionary(value)
-        values[f.name] = list(value) if isinstance(value, tuple) else value
-    return values
-
-
-def flat_dictionary(config: Config) -> dict[str, str | int | float | bool]:
-    """Dotted names to plain values, as trackers take them; lists and null as text."""
-    values = {}
-    for name, _ in flat_fields(Config):
-        value = value_of(config, name)
-        values[name] = value if isinstance(value, str | int | float | bool) else str(value)
-    return values
 
 
 def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:

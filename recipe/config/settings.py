@@ -208,12 +208,12 @@ class StabilityConfig:
     """continue: record the spike and go on. stop: end the run. rollback: return to the last checkpoint, and skip the batches
     that led to the spike."""
     spike_window: Annotated[int, AtLeast(4)] = 128
-    """Compare an update with this many before it."""
+    """Number of updates before an update that it is compared with."""
     spike_score: Annotated[float, Above(0)] = 7.0
     """A spike is a loss or gradient norm this many robust standard deviations (1.4826 median absolute deviations) above the
     median of the window."""
     rollback_updates: Annotated[int, AtLeast(1)] = 4
-    """rollback: skip the batches of this many updates, the last of which is that of the spike."""
+    """rollback: skip the batches of this many updates, up to that of the spike."""
     max_rollbacks: Annotated[int, AtLeast(1)] = 3
     """rollback: stop after this many returns to the same checkpoint."""
 
@@ -223,12 +223,12 @@ class EvaluationConfig:
     """Validation loss, in nats per token and bits per byte, and samples."""
 
     every_tokens: Annotated[int, AtLeast(1)] = 262_144_000
-    """Evaluate after each this many tokens, and before and after the run."""
+    """Tokens between evaluations. The run also begins and ends with one."""
     tokens: Annotated[int, AtLeast(1)] = 131_072
     """Size of a validation set, rounded up to whole documents."""
     sets: dict[str, str] = field(default_factory=dict)
-    """Your own validation sets beside the held-out documents, as NAME: text files. Each is a file, glob or address, read like
-    those of data.text_files, and not held out of them."""
+    """Validation sets of your own beside the held-out documents: for each name a file, glob or address. They are read like
+    data.text_files, and not held out of them."""
     prompts: tuple[str, ...] = ("",)
     """Texts to continue at each evaluation after the start, one sample for each. Empty text: start a new document."""
     sample_tokens: Annotated[int | None, AtLeast(1)] = 128
@@ -240,21 +240,21 @@ class CheckpointConfig:
     """When to save the whole state, and how many checkpoints to keep."""
 
     every_tokens: Annotated[int | None, AtLeast(1)] = 524_288_000
-    """Save after each this many tokens, and at the end. Null: not by tokens."""
+    """Tokens between checkpoints. The run also ends with one. Null: not by tokens."""
     every_minutes: Annotated[float | None, Above(0)] = 30.0
-    """Save this many minutes after the last checkpoint. Null: not by time."""
+    """Minutes between checkpoints. Null: not by time."""
     keep: Annotated[int, AtLeast(1)] = 3
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every_tokens: Annotated[int | None, AtLeast(1)] = None
-    """Keep those at multiples of this many tokens for ever. Null: none."""
+    """Never remove the checkpoints at multiples of this many tokens. Null: none."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where the numbers of the ledger go besides ledger.jsonl."""
+    """Where the numbers of ledger.jsonl go as well."""
 
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Trackers, started through accelerate."""
+    """Trackers to start through accelerate."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class HubConfig(PushConfig):
     """Push checkpoints and the finished model to the Hub in the background."""
 
     every_tokens: Annotated[int | None, AtLeast(1)] = None
-    """Push the first checkpoint after each this many tokens. Null: every checkpoint."""
+    """Tokens between pushed checkpoints. Null: push every checkpoint."""
     wait_seconds: WaitSeconds = 600.0
     """At the end of the run, wait this long for what is not pushed yet. At most 1,200."""
 

@@ -7,80 +7,70 @@ from dataclasses import dataclass
 
 from recipe.config.settings import Config, ModelConfig
 from recipe.errors import RecipeError
-from recipe.format import aligned, size_text
+from recipe.format import Number, aligned, percent, short_count, size_text
 from recipe.plan.budget import UpdatePlan
-from recipe.plan.memory import parameter_count, state_bytes
+from recipe.plan.memory import (
+    USABLE_SHARE,
+    choose_loss,
+    estimate_memory,
+    largest_micro_batch,
+    parameter_count,
+    rows_at_once,
+    state_bytes,
+)
 from recipe.plan.schedule import total_updates
-
-
-def flops_per_token(model: ModelConfig, n_positions: int, sequence_length: int) -> int:
-    """Forward and backward FLOPs of one target token: 6 N + 12 L d T (Chowdhery et al., 2022, appendix B)."""
-    return 6 * parameter_count(model, n_positions) + 12 * model.n_layer * model.n_embd * sequence_length
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that follows from a configuration and a number of ranks.
+    """Everything that follows from a configuration and a number of ranks."""
 
-    Args:
-        update: how an update is cut; in micro-batches of one block while `micro_batch_is_auto`.
-        parameters: of the model.
-        flops_per_token: forward and backward.
-        state_bytes: of (parameters, gradients, optimizer) on a rank.
-        total_updates: over which the schedules stretch.
-        planned_updates: after which the run stops.
-        micro_batch_is_auto: the micro-batch is `auto`, and its size not found yet.
-    """
-
-    update: UpdatePlan
+    update: UpdatePlan  # in micro-batches of one block while `micro_batch_is_auto`
     parameters: int
-    flops_per_token: int
-    state_bytes: tuple[int, int, int]
-    total_updates: int
-    planned_updates: int
-    micro_batch_is_auto: bool = False
+    flops_per_token: int  # forward and backward
+    state_bytes: tuple[int, int, int]  # of (parameters, gradients, optimizer) on a rank
+    total_updates: int  # over which the schedules stretch
+    planned_updates: int  # after which the run stops
+    micro_batch_is_auto: bool = False  # and its size not known yet
 
     @property
     def total_tokens(self) -> int:
         """Target tokens of the whole run, over which the schedules stretch."""
         return self.total_updates * self.update.tokens_per_update
 
-    def rows(self) -> list[tuple[str, str]]:
-        """(name, value with its derivation) of each line of the table."""
-        update = self.update
+    def numbers(self) -> list[Number]:
+        """The division of an update, the length of the run, and the state of a rank."""
+        update, tokens, length = self.update, self.update.tokens_per_update, self.update.sequence_length
         shares = sorted({len(update.lanes_of_rank(rank)) for rank in range(update.world_size)})
-        share = f"{shares[0]} to {shares[-1]} lanes each" if len(shares) > 1 else f"{shares[0]} lanes each"
-        size = f"{update.micro_batch_size} x {update.sequence_length:,} tokens at most"
-        weights, gradients, moments = self.state_bytes
+        known = not self.micro_batch_is_auto
+        size, steps = (update.micro_batch_size, update.gradient_accumulation_steps) if known else (None, None)
+        micro_batch = f"{{}} x {length:,} tokens at most" if known else "auto: as many blocks as fit into memory"
+        division = update.division if known else f"1 to {update.largest_share}"
+        ratio = f"{{}} = {self.total_tokens / self.parameters:.1f} per parameter"
         stops = f", stops after {self.planned_updates:,}" if self.planned_updates < self.total_updates else ""
         return [
-            ("tokens per update", f"{update.tokens_per_update:,}"),
-            ("blocks", f"{update.tokens_per_update:,} / {update.sequence_length:,} = {update.blocks_per_update:,}"),
-            ("lanes", f"{update.lanes}, {update.blocks_per_lane} blocks of each in an update"),
-            ("ranks", f"{update.world_size}, {share}"),
-            ("micro-batch", "auto: as many blocks as fit into memory" if self.micro_batch_is_auto else size),
-            ("accumulation steps", f"1 to {update.largest_share}" if self.micro_batch_is_auto else update.division),
-            ("parameters", f"{self.parameters:,}"),
-            ("total tokens", f"{self.total_tokens:,} = {self.total_tokens / self.parameters:.1f} per parameter"),
-            ("updates", f"{self.total_tokens:,} / {update.tokens_per_update:,} = {self.total_updates:,}{stops}"),
-            (
-                "memory",
-                f"{size_text(weights)} parameters + {size_text(gradients)} gradients + {size_text(moments)} optimizer "
-                f"= {size_text(weights + gradients + moments)} per rank, before activations",
-            ),
+            Number("tokens_per_update", tokens, "tokens"),
+            Number("blocks_per_update", update.blocks_per_update, "blocks", f"{tokens:,} / {length:,} = {{}}"),
+            Number("lanes", update.lanes, "lanes", f"{{}}, {update.blocks_per_lane} blocks of each in an update"),
+            Number("world_size", update.world_size, "ranks", f"{{}}, {' to '.join(map(str, shares))} lanes each"),
+            Number("micro_batch_size", size, "blocks", micro_batch),
+            Number("gradient_accumulation_steps", steps, "micro-batches", division),
+            Number("parameters", self.parameters, "parameters"),
+            Number("total_tokens", self.total_tokens, "tokens", ratio),
+            Number("updates", self.total_updates, "updates", f"{self.total_tokens:,} / {tokens:,} = {{}}{stops}"),
+            state_number("state_bytes", self.state_bytes, " per rank, before activations"),
         ]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value with its derivation) of each line of the table."""
+        return [(number.name, str(number)) for number in self.numbers()]
 
     def __str__(self) -> str:
         return aligned(self.rows())
 
 
 def make_plan(config: Config, world_size: int, micro_batch_size: int | None = None) -> RunPlan:
-    """The plan of `config` on `world_size` ranks.
-
-    Args:
-        config: the settings.
-        world_size: ranks.
-        micro_batch_size: what `batch.micro_batch_size: auto` came to, where that is known.
+    """The plan of `config` on `world_size` ranks; `micro_batch_size` is what `batch.micro_batch_size: auto` came to.
 
     Raises:
         RecipeError: a budget that does not divide, or a warm-up longer than the run.
@@ -112,6 +102,11 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
     )
 
 
+def flops_per_token(model: ModelConfig, n_positions: int, sequence_length: int) -> int:
+    """Forward and backward FLOPs of one target token: 6 N + 12 L d T (Chowdhery et al., 2022, appendix B)."""
+    return 6 * parameter_count(model, n_positions) + 12 * model.n_layer * model.n_embd * sequence_length
+
+
 def world_size_of_launcher() -> int:
     """WORLD_SIZE, which launchers set; 1 without one.
 
@@ -122,3 +117,85 @@ def world_size_of_launcher() -> int:
     if not announced.isdigit() or int(announced) < 1:
         raise RecipeError(f"WORLD_SIZE = {announced!r} is no number of ranks: launch with accelerate or torchrun")
     return int(announced)
+
+
+def state_number(key: str, sizes: tuple[float, float, float], note: str) -> Number:
+    """Bytes of (parameters, gradients, optimizer), with their sum."""
+    parts = zip(sizes, ("parameters", "gradients", "optimizer"), strict=True)
+    return Number(key, sum(sizes), "bytes", f"{' + '.join(f'{size_text(b)} {part}' for b, part in parts)} = {{}}{note}")
+
+
+def classic_number(parameters: int) -> Number:
+    """The table that everybody knows: all in 16 bits, of a number of parameters rounded as in the model's name."""
+    rounded = float(f"{parameters:.2g}")
+    return state_number("all_in_16_bits", (2 * rounded, 2 * rounded, 4 * rounded), f" for {short_count(rounded)}")
+
+
+def planned_precision(config: Config, device_type: str) -> str:
+    """What `precision: auto` comes to, as far as a plan can know: bf16 on a GPU, fp32 on a CPU."""
+    if config.precision != "auto":
+        return config.precision
+    return "fp32" if device_type == "cpu" else "bf16"
+
+
+def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_bytes: float | None) -> list[Number]:
+    """What a rank holds during an update, and the largest micro-batch for `memory_bytes`: 0 if not one block fits."""
+    model, every = config.model, config.performance.activation_checkpointing
+    precision = planned_precision(config, device_type)
+    estimate = estimate_memory(config, update.micro_batch_size, device_type, precision, update.world_size)
+    size, length = update.largest_micro_batch, update.sequence_length
+    per_token = size_text(estimate.activations_bytes / (size * length) / model.n_layer)
+    again = f", {'each block' if every == 1 else f'one block in {every}'} again in backward" if every else ""
+    rows = rows_at_once(choose_loss(config.performance.loss, device_type, precision), size * length, model)
+    copies = ", and autocast's copy of weights" if every and precision == "bf16" else ""
+    peak = "in the last block's backward" if estimate.backward_bytes > estimate.logits_bytes else "in the loss"
+    peak += "" if estimate.accumulates else ", before there are gradients"
+    texts = {
+        "parameters_bytes": f"{parameter_count(model, config.n_positions):,} x 4 bytes, or 2 in bf16",
+        "gradients_bytes": "as many",
+        "optimizer_bytes": "two moments of each",
+        "state_bytes": "the sum of these",
+        "buckets_bytes": "the gradients once more, as DDP sends them",
+        "activations_bytes": f"{size} x {length:,} tokens x {model.n_layer} layers x {per_token}{again}",
+        "casts_bytes": "autocast's bf16 copy of the blocks' matrices",
+        "logits_bytes": f"{rows:,} tokens at once x {model.vocab_size:,}{copies}",
+        "backward_bytes": "of the last block, in place of the logits",
+        "embedding_bytes": "its gradient at the end of backward, when the activations are gone",
+        "peak_bytes": "at the end of backward" if estimate.embedding_bytes > estimate.early_bytes else peak,
+    }
+    numbers = [Number(key, getattr(estimate, key), "bytes", text) for key, text in texts.items()]
+    largest, text = None, "give --device h100, or another one, or --memory_gb"
+    if memory_bytes is not None:
+        usable, share = USABLE_SHARE * memory_bytes, f"{100 * USABLE_SHARE:.0f} % of {size_text(memory_bytes)}"
+        verdict = "fits" if estimate.peak_bytes <= usable else "DOES NOT FIT"
+        numbers.append(Number("usable_bytes", usable, "bytes", f"{share}: the peak {verdict}"))
+        try:
+            largest = largest_micro_batch(config, update.world_size, memory_bytes, device_type, precision)
+        except RecipeError:
+            largest = 0
+        text = f"blocks that fit, of a rank's {update.largest_share}"
+    return [*numbers, Number("largest_micro_batch", largest, "blocks", text)]
+
+
+def time_numbers(plan: RunPlan, flops: float | None, mfu: float, price_per_hour: float | None) -> list[Number]:
+    """How long the updates of a run take at a share `mfu` of a peak of `flops` FLOP/s per device, and what they cost."""
+    work = Number("flops_per_token", plan.flops_per_token, "FLOP", "6 N + 12 L d T = {}")
+    if flops is None:
+        text = "give --flops, or a --device whose peak in this precision is known"
+        return [work, Number("hours", None, "hours", text)]
+    update, ranks = plan.update, plan.update.world_size
+    balance = update.blocks_per_update / (update.largest_share * ranks)  # the others wait for the largest share
+    speed = mfu * flops * ranks * balance / plan.flops_per_token
+    tokens = plan.planned_updates * update.tokens_per_update
+    hours = tokens / speed / 3600
+    cost = None if price_per_hour is None else hours * ranks * price_per_hour
+    rate = f"{mfu:g} MFU (assumed) x {flops / 1e12:,.3g} TFLOP/s x {ranks} / {plan.flops_per_token / 1e9:,.3g} GFLOP per token"
+    wait = f" x {percent(balance)}, as ranks wait for the largest share" if balance < 1 else ""
+    price = "give --price_per_hour" if cost is None else f"{hours * ranks:,.2f} x {price_per_hour:,.2f} = {{}}"
+    return [
+        work,
+        Number("tokens_per_second", speed, "tokens/s", f"{rate}{wait} = {{}}"),
+        Number("hours", hours, "hours", f"{tokens:,} / {speed:,.0f} = {{}}"),
+        Number("device_hours", hours * ranks, "device-hours", f"{hours:,.2f} h x {ranks} = {{}}"),
+        Number("cost", cost, "money", price),
+    ]

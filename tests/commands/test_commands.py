@@ -14,19 +14,27 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     done = run([sys.executable, "-X", "importtime", "-m", "recipe", "--help"])
     assert done.returncode == 0
     listed = re.findall(r"^  (\w+) +[A-Z].*\.$", done.stdout, re.MULTILINE)
-    with_a_main = [
-        p.stem for p in (ROOT / "recipe").glob("*.py") if "\n    run_command(main)\n" in p.read_text("utf-8")
-    ]
-    assert sorted(listed) == sorted({*with_a_main} - {"__main__"})
+    modules = [p.stem for p in (ROOT / "recipe/commands").glob("*.py") if p.stem != "__init__"]
+    assert sorted(listed) == sorted([*modules, "train"])
     assert not re.search(r"\b(torch|transformers|jsonargparse)\b", done.stderr)
     assert "\x1b" not in done.stdout, "no colours in a pipe"
 
 
 def test_a_command_is_the_module_of_its_name() -> None:
     arguments = ["--config", "configs/quickstart.yaml"]
-    listed, direct = run([*RECIPE, "plan", *arguments]), run([sys.executable, "-m", "recipe", "plan", *arguments])
+    listed, direct = run([*RECIPE, "plan", *arguments]), run([sys.executable, "-m", "recipe.commands.plan", *arguments])
     assert (listed.returncode, listed.stdout) == (0, direct.stdout)
-    assert "tokens per update   4,096" in listed.stdout
+    assert re.search("tokens per update +4,096\n", listed.stdout)
+
+
+def test_the_console_script_is_the_same() -> None:
+    """Its entry point, as pip's script calls it."""
+    module, function = re.findall(
+        r'^recipe = "([\w.]+):(\w+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE
+    )[0]
+    done = run([sys.executable, "-c", f"from {module} import {function}; {function}()", "pln"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: pln is not a command: .*\n", done.stderr)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2() -> None:

@@ -9,25 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import TINY, run, train, write_texts
+from recipe.config.command_line import load_config
+from recipe.errors import RecipeError
+from recipe.plan.run_plan import make_plan
+from tests.helpers import ROOT, TINY, run, run_and_time, train, write_texts
 
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 
 # Arguments after the tiny settings, words the line has to contain.
 SETTINGS = {
-    "unknown key": (["--batch.tokns", "3"], ["batch.tokns is not a setting", "batch.tokens_per_update"]),
     "unknown section": (["--modle.n_layer", "3"], ["modle.n_layer is not a setting", "model.n_layer"]),
     "shortened key": (["--batch.lane", "4"], ["batch.lane is not a setting", "batch.lanes"]),
     "null": (["--config", "BROKEN/null.yaml"], ["batch.tokens_per_update = null", "int"]),
     "section is no mapping": (["--config", "BROKEN/section.yaml"], ["run"]),
     "list without a value": (["--data.text_files"], ["--data.text_files needs a value"]),
-    "seed too large": (["--run.seed", "5000000000"], ["run.seed = 5000000000", "2**32"]),
+    "seed too large": (["--run.seed", "5000000000"], ["run.seed = 5000000000", "below 4,294,967,296"]),
     "no directory": (["--run.directory", ""], ["run.directory is empty"]),
     "wrong type": (["--batch.lanes", "many"], ["--batch.lanes", "expected int", "many"]),
+    "neither number nor null": (["--run.max_updates", "all"], ["--run.max_updates: expected int, null, got all"]),
+    "neither number nor word": (["--batch.micro_batch_size", "x"], ["expected int, Literal['auto'], got x"]),
     "wrong choice": (["--precision", "fp8"], ["--precision", "'auto', 'bf16', 'fp32'", "fp8"]),
     "no value": (["--batch.lanes"], ["--batch.lanes", "expected one argument"]),
     "stray word": (["train"], ["unrecognized", "train"]),
-    "no whole blocks": (["--batch.tokens_per_update", "1500"], ["1,500", "23.44 blocks of 64", "1,472 or 1,536"]),
     "lanes do not divide": (["--batch.lanes", "7"], ["batch.lanes = 7", "24 blocks", "[1, 2, 3, 4, 6, 8, 12, 24]"]),
     "missing file": (["--data.text_files", "no/such/*.txt"], ["no file matches 'no/such/*.txt'"]),
     "unknown format": (["--data.text_files", "run.sh"], ["'run.sh'", ".jsonl.zst"]),
@@ -36,7 +39,10 @@ SETTINGS = {
     "longer than positions": (["--model.n_positions", "32"], ["sequence_length = 64", "n_positions = 32"]),
     "heads do not divide": (["--model.n_head", "5"], ["n_head = 5", "n_embd = 32", "[1, 2, 4, 8, 16, 32]"]),
     "below its bound": (["--batch.micro_batch_size", "0"], ["batch.micro_batch_size = 0", "at least 1"]),
-    "waiting too long": (["--data.retry_seconds", "3600"], ["data.retry_seconds = 3600", "at most 1200"]),
+    "waiting too long": (
+        ["--data.retry_seconds", "3600"],
+        ["data.retry_seconds = 3600", "at most 1,200", "ranks wait"],
+    ),
     "unknown format of an address": (
         ["--data.text_files", "http://host/a.csv?b=.jsonl"],
         ["a.csv?b=.jsonl", ".parquet"],
@@ -52,8 +58,32 @@ SETTINGS = {
         ["batch.tokens is not a setting", "tokens_per_update"],
     ),
     "preset is a directory": (["--config", "configs"], ["--config", "configs"]),
+    "dataset without a name": (["--data.dataset", ":x"], ["data.dataset = ':x'", "user/name:configuration"]),
+    "dataset without a configuration": (["--data.dataset", "user/name:"], ["data.dataset = 'user/name:'"]),
+    "dataset with two colons": (["--data.dataset", "a/b:c:d"], ["data.dataset = 'a/b:c:d'", "user/name:configuration"]),
+    "standard library with a configuration": (
+        ["--data.dataset", "python-standard-library:x"],
+        ["python-standard-library has no configurations"],
+    ),
+    "a set named as the held-out documents": (
+        ["--evaluation.sets.held_out", "README.md"],
+        ["'held_out' cannot be the name of a set"],
+    ),
+    "resume from nothing": (["--resume", "never"], ["resume = 'never'", "auto, fresh, or the path of a checkpoint"]),
     "no name of a repository": (["--hub.repo_id", "model"], ["hub.repo_id = 'model'", "user/name"]),
+}
+# The same for a whole process: the line is all that it prints, and it ends with exit code 2.
+OF_A_PROCESS = {
+    "unknown key": (["--batch.tokns", "3"], ["batch.tokns is not a setting", "batch.tokens_per_update"]),
+    "no whole blocks": (["--batch.tokens_per_update", "1500"], ["1,500", "23.44 blocks of 64", "1,472 or 1,536"]),
     "run directory is a file": (["--run.directory", "run.sh/x"], ["run.directory", "run.sh/x", "Not a directory"]),
+}
+# Settings that have other names now.
+RENAMED = {
+    "performance.products": "performance.matmul",
+    "evaluation.text_files": "evaluation.sets",
+    "run.parity_receipt": "run.parity_check",
+    "data.config_name": "data.dataset",
 }
 
 
@@ -86,12 +116,37 @@ def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) ->
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_wrong_setting_is_one_line(case: str, places: dict[str, Path]) -> None:
+def test_a_wrong_setting_is_one_line(case: str, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     given, words = SETTINGS[case]
     given = [str(places[part[0]].joinpath(*part[1:])) if (part := g.split("/"))[0] in places else g for g in given]
-    done = train(*TINY, "--run.directory", str(places["RUN"] / "run"), *given)
+    with pytest.raises(RecipeError) as refused:
+        make_plan(load_config([*TINY, *given]), world_size=1)
+    for word in words:
+        assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("case", OF_A_PROCESS)
+def test_a_process_with_a_wrong_setting_prints_one_line(case: str, tmp_path: Path) -> None:
+    given, words = OF_A_PROCESS[case]
+    done = train(*TINY, "--run.directory", str(tmp_path / "run"), *given)
     assert_one_line(done, words)
-    assert not (places["RUN"] / "run/ledger.jsonl").exists()
+    assert not (tmp_path / "run/ledger.jsonl").exists()
+
+
+def test_a_wrong_setting_is_answered_at_once_and_without_torch() -> None:
+    """Half a second on an idle machine. Of torch not even the first import is begun."""
+    code = "import sys, recipe.train\ntry: recipe.train.main()\nfinally: print({'torch', 'numpy'} & {*sys.modules})"
+    answers = [run_and_time([sys.executable, "-c", code, *TINY, "--batch.tokns", "3"]) for _ in range(3)]
+    assert all(done.stdout == "set()\n" for done, _ in answers)
+    assert min(seconds for _, seconds in answers) < 1
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_renamed_setting_is_found_by_what_it_does(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name} is not a setting; did you mean {RENAMED[name]}\\?"):
+        load_config([f"--{name}", "x"])
 
 
 @pytest.mark.parametrize(
@@ -196,8 +251,8 @@ print("asked for", [host for host in asked if host not in (None, "localhost", "1
 
 
 def test_a_directory_without_a_model_is_one_line(tmp_path: Path) -> None:
-    for module in ("recipe.evaluation.sample", "recipe.evaluation.evaluate"):
-        done = run([sys.executable, "-m", module, str(tmp_path)])
+    for command in ("generate", "evaluate"):
+        done = run([sys.executable, "-m", "recipe", command, str(tmp_path)])
         assert_one_line(done, ["not a model directory", "RUN/final"])
 
 

@@ -17,7 +17,7 @@ from recipe.evaluation.evaluate import evaluate
 from recipe.model.export import load_pretrained
 from recipe.model.gpt2 import CausalLanguageModel
 from recipe.run.stop import StopRequest
-from tests.helpers import TINY, read_ledger, read_events, run_ranks, write_texts
+from tests.helpers import TINY, read_events, read_ledger, run_ranks, write_texts
 
 UPDATES = 4
 PROMPTS = ["def main", 'a "quoted" \N{GRINNING FACE}\nline']
