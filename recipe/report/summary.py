@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from recipe.config.command_line import as_dictionary
 from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
 from recipe.format import duration, event_name, event_text, percent, short_count, size_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
@@ -107,7 +107,7 @@ def initial_weights(config: Config) -> str | None:
 
 def repeatable_config(config: Config) -> str:
     """config.yaml without the settings that say where a run is written and who hears of it: `--config` repeats the run."""
-    sections = as_dictionary(config)
+    sections = asdict(config)
     for name in NOT_THE_RUN:
         section, _, field = name.rpartition(".")
         (sections[section] if section else sections).pop(field)
