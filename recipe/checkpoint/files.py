@@ -34,30 +34,22 @@ OPTIMIZER = "training/optimizer.safetensors"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run is. Everything else follows from it.
+    """Where a run is. Everything else follows from it."""
 
-    Args:
-        update: updates done.
-        tokens: target tokens seen.
-        config: dotted name -> value of every setting.
-        blocks_sha256: hash of the blocks of that last update.
-        lane_states: state of every lane before that last update, in lane order; owned by no rank. Reading its blocks again
-            leads exactly to the next update, and their hash proves that the data is what it was.
-        verification_loss: mean loss of lane 0's first targets of that last update, with the weights of this checkpoint.
-        skipped_batches: batches (see `recipe.data.blocks.batch_index`) that rollbacks have left out.
-        recent: [loss, gradient norm] of the updates that a spike is compared with.
-        format: version of this layout.
-    """
-
-    update: int
-    tokens: int
-    config: dict[str, Any]
-    blocks_sha256: str
+    update: int  # updates done
+    tokens: int  # target tokens seen
+    config: dict[str, Any]  # dotted name -> value of every setting
+    blocks_sha256: str  # hash of the blocks of that last update
+    # State of every lane before that last update, in lane order; owned by no rank. Reading its blocks again leads
+    # exactly to the next update, and their hash proves that the data is what it was
     lane_states: list[dict[str, Any]]
+    # Mean loss of lane 0's first targets of that last update, with the weights of this checkpoint
     verification_loss: float
+    # Batches (see `recipe.data.blocks.batch_index`) that rollbacks have left out
     skipped_batches: list[int] = field(default_factory=list)
+    # [loss, gradient norm] of the updates that a spike is compared with
     recent: list[list[float]] = field(default_factory=list)
-    format: int = FORMAT
+    format: int = FORMAT  # version of this layout
 
 
 @dataclass(frozen=True)

@@ -50,20 +50,15 @@ VERIFICATION_TOKENS = 64  # training waits for them at every checkpoint, and ano
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run begins.
+    """Where a run begins."""
 
-    Args:
-        checkpoint: verified directory to go on from; None for a new run.
-        state: its training state.
-        skipped: (name, reason) of newer checkpoints that do not verify.
-        changes: dotted name -> [earlier value, value now] of settings that changed and may.
-        skipped_batches: batches (see `batch_index`) that rollbacks have left out, before the checkpoint or after it.
-    """
-
-    checkpoint: Path | None = None
-    state: TrainingState | None = None
+    checkpoint: Path | None = None  # verified directory to go on from; None for a new run
+    state: TrainingState | None = None  # its training state
+    # (name, reason) of newer checkpoints that do not verify
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    # Dotted name -> [earlier value, value now] of settings that changed and may
     changes: dict[str, list[Any]] = field(default_factory=dict)
+    # Batches (see `batch_index`) that rollbacks have left out, before the checkpoint or after it
     skipped_batches: tuple[int, ...] = ()
 
     @property

@@ -31,26 +31,17 @@ _PADDING = -1  # in the last validation block
 
 @dataclass(frozen=True)
 class UpdateBlocks:
-    """What one rank holds of one update.
+    """What one rank holds of one update."""
 
-    Args:
-        blocks: int32 [blocks of the rank, sequence_length + 1], in lane order.
-        batch: the same as inputs and targets on the device, int64 [blocks of the rank, sequence_length].
-        sha256: uint8 [blocks of the rank, 32], hash of each block's tokens.
-        lane_states: state of each of the rank's lanes before this update: a checkpoint holds these, and reading the update
-            again leads to the next one.
-        update: which one, from 1.
-        wait_seconds: time the caller waited for it.
-        skipped_batches: batches (see `batch_index`) that rollbacks have left out, or that will be.
-    """
-
-    blocks: np.ndarray
-    batch: MicroBatch
-    sha256: np.ndarray
+    blocks: np.ndarray  # int32 [blocks of the rank, sequence_length + 1], in lane order
+    batch: MicroBatch  # the same as inputs and targets on the device, int64 [blocks of the rank, sequence_length]
+    sha256: np.ndarray  # uint8 [blocks of the rank, 32], hash of each block's tokens
+    # State of each of the rank's lanes before this update: a checkpoint holds these, and reading the update again
+    # leads to the next one
     lane_states: list[dict[str, Any]]
-    update: int = 0
-    wait_seconds: float = 0.0
-    skipped_batches: tuple[int, ...] = ()
+    update: int = 0  # which one, from 1
+    wait_seconds: float = 0.0  # time the caller waited for it
+    skipped_batches: tuple[int, ...] = ()  # batches (see `batch_index`) that rollbacks have left out, or that will be
 
 
 def batch_index(update: int, skipped_batches: Iterable[int]) -> int:
@@ -199,17 +190,11 @@ def to_tensors(blocks: np.ndarray, device: torch.device) -> MicroBatch:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Held-out documents in blocks.
+    """Held-out documents in blocks."""
 
-    Args:
-        blocks: int32 [blocks, sequence_length + 1]; the last one is padded.
-        tokens: targets that are not padding.
-        text_bytes: UTF-8 bytes of the documents, the measure of bits per byte.
-    """
-
-    blocks: np.ndarray
-    tokens: int
-    text_bytes: int
+    blocks: np.ndarray  # int32 [blocks, sequence_length + 1]; the last one is padded
+    tokens: int  # targets that are not padding
+    text_bytes: int  # UTF-8 bytes of the documents, the measure of bits per byte
 
 
 def pack_validation(

@@ -16,23 +16,15 @@ LONGEST_PAUSE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in shards, some of them held out for validation.
+    """Documents in shards, some of them held out for validation."""
 
-    Args:
-        name: what the user called it.
-        training: streaming dataset with at least as many shards as lanes.
-        text_column: the column that holds the document.
-        validation_one_in: documents of `training` held out by hash of their text, one in this many; None: none.
-        validation: streaming dataset of held-out documents, if they are not in `training`.
-        retry_seconds: how long to try again if reading fails; 0 for local files.
-    """
-
-    name: str
-    training: Any
-    text_column: str
+    name: str  # what the user called it
+    training: Any  # streaming dataset with at least as many shards as lanes
+    text_column: str  # the column that holds the document
+    # Documents of `training` held out by hash of their text, one in this many; None: none
     validation_one_in: int | None = None
-    validation: Any = None
-    retry_seconds: float = 0.0
+    validation: Any = None  # streaming dataset of held-out documents, if they are not in `training`
+    retry_seconds: float = 0.0  # how long to try again if reading fails; 0 for local files
 
     @property
     def num_shards(self) -> int:

@@ -24,38 +24,24 @@ DOCUMENTS_PER_ENCODE = 16
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next token comes from.
+    """Where the next token comes from."""
 
-    Args:
-        epoch: passes over the lane's shards that are complete.
-        window: windows of this epoch before the current one.
-        shard: place, in this epoch's order, of the shard in which the window starts.
-        reader: state of that shard's reader at the window's start; None at the start of the shard.
-        document: documents of the permuted window before the current one.
-        token: tokens of the current document that have been consumed.
-    """
-
-    epoch: int = 0
-    window: int = 0
-    shard: int = 0
+    epoch: int = 0  # passes over the lane's shards that are complete
+    window: int = 0  # windows of this epoch before the current one
+    shard: int = 0  # place, in this epoch's order, of the shard in which the window starts
+    # State of that shard's reader at the window's start; None at the start of the shard
     reader: dict[str, Any] | None = None
-    document: int = 0
-    token: int = 0
+    document: int = 0  # documents of the permuted window before the current one
+    token: int = 0  # tokens of the current document that have been consumed
 
 
 @dataclass(frozen=True)
 class LaneOrder:
-    """In which order all lanes of a run read.
+    """In which order all lanes of a run read."""
 
-    Args:
-        lanes: how many share the shards.
-        seed: of the order.
-        shuffle_window: documents permuted among themselves.
-    """
-
-    lanes: int
-    seed: int
-    shuffle_window: int
+    lanes: int  # how many share the shards
+    seed: int  # of the order
+    shuffle_window: int  # documents permuted among themselves
 
 
 class Lane:

@@ -15,19 +15,12 @@ from recipe.run.stop import StopRequest
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss of a model on a validation set.
+    """The loss of a model on a validation set."""
 
-    Args:
-        loss: mean over the targets, in nats per token.
-        bits_per_byte: total bits over the UTF-8 bytes of the text; comparable between tokenizers.
-        tokens: targets.
-        text_bytes: UTF-8 bytes.
-    """
-
-    loss: float
-    bits_per_byte: float
-    tokens: int
-    text_bytes: int
+    loss: float  # mean over the targets, in nats per token
+    bits_per_byte: float  # total bits over the UTF-8 bytes of the text; comparable between tokenizers
+    tokens: int  # targets
+    text_bytes: int  # UTF-8 bytes
 
     @property
     def perplexity(self) -> float:

@@ -20,27 +20,16 @@ LONG_RUN_HOURS = 2.0  # shorter runs are drawn by minutes
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of `Record.updates` as a curve.
+    """A column of `Record.updates` as a curve."""
 
-    Args:
-        column: its name.
-        title: what it shows.
-        unit: of the values, after `scale`.
-        scale: the column is multiplied by this.
-        is_noisy: drawn pale, under its running median.
-        may_be_logarithmic: whether one value may be many times the others'.
-        from_zero: whether the vertical axis begins at zero.
-        axis_format: of the vertical axis, in d3's notation.
-    """
-
-    column: str
-    title: str
-    unit: str
-    scale: float = 1.0
-    is_noisy: bool = False
-    may_be_logarithmic: bool = False
-    from_zero: bool = True
-    axis_format: str = ""
+    column: str  # its name
+    title: str  # what it shows
+    unit: str  # of the values, after `scale`
+    scale: float = 1.0  # the column is multiplied by this
+    is_noisy: bool = False  # drawn pale, under its running median
+    may_be_logarithmic: bool = False  # whether one value may be many times the others'
+    from_zero: bool = True  # whether the vertical axis begins at zero
+    axis_format: str = ""  # of the vertical axis, in d3's notation
 
     @property
     def is_validation(self) -> bool:

@@ -27,25 +27,17 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Record:
-    """A run, finished or not.
+    """A run, finished or not."""
 
-    Args:
-        directory: where it was written.
-        config: from config.yaml.
-        plan: of the configuration, on the last number of ranks.
-        updates: the ledger as float64, NaN for a value it does not have. A row for each update that is in the model, and one
-            for update 0 with the validation before training. Added are `hours` of training up to the end of an update, and
-            `data_wait`, the share of its time that an update waited for data.
-        events: events.jsonl.
-        summary: summary.json; empty for a run that is not finished.
-    """
-
-    directory: Path
-    config: Config
-    plan: RunPlan
+    directory: Path  # where it was written
+    config: Config  # from config.yaml
+    plan: RunPlan  # of the configuration, on the last number of ranks
+    # The ledger as float64, NaN for a value it does not have. A row for each update that is in the model, and one
+    # for update 0 with the validation before training. Added are `hours` of training up to the end of an update,
+    # and `data_wait`, the share of its time that an update waited for data
     updates: pd.DataFrame
-    events: list[dict[str, Any]]
-    summary: dict[str, Any]
+    events: list[dict[str, Any]]  # events.jsonl
+    summary: dict[str, Any]  # summary.json; empty for a run that is not finished
 
     def events_named(self, name: str) -> list[dict[str, Any]]:
         """The events of one kind, in the order in which they happened."""

@@ -21,44 +21,27 @@ TRACKER_PROJECT = "token-budget-recipe"  # also TensorBoard's folder in the run 
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One update. The names are a public interface; a value that is not known is null.
+    """One update. The names are a public interface; a value that is not known is null."""
 
-    Args:
-        update: updates done, from 1; 0 for the validation before training.
-        tokens: target tokens seen so far.
-        loss: mean over the update's targets on all ranks, nats per token.
-        grad_norm: 2-norm of the whole gradient before clipping.
-        learning_rate: of this update.
-        target_tokens: unmasked targets of this update, over all ranks.
-        world_size: ranks.
-        micro_batch_size: blocks in one forward and backward, at most.
-        gradient_accumulation_steps: micro-batches per rank.
-        blocks_sha256: sha256 of the sorted sha256 of the update's blocks: the same however ranks shared them.
-        update_seconds: wall time of the update, waiting for data included, evaluation not.
-        data_wait_seconds: the part of it spent waiting for data; the longest wait of any rank.
-        tokens_per_second: target_tokens / update_seconds.
-        mfu: model FLOPs utilisation, (6 N + 12 L d T) x tokens_per_second / (peak of all devices).
-        peak_memory_bytes: allocator peak of a GPU, or resident set of the process; the largest of any rank.
-        checkpoint_stall_seconds: time training stood still to copy its state for a checkpoint.
-        validation: columns `validation/NAME/loss` (nats per token) and `validation/NAME/bits_per_byte` of each set.
-    """
-
-    update: int
-    tokens: int
-    loss: float | None = None
-    grad_norm: float | None = None
-    learning_rate: float | None = None
-    target_tokens: int | None = None
-    world_size: int | None = None
-    micro_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
+    update: int  # updates done, from 1; 0 for the validation before training
+    tokens: int  # target tokens seen so far
+    loss: float | None = None  # mean over the update's targets on all ranks, nats per token
+    grad_norm: float | None = None  # 2-norm of the whole gradient before clipping
+    learning_rate: float | None = None  # of this update
+    target_tokens: int | None = None  # unmasked targets of this update, over all ranks
+    world_size: int | None = None  # ranks
+    micro_batch_size: int | None = None  # blocks in one forward and backward, at most
+    gradient_accumulation_steps: int | None = None  # micro-batches per rank
+    # sha256 of the sorted sha256 of the update's blocks: the same however ranks shared them
     blocks_sha256: str | None = None
-    update_seconds: float | None = None
-    data_wait_seconds: float | None = None
-    tokens_per_second: float | None = None
-    mfu: float | None = None
+    update_seconds: float | None = None  # wall time of the update, waiting for data included, evaluation not
+    data_wait_seconds: float | None = None  # the part of it spent waiting for data; the longest wait of any rank
+    tokens_per_second: float | None = None  # target_tokens / update_seconds
+    mfu: float | None = None  # model FLOPs utilisation, (6 N + 12 L d T) x tokens_per_second / (peak of all devices)
+    # Allocator peak of a GPU, or resident set of the process; the largest of any rank
     peak_memory_bytes: int | None = None
-    checkpoint_stall_seconds: float | None = None
+    checkpoint_stall_seconds: float | None = None  # time training stood still to copy its state for a checkpoint
+    # Columns `validation/NAME/loss` (nats per token) and `validation/NAME/bits_per_byte` of each set
     validation: dict[str, float | None] = field(default_factory=dict)
 
     @property

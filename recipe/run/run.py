@@ -24,29 +24,18 @@ Result = TypeVar("Result")
 
 @dataclass
 class Run:
-    """What exists once on each rank. No loop, no hooks.
+    """What exists once on each rank. No loop, no hooks."""
 
-    Args:
-        config: the settings.
-        plan: what follows from them; `plan.update` is the division in force, replaced when the micro-batch changes.
-        accelerator: accelerate's.
-        precision: `bf16` or `fp32`, in use.
-        stop: through which ranks agree to stop.
-        console: what a person sees.
-        ledger: what is written of each update, and of everything else that happens.
-        kernels: which ones compute the model, for the start event.
-        lock: holds the run directory until the process ends.
-    """
-
-    config: Config
+    config: Config  # the settings
+    # What follows from them; `plan.update` is the division in force, replaced when the micro-batch changes
     plan: RunPlan
-    accelerator: Any
-    precision: str
-    stop: StopRequest
-    console: Console
-    ledger: Ledger
-    kernels: dict[str, Any] = field(default_factory=dict)
-    lock: Any = None
+    accelerator: Any  # accelerate's
+    precision: str  # `bf16` or `fp32`, in use
+    stop: StopRequest  # through which ranks agree to stop
+    console: Console  # what a person sees
+    ledger: Ledger  # what is written of each update, and of everything else that happens
+    kernels: dict[str, Any] = field(default_factory=dict)  # which ones compute the model, for the start event
+    lock: Any = None  # holds the run directory until the process ends
 
     @property
     def directory(self) -> Path:

@@ -24,17 +24,11 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 
 @dataclass(frozen=True)
 class ParityCheck:
-    """Relative differences to the gradient of the configured path.
+    """Relative differences to the gradient of the configured path."""
 
-    Args:
-        reference: the configured way.
-        differences: (way, ||g - reference|| / ||reference||) of each other way.
-        tolerance: the largest that is allowed.
-    """
-
-    reference: str
-    differences: list[tuple[str, float]]
-    tolerance: float
+    reference: str  # the configured way
+    differences: list[tuple[str, float]]  # (way, ||g - reference|| / ||reference||) of each other way
+    tolerance: float  # the largest that is allowed
 
     @property
     def largest(self) -> float:

@@ -20,19 +20,13 @@ _SMALLEST_DEVIATION = 1e-3
 
 @dataclass(frozen=True)
 class Spike:
-    """An update whose loss or gradient norm is far above those before it.
+    """An update whose loss or gradient norm is far above those before it."""
 
-    Args:
-        loss, grad_norm: of the update.
-        loss_score, grad_norm_score: robust standard deviations above the median of the window.
-        window: updates that it was compared with.
-    """
-
-    loss: float
-    grad_norm: float
-    loss_score: float
-    grad_norm_score: float
-    window: int
+    loss: float  # of the update
+    grad_norm: float  # of the update
+    loss_score: float  # robust standard deviations above the median of the window
+    grad_norm_score: float  # robust standard deviations above the median of the window
+    window: int  # updates that it was compared with
 
     def __str__(self) -> str:
         return (

@@ -26,19 +26,12 @@ from recipe.run.stop import DoesNotFit, Stopped
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Statistics of one update over all ranks; 0-d tensors on the device, so the caller chooses when to wait for them.
+    """Statistics of one update over all ranks; 0-d tensors on the device, so the caller chooses when to wait for them."""
 
-    Args:
-        loss: mean over the update's unmasked targets, in nats per token, float64.
-        grad_norm: 2-norm of the whole gradient before clipping.
-        target_tokens: unmasked targets.
-        is_finite: whether loss and gradient are; the optimizer has stepped only then.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    target_tokens: Tensor
-    is_finite: bool = True
+    loss: Tensor  # mean over the update's unmasked targets, in nats per token, float64
+    grad_norm: Tensor  # 2-norm of the whole gradient before clipping
+    target_tokens: Tensor  # unmasked targets
+    is_finite: bool = True  # whether loss and gradient are; the optimizer has stepped only then
 
 
 def run_update(
