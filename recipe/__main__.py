@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
+from importlib import import_module
 
 from recipe.errors import RecipeError, run_command
 
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """List the commands, or run the module of one with the arguments after it.
+    """List the commands, or run one with the arguments after it.
 
     Raises:
         RecipeError: there is no such command.
@@ -33,9 +33,7 @@ def main() -> None:
         raise RecipeError(f"{name} is not a command: choose one of {', '.join(COMMANDS)}")
     else:
         sys.argv[:2] = [f"python -m recipe {name}"]
-        runpy.run_module(
-            "recipe.train" if name == "train" else f"recipe.commands.{name}", run_name="__main__", alter_sys=True
-        )
+        import_module("recipe.train" if name == "train" else f"recipe.commands.{name}").main()
 
 
 def run() -> None:

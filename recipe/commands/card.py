@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipe.config.command_line import make_parser, parse
-from recipe.errors import RecipeError, run_command
+from recipe.errors import RecipeError
 from recipe.report.card import card_files
 from recipe.report.charts import library
 from recipe.report.record import read_record
@@ -43,7 +43,3 @@ def main() -> None:
     except OSError as error:
         raise RecipeError(f"cannot write the card to {output}: {error.strerror or error}; set --output") from None
     print(output / "README.md")
-
-
-if __name__ == "__main__":
-    run_command(main)

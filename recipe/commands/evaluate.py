@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from recipe.config.command_line import make_parser, parse
 from recipe.config.settings import AtLeast, BatchConfig, Config, DataConfig
-from recipe.errors import RecipeError, run_command
+from recipe.errors import RecipeError
 from recipe.evaluation.lm_eval import evaluate_tasks, find_tasks
 
 
@@ -87,7 +87,3 @@ def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerato
     print(f"perplexity     {text.perplexity:.2f}")
     print(f"bits per byte  {text.bits_per_byte:.4f}")
     return {"name": source.name, **asdict(text), "perplexity": text.perplexity}
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from recipe.config.command_line import make_parser, parse
-from recipe.errors import run_command
 from recipe.evaluation.sample import GenerateConfig, generate
 
 
@@ -20,7 +19,3 @@ def main() -> None:
     gpt2, tokenizer = load_pretrained(rest["model"])
     gpt2.eval()
     print(generate(gpt2, tokenizer, config))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from recipe.config.command_line import make_parser, parse_run
 from recipe.config.settings import Above, AtLeast, AtMost, Config
-from recipe.errors import run_command
 from recipe.format import Number, aligned
 from recipe.plan import run_plan
 from recipe.plan.devices import Device, find_device
@@ -117,7 +116,3 @@ def as_dictionary(table: Table) -> dict[str, Any]:
     for heading, numbers in table.items():
         columns[heading] = {n.key: {"value": n.value, "unit": n.unit, "derivation": str(n)} for n in numbers}
     return columns.get("", columns)
-
-
-if __name__ == "__main__":
-    run_command(main)

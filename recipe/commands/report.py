@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipe.config.command_line import make_parser, parse
-from recipe.errors import RecipeError, run_command
+from recipe.errors import RecipeError
 from recipe.report.page import names_of, report_page
 from recipe.report.record import read_record
 
@@ -33,7 +33,3 @@ def main() -> None:
     except OSError as error:
         raise RecipeError(f"cannot write {output}: {error.strerror or error}; set --output") from None
     print(output)
-
-
-if __name__ == "__main__":
-    run_command(main)

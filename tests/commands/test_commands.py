@@ -20,11 +20,10 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     assert "\x1b" not in done.stdout, "no colours in a pipe"
 
 
-def test_a_command_is_the_module_of_its_name() -> None:
-    arguments = ["--config", "configs/quickstart.yaml"]
-    listed, direct = run([*RECIPE, "plan", *arguments]), run([sys.executable, "-m", "recipe.commands.plan", *arguments])
-    assert (listed.returncode, listed.stdout) == (0, direct.stdout)
-    assert re.search("tokens per update +4,096\n", listed.stdout)
+def test_a_command_gets_the_arguments_behind_its_name() -> None:
+    done = run([*RECIPE, "plan", "--config", "configs/quickstart.yaml"])
+    assert done.returncode == 0, done.stderr
+    assert re.search("tokens per update +4,096\n", done.stdout)
 
 
 def test_the_console_script_is_the_same() -> None:

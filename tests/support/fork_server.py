@@ -49,7 +49,8 @@ class ForkServer:
     def can_run(self, command: Sequence[str], environment: dict[str, str]) -> bool:
         """Whether `command` is a Python script or module whose environment differs only in what is read late."""
         differing = {name for name, _ in environment.items() ^ self.environment.items()}
-        return command[0] == sys.executable and command[1] != "-c" and all(n.startswith(READ_LATE) for n in differing)
+        is_script = command[1] == "-m" or not command[1].startswith("-")
+        return command[0] == sys.executable and is_script and all(n.startswith(READ_LATE) for n in differing)
 
     def fork(self, arguments: Sequence[str], cwd: str, environment: dict[str, str], files: list[int]) -> int:
         """The id of a new child of this process, which is `python arguments` with these three files."""
