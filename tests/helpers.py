@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -97,6 +98,14 @@ def run(
         finally:
             process.kill()
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def run_and_time(command: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A new process, and the seconds of processor time that it took: the machine may be busy with something else."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(command, fork=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def train(*arguments: str, script: Any = (SCRIPT,), fork: Any = True, **more: str) -> subprocess.CompletedProcess[str]:
