@@ -71,8 +71,8 @@ def test_every_list_takes_words_one_after_the_other() -> None:
     )
     assert (config.log.trackers, config.evaluation.prompts) == (("tensorboard", "trackio"), ("a b", ""))
     parser = make_parser(EvaluateConfig, "test", "")
-    evaluation, _ = parse(parser, EvaluateConfig, ["--tasks", "a", "b", "--tokens", "5", "--cloze", '["c"]'])
-    assert (evaluation.tasks, evaluation.cloze, evaluation.tokens) == (("a", "b"), ("c",), 5)
+    evaluation, _ = parse(parser, EvaluateConfig, ["--tasks", "a", "b", "--tokens", "5"])
+    assert (evaluation.tasks, evaluation.tokens) == (("a", "b"), 5)
 
 
 def test_a_written_configuration_is_read_as_the_same(tmp_path: Path) -> None:
