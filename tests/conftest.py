@@ -1,11 +1,79 @@
-"""Fixtures for all tests: state that libraries keep, and texts and runs that several folders look at."""
+"""Fixtures for all tests: the text and the run that several folders look at, and state that libraries keep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+
+# Before libraries read them: what a developer has exported decides nothing, and workers do not fight for the cores.
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "WORLD_SIZE"):
+    os.environ.pop(name, None)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from tests import helpers  # noqa: E402
+from tests.helpers import TINY, train, write_texts  # noqa: E402
+
+# By a run of the suite on two cores, from the longest on: whoever begins last should not have the most to do.
+LONGEST_FIRST = ("checkpoint/test_resume", "test_train", "step/test_stability", "data/test_data_faults")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip tests that start a process, and those marked lengthy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    helpers.may_start_processes = not config.getoption("--quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take files in this order."""
+    order = {f"tests/{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that the first worker to ask for it makes, and all read. Nobody changes it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    directory = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.made").exists():
+            directory.mkdir()
+            make(directory)
+            (root / f"{name}.made").touch()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 documents of the standard library, as .txt."""
+    return once(tmp_path_factory, "texts", lambda directory: write_texts(directory, count=60))
+
+
+FINISHED_UPDATES = 8
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    """A complete run in a directory `tiny`: held-out text, a set of its own, an awkward prompt, parity check, checkpoints."""
+
+    def make(directory: Path) -> None:
+        done = train(
+            *[*TINY, "--run.directory", str(directory / "tiny"), "--data.text_files", f"{texts}/*.txt"],
+            *["--data.validation_one_in", "10", "--evaluation.prompts", 'print("é|😀")', "--run.parity_check", "true"],
+            *["--schedule.total_tokens", str(FINISHED_UPDATES * 1536), "--evaluation.sets.mine", f"{texts}/00*.txt"],
+            *["--evaluation.every_tokens", "6144", "--checkpoint.every_tokens", "3072", "--model.vocab_size", "380"],
+        )
+        assert done.returncode == 0, done.stderr
+        (directory / "stdout.txt").write_text(done.stdout, encoding="utf-8")
+
+    return once(tmp_path_factory, "finished", make) / "tiny"
 
 
 @pytest.fixture

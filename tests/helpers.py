@@ -14,6 +14,8 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
 
+import pytest
+
 from recipe.data.sources import standard_library_files
 from recipe.run.ledger import EVENTS, LEDGER
 from tests.support.fork_server import ForkedProcess, ForkServer
@@ -33,6 +35,9 @@ TINY = [
 ]
 # Columns of the ledger that are not the same twice.
 TIMES = ("update_seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
+
+
+may_start_processes = True  # pytest --quick: False
 
 
 # ---- Text --------------------------------------------------------------------------------------------------------------
@@ -82,6 +87,8 @@ def start(
     command: Sequence[str], *, cwd: Any = ROOT, fork: Any = True, stdout: Any = PIPE, stderr: Any = PIPE, **more: str
 ) -> subprocess.Popen[str]:
     """Start a command; its output can be read line by line. `fork`: by the fork server, if it can run it."""
+    if not may_start_processes:
+        pytest.skip("it starts a process")
     options = {"cwd": cwd, "env": environment(**more), "stdout": stdout, "stderr": stderr}
     if fork and fork_server().can_run(command, options["env"]):
         return ForkedProcess(fork_server(), command, **options)

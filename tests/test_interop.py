@@ -21,31 +21,14 @@ from recipe.errors import RecipeError
 from recipe.model.export import load_pretrained
 from recipe.model.gpt2 import build_model
 from recipe.model.init_from import initial_model
-from tests.helpers import TINY, read_ledger, train, write_texts
+from tests.helpers import TINY, read_ledger, train
 
-VOCABULARY = 380  # a run that starts from the model has 384 rows, four of them padding
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with text, and a run on it of 4 updates in `first`."""
-    root = tmp_path_factory.mktemp("interop")
-    write_texts(root / "texts", count=60)
-    done = train(*arguments(root, "first"), "--run.max_updates", "4")
-    assert done.returncode == 0, done.stderr
-    return root
+VOCABULARY = 380  # of `finished`; a run that starts from its model has 384 rows, four of them padding
 
 
 @pytest.fixture(scope="module")
-def final(root: Path) -> Path:
-    return root / "first/final"
-
-
-def arguments(root: Path, name: str) -> list[str]:
-    return [
-        *[*TINY, "--run.directory", str(root / name), "--data.text_files", f"{root}/texts/*.txt"],
-        *["--data.validation_one_in", "10", "--model.vocab_size", str(VOCABULARY)],
-    ]
+def final(finished: Path) -> Path:
+    return finished / "final"
 
 
 def settings(final: Path) -> Config:
@@ -54,33 +37,40 @@ def settings(final: Path) -> Config:
     return Config(model=model, data=DataConfig(tokenizer=None, sequence_length=64))
 
 
-def summary(run: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+def validation(run: Path) -> dict[str, Any]:
+    """Before and after it, on the held-out documents."""
+    values: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))["validation"]["held_out"]
     return values
 
 
-def test_a_run_begins_where_the_one_it_starts_from_ended_and_goes_on_without_it(root: Path, final: Path) -> None:
-    """The shape that the settings state does not count. Then resumed when the first model is gone."""
-    moved = shutil.copytree(final, root / "moved")
+def test_a_run_begins_where_the_one_it_starts_from_ended_and_goes_on_without_it(
+    finished: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The shape that the settings state does not count; the vocabulary is padded. Then resumed when the first model is gone."""
+    moved, second = shutil.copytree(finished / "final", tmp_path / "moved"), tmp_path / "second"
     command = [
-        *arguments(root, "second"),
-        "--model.init_from",
-        str(moved),
-        "--model.n_layer",
-        "5",
-        "--model.n_embd",
-        "64",
+        *[*TINY, "--run.directory", str(second), "--data.text_files", f"{texts}/*.txt"],
+        *[
+            "--data.validation_one_in",
+            "10",
+            "--model.init_from",
+            str(moved),
+            "--model.n_layer",
+            "5",
+            "--model.n_embd",
+            "64",
+        ],
     ]
     done = train(*command, "--run.max_updates", "2")
     assert done.returncode == 0, done.stderr
-    before, after = summary(root / "second")["validation_before"], summary(root / "first")["validation_after"]
-    assert before["loss"] == pytest.approx(after["loss"], rel=1e-5)
-    assert after["loss"] < summary(root / "first")["validation_before"]["loss"] - 0.1, "so it says something"
-    assert (moved / "tokenizer.json").read_bytes() == (root / "second/final/tokenizer.json").read_bytes()
+    first = validation(finished)
+    assert validation(second)["before"]["loss"] == pytest.approx(first["after"]["loss"], rel=1e-5)
+    assert first["after"]["loss"] < first["before"]["loss"] - 0.1, "so it says something"
+    assert (moved / "tokenizer.json").read_bytes() == (second / "final/tokenizer.json").read_bytes()
     shutil.rmtree(moved)
     done = train(*command, "--run.max_updates", "3")
     assert done.returncode == 0, done.stderr
-    assert [entry["update"] for entry in read_ledger(root / "second")] == [1, 2, 3]
+    assert [entry["update"] for entry in read_ledger(second)] == [1, 2, 3]
 
 
 def test_weights_of_a_bf16_file_are_trained_in_float32(final: Path, tmp_path: Path) -> None:
@@ -124,9 +114,10 @@ def test_another_tokenizer_than_the_models_is_refused(final: Path, tmp_path: Pat
         assert len(tokenizer) == VOCABULARY
 
 
-def test_a_run_under_way_does_not_start_from_another_model(root: Path, final: Path) -> None:
+def test_a_run_under_way_does_not_start_from_another_model(finished: Path) -> None:
+    config = load_config(["--config", str(finished / "config.yaml"), "--model.init_from", str(finished / "final")])
     with pytest.raises(RecipeError, match=r"model\.init_from was None and is "):
-        find_resume_point(load_config([*arguments(root, "first"), "--model.init_from", str(final)]))
+        find_resume_point(config)
 
 
 def test_pipeline_and_generate_take_the_finished_model(final: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from urllib.error import URLError
 
 import pytest
 
-from tests.helpers import ROOT, TINY, environment, read_ledger, start_ranks, write_texts
+from tests.helpers import ROOT, SCRIPT, TINY, environment, free_port, read_ledger, start_ranks
 
 TOKEN = "hf_ThisIsNoTokenButWouldBeASecret00000"
 SEEN = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
@@ -43,7 +42,7 @@ def on_terminal(columns: int, arguments: list[str], **more: str) -> str:
     """What two ranks that train on one terminal write to it."""
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    ranks = start_ranks(2, ["recipe/train.py", *arguments], subprocess.STDOUT, inside, **more)
+    ranks = start_ranks(2, [SCRIPT, *arguments], stdout=inside, **more)
     os.close(inside)
     written = b""
     try:
@@ -61,12 +60,11 @@ def on_terminal(columns: int, arguments: list[str], **more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+def watched(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Watched:
     root = tmp_path_factory.mktemp("watched")
-    write_texts(root / "texts")
     directory = root / "runs/watched"
     arguments = [
-        *[*TINY, "--run.directory", str(directory), "--data.text_files", f"{root}/texts/*.txt"],
+        *[*TINY, "--run.directory", str(directory), "--data.text_files", f"{texts}/*.txt"],
         *["--log.trackers", "tensorboard", "trackio", "--checkpoint.every_tokens", "3072"],
     ]
     secrets = {"TRACKIO_DIR": str(root / "trackio"), "HF_TOKEN": TOKEN}
@@ -96,12 +94,6 @@ def server(command: list[str], port: int, **more: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answer(address: str, question: dict[str, Any] | None = None) -> Any:
