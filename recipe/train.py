@@ -45,7 +45,7 @@ def train(config: Config) -> None:
     if point.update >= planned_updates and final.is_dir():
         run.console.section("this run is complete; --resume fresh trains it again", usage(final))
         return run.accelerator.end_training()
-    run.on_main(lambda: check_hub(run))
+    check_hub(run)
 
     # ---- 2. Data: documents -> tokenizer -> lanes; each rank opens only its own lanes ------------------------------------
     source, init_from = open_source(config), initial_model(config, point.checkpoint)
@@ -73,7 +73,7 @@ def train(config: Config) -> None:
     begin_run(run, update, point.checkpoint)  # from here on the files in the directory are this run's
     if point.checkpoint:
         run.ledger.event("resume", update, **point.facts())
-    pusher = Pusher(run)
+    pusher = Pusher(run, update)
     saver = CheckpointSaver(run, model, optimizer, tokenizer, on_saved=pusher.push)
     evaluation = RunEvaluation(run, validation_sets, model, tokenizer)
 

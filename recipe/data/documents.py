@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 from recipe.errors import DATA_EXIT_CODE, RecipeError
+from recipe.retry import growing_pauses
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
@@ -96,7 +97,7 @@ class Source:
         self, reader: Any, name: str, state: dict[str, Any] | None = None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """(document, the reader's state after it), each once: after an error it goes on behind the last document."""
-        pause, since = FIRST_PAUSE_SECONDS, time.monotonic()
+        pauses = self._pauses()
         while True:
             if state is not None:
                 reader.load_state_dict(state)
@@ -104,15 +105,17 @@ class Source:
                 for row in reader:
                     text, state = self.text(row), reader.state_dict()
                     yield text, state
-                    pause, since = FIRST_PAUSE_SECONDS, time.monotonic()
+                    pauses = self._pauses()
                 return
             except RecipeError:
                 raise
             except Exception as error:  # of any library under datasets
-                if time.monotonic() + pause > since + self.retry_seconds:
+                if (pause := next(pauses, None)) is None:
                     raise self._unreadable(name, error) from error
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _pauses(self) -> Iterator[float]:
+        return growing_pauses(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, self.retry_seconds)
 
     def _unreadable(self, name: str, error: Exception) -> RecipeError:
         tried = f" (tried again for {self.retry_seconds:g} s, data.retry_seconds)" if self.retry_seconds else ""

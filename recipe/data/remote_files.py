@@ -9,11 +9,9 @@ process first saw it, or a ConnectionError, after which `recipe.data.documents` 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable
 from email.message import Message
 from http.client import HTTPException
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 from urllib.request import Request, urlopen
 
 import fsspec
@@ -22,10 +20,11 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.hf_file_system import HfFileSystemFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-Result = TypeVar("Result")
+from recipe.retry import retry
 
 SILENCE_SECONDS = 30.0  # a server that sends nothing for so long has failed
-PAUSES_SECONDS = (0.5, 2.0)  # before a range is asked for a second and a third time
+# Before a range is asked for a second and a third time: to start from the last document reads its file up to there again.
+PAUSES_SECONDS = (0.5, 2.0)
 
 
 class HttpFileSystem(AbstractFileSystem):
@@ -45,7 +44,7 @@ class HttpFileSystem(AbstractFileSystem):
             ConnectionError: no such file, or a server that does not answer ranges.
         """
         if path not in self._first_seen:
-            headers, _ = retry(lambda: _get(path, 0, 1))
+            headers, _ = retry(lambda: _get(path, 0, 1), PAUSES_SECONDS)
             size = int(headers["Content-Range"].rpartition("/")[2])
             self._first_seen[path] = {"name": path, "type": "file", "size": size, "ETag": headers["ETag"]}
         return self._first_seen[path]
@@ -66,7 +65,7 @@ class HttpFile(AbstractBufferedFile):
     """One of them, read ahead in blocks."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return retry(lambda: _get(self.path, start, end, self.size)[1])
+        return retry(lambda: _get(self.path, start, end, self.size)[1], PAUSES_SECONDS)
 
 
 class HubFileSystem(HfFileSystem):
@@ -84,7 +83,7 @@ class HubFile(HfFileSystemFile):
     read = AbstractBufferedFile.read  # by ranges also where all of it is wanted
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return retry(lambda: self._get(start, end))
+        return retry(lambda: self._get(start, end), PAUSES_SECONDS)
 
     def _get(self, start: int, end: int) -> bytes:
         asked = f"bytes {start}-{end - 1} of {self.size:,}"
@@ -111,16 +110,6 @@ def use_checked_files() -> None:
     datasets.config.STREAMING_OPEN_RETRY_INTERVAL = datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
     datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
     datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
-
-
-def retry(get: Callable[[], Result]) -> Result:
-    """A range that failed is asked for again, since to start from the last document is to read its file up to there again."""
-    for pause in PAUSES_SECONDS:
-        try:
-            return get()
-        except Exception:
-            time.sleep(pause)
-    return get()
 
 
 def _get(address: str, start: int, end: int, size: int | None = None) -> tuple[Message, bytes]:

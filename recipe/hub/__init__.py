@@ -1,19 +1,6 @@
-"""Pushing to the Hugging Face Hub and fetching from it."""
+"""Pushing to the Hugging Face Hub and fetching from it. Imports no torch."""
 
+from recipe.hub.background import Pusher
+from recipe.hub.client import check_hub
 
-class Pusher:
-    def __init__(self, run):
-        pass
-
-    def push(self, update, directory):
-        pass
-
-    def poll(self):
-        pass
-
-    def finish(self):
-        pass
-
-
-def check_hub(run):
-    pass
+__all__ = ["Pusher", "check_hub"]

@@ -1,210 +1,150 @@
-"""Pushes in the background: one at a time, the newest checkpoint waits for its turn, and training waits for nothing.
+"""Pushes beside the training: one at a time, the newest checkpoint waits for its turn, and training waits for nothing.
 
-A push runs in a process of its own. A thread that hangs in the network could not be ended, and the interpreter would wait
-for it at the end; and hashing and sending gigabytes would take turns with the training.
+Each push is a process, `python -m recipe push RUN --follow DIRECTORY`: a thread that hangs in the network cannot be ended, and
+the interpreter would wait for it at the end. Its standard input stays open as long as the training lives.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import re
+import shutil
+import sys
 import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from subprocess import PIPE, STDOUT, Popen
+from typing import TYPE_CHECKING
 
-from recipe.config.settings import Config
-from recipe.errors import RecipeError
-from recipe.hub.client import check_access, explain, push_directory, revision_of
+from recipe.hub.client import explain, redact, revision_of
 from recipe.plan.schedule import crosses
 
 if TYPE_CHECKING:
-    from recipe.run.console import Console
-    from recipe.run.ledger import Ledger
-    from recipe.run.stop import StopRequest
+    from recipe.run.run import Run
 
-CHECK_SECONDS = 30.0
+PUSHING = ".pushing"  # in the run directory: links to what is not pushed yet, so that pruning may remove the checkpoint
 LONGEST_PUSH_SECONDS = 3600.0
-POLL_SECONDS = 0.2
-
-
-def check_hub(config: Config, console: Console) -> None:
-    """Before a run: see that it can be pushed. A Hub that cannot be reached now is reported, and does not stop the run.
-
-    Raises:
-        RecipeError: the Hub refuses.
-    """
-    if config.hub.repo_id is None:
-        return
-    call = BackgroundCall(check_access, config.hub)
-    limit = min(CHECK_SECONDS, config.hub.wait_seconds)
-    answer = call.wait(limit)
-    call.end()
-    if answer is None:
-        console.say(f"{config.hub.repo_id} could not be checked in {limit:g} s ({call.trouble}); pushes will be tried")
-    elif isinstance(answer, RecipeError):
-        raise answer
-    else:
-        console.say(f"checkpoints are pushed to {answer}")
+POLL_SECONDS = 0.1
 
 
 class Pusher:
-    """Pushes the checkpoints and the finished model of a run, from rank 0; the other ranks never talk to the Hub.
+    """Pushes checkpoints and the finished model from rank 0; on the other ranks it does nothing.
 
     Args:
-        config: of the run.
-        ledger: receives an event for each push that succeeded or not.
-        console: receives a line for it.
-        is_main: whether this is rank 0.
+        run: its ledger and console get the result of each push.
         done: updates before those of this process.
     """
 
-    def __init__(self, config: Config, ledger: Ledger, console: Console, *, is_main: bool, done: int = 0) -> None:
-        self.settings, self.run_directory = config.hub, Path(config.run.directory)
-        self.tokens_per_update = config.batch.tokens_per_update
-        self.ledger, self.console = ledger, console
-        self.enabled = is_main and config.hub.repo_id is not None
-        self._tokens = done * self.tokens_per_update  # of the newest checkpoint seen
-        self._call: BackgroundCall | None = None
-        self._sent: tuple[int, Path] | None = None  # update, and the directory that `_call` pushes
-        self._waiting: list[tuple[int, Path]] = []
+    def __init__(self, run: Run, done: int = 0) -> None:
+        self.run, self.settings, self.links = run, run.config.hub, run.directory / PUSHING
+        self._tokens = done * run.config.batch.tokens_per_update  # at the newest checkpoint
+        self._queue: list[tuple[int, Path]] = []  # (update, links to its files); the first is on its way
+        self._child: Popen[str] | None = None
+        self._started = 0.0
+        if run.is_main:
+            shutil.rmtree(self.links, ignore_errors=True)  # of a run that was killed
 
-    @property
-    def held(self) -> set[str]:
-        """Names of the checkpoints that must not be removed yet."""
-        return {path.name for _, path in [*self._waiting, *([self._sent] if self._sent else [])]}
-
-    def checkpoint(self, update: int, directory: Path) -> None:
-        """Take over a finished checkpoint if a push is due. It takes the place of one that still waits."""
-        before, self._tokens = self._tokens, update * self.tokens_per_update
-        every = self.settings.every_tokens
-        if not self.enabled or not (every is None or crosses(before, self._tokens, every)):
+    def push(self, update: int, directory: Path) -> None:
+        """Push a checkpoint if one is due, or the finished model. A checkpoint takes the place of one that waits."""
+        if not self.run.is_main or self.settings.repo_id is None:
             return
-        while self._waiting:
-            self._failed(*self._waiting.pop(), f"{directory.name} took its place in the queue")
-        self._waiting.append((update, directory))
-        self._begin()
-
-    def finished_model(self, update: int, directory: Path) -> None:
-        """Take over the finished model, which main will hold."""
-        if self.enabled:
-            self._waiting.append((update, directory))
-            self._begin()
+        if directory.name != "final":
+            before, self._tokens = self._tokens, update * self.run.config.batch.tokens_per_update
+            if self.settings.every_tokens and not crosses(before, self._tokens, self.settings.every_tokens):
+                return
+            while len(self._queue) > 1:
+                self._report(*self._queue.pop(), f"{directory.name} took its place in the queue")
+        links = self.links / str(time.time_ns()) / directory.name
+        try:
+            shutil.copytree(directory, links, copy_function=_link)
+        except OSError as error:
+            return self._report(update, links, explain(error))
+        self._queue.append((update, links))
+        self.poll()
 
     def poll(self) -> None:
         """Report a push that has ended, and begin the next. Never waits."""
-        if self._call is None:
-            return
-        answer = self._call.wait(0)
-        if answer is None and time.monotonic() - self._call.started > LONGEST_PUSH_SECONDS:
-            answer = RecipeError(f"not done after {LONGEST_PUSH_SECONDS:g} s ({self._call.trouble})")
-        if answer is not None:
-            self._end(answer)
+        if self._child is not None and self._child.poll() is not None:
+            self._end()
+        elif self._child is not None and time.monotonic() - self._started > LONGEST_PUSH_SECONDS:
+            self._end(f"not done after {LONGEST_PUSH_SECONDS:g} s")
+        if self._child is None and self._queue:
+            self._begin()
 
-    def finish(self, stop: StopRequest) -> None:
-        """Wait for what is not pushed yet, `hub.wait_seconds` at most and no longer than until the next signal."""
-        limit, received = self.settings.wait_seconds, stop.received
-        deadline = time.monotonic() + limit
-        if self._call is not None:
-            self.console.say(f"waiting for the push to {self.settings.repo_id}, {limit:g} s at most")
-        while self._call is not None:
-            answer = self._call.wait(min(POLL_SECONDS, deadline - time.monotonic()))
-            if answer is None and stop.received != received:
-                answer = RecipeError(f"not done when {stop.reason} ended the wait ({self._call.trouble})")
-            elif answer is None and time.monotonic() >= deadline:
-                answer = RecipeError(f"not done {limit:g} s after the end of training ({self._call.trouble})")
-            if answer is not None:
-                self._end(answer)
+    def finish(self) -> None:
+        """Wait for what is not pushed yet: `hub.wait_seconds` at most, and no longer than until the next signal."""
+        limit, stop = self.settings.wait_seconds, self.run.stop
+        received, deadline = stop.received, time.monotonic() + limit
+        self.poll()
+        if self._queue:
+            self.run.console.say(f"waiting for the push to {self.settings.repo_id}, {limit:g} s at most")
+        while self._queue and stop.received == received and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            self.poll()
+        late = f"{limit:g} s after the end of training"
+        while self._queue:
+            self._end(f"not done {late if stop.received == received else f'when {stop.reason} ended the wait'}")
 
     def _begin(self) -> None:
-        if self._call is None and self._waiting:
-            self._sent = self._waiting.pop(0)
-            self._call = BackgroundCall(push_directory, self._sent[1], self.settings)
+        """Start the process that pushes the first of the queue."""
+        root = str(Path(__file__).resolve().parents[2])  # so that it finds the recipe, installed or not
+        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", root)])
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}  # what it prints waits in a pipe
+        self._started = time.monotonic()
+        try:
+            self._child = Popen(
+                [sys.executable, "-m", "recipe", "push", str(self.run.directory), "--follow", str(self._queue[0][1])],
+                env=os.environ | quiet | {"PYTHONPATH": path},
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a terminal's Ctrl-C goes to the training alone, which decides what it ends
+            )
+        except OSError as error:
+            self._report(*self._queue.pop(0), explain(error))
 
-    def _end(self, answer: str | RecipeError) -> None:
-        """Report how the push under way has ended, and begin the next."""
-        assert self._call is not None
-        assert self._sent is not None
-        self._call.end()
-        seconds = time.monotonic() - self._call.started
-        (update, directory), self._sent, self._call = self._sent, None, None
-        if isinstance(answer, RecipeError):
-            self._failed(update, directory, str(answer))
+    def _end(self, given_up: str = "") -> None:
+        """Report the first of the queue: what its process printed last, or the reason why it is given up."""
+        (update, links), child, self._child = self._queue.pop(0), self._child, None
+        said, commit = "no answer", None
+        if child is not None:
+            child.kill()
+            output = child.communicate()[0]
+            said = output or (said if given_up else f"exit code {child.returncode}")
+            commit = re.search(r", commit (\w+)$", output, re.MULTILINE)
+        last = redact(said.splitlines()[-1].rpartition(f" was not pushed to {self.settings.repo_id}: ")[2])
+        self._report(update, links, f"{given_up} ({last})" if given_up else last, commit[1] if commit else None)
+
+    def _report(self, update: int, links: Path, reason: str, commit: str | None = None) -> None:
+        """Remove the links to a directory, and say that it was pushed as `commit`, or the reason why it was not."""
+        shutil.rmtree(links.parent if self._queue else self.links, ignore_errors=True)
+        repo_id, revision = self.settings.repo_id, revision_of(links, self.settings)
+        if commit:
+            seconds = round(time.monotonic() - self._started, 1)
+            self.run.console.say(f"pushed {links.name} to {repo_id}@{revision}")
+            self.run.ledger.event("push", update, repo=repo_id, revision=revision, commit=commit, seconds=seconds)
         else:
-            repo_id, revision = self.settings.repo_id, revision_of(directory, self.settings)
-            self.console.say(f"pushed {directory.name} to {repo_id}@{revision}")
-            self.ledger.event("push", update, repo=repo_id, revision=revision, commit=answer, seconds=round(seconds, 1))
-        self._begin()
-
-    def _failed(self, update: int, directory: Path, reason: str) -> None:
-        repo_id, revision = self.settings.repo_id, revision_of(directory, self.settings)
-        self.console.say(
-            f"{directory.name} was not pushed to {repo_id}: {reason}; `python -m recipe push {self.run_directory}` "
-            "pushes what is missing"
-        )
-        self.ledger.event("push_failed", update, repo=repo_id, revision=revision, reason=reason)
+            later = f"`python -m recipe push {self.run.directory}` pushes what is missing"
+            self.run.console.say(f"{links.name} was not pushed to {repo_id}: {reason}; {later}")
+            self.run.ledger.event("push_failed", update, repo=repo_id, revision=revision, reason=reason)
 
 
-class BackgroundCall:
-    """A function of the Hub client that is called in another process, which can be ended at any time and ends with this one.
+def end_with_training(run_directory: Path) -> None:
+    """In the process that pushes: end as soon as the standard input closes, because then the training is gone."""
 
-    Args:
-        function: is also given a function that it can report trouble to, in words.
-        arguments: before that.
-    """
+    def watch() -> None:
+        os.read(0, 1)
+        shutil.rmtree(run_directory / PUSHING, ignore_errors=True)
+        os._exit(1)
 
-    def __init__(self, function: Callable[..., str], *arguments: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks of threads and the GPU's state
-        self._receiver, sender = spawn.Pipe(duplex=False)
-        self._process = spawn.Process(target=_answer, args=(sender, function, arguments), daemon=True)
-        self._process.start()
-        sender.close()  # so that this end notices when the other is gone
-        self.started = time.monotonic()
-        self.trouble = "no answer"
-
-    def wait(self, seconds: float) -> str | RecipeError | None:
-        """What the function returned, or the error it raised as a RecipeError; None where it is not done in time."""
-        deadline = time.monotonic() + seconds
-        while self._receiver.poll(max(0.0, deadline - time.monotonic())):
-            try:
-                is_answer, value = self._receiver.recv()
-            except EOFError:
-                self._process.join()
-                return RecipeError(f"its process ended with exit code {self._process.exitcode}")
-            if is_answer:
-                return cast("str | RecipeError", value)
-            self.trouble = value
-        return None
-
-    def end(self) -> None:
-        """Let nothing of it remain."""
-        self._process.kill()
-        self._process.join()
-        self._receiver.close()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _answer(sender: Connection, function: Callable[..., str], arguments: tuple[Any, ...]) -> None:
-    """What the other process does."""
-    from huggingface_hub import logging
-    from huggingface_hub.utils import disable_progress_bars
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C here too; what it ends is the run's decision
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    value: str | RecipeError
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy on a file system that has none."""
     try:
-        value = function(*arguments, lambda trouble: sender.send((False, trouble)))
-    except Exception as error:
-        value = RecipeError(explain(error))
-    sender.send((True, value))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

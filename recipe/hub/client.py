@@ -8,45 +8,49 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from recipe.config.settings import PushConfig
 from recipe.errors import RecipeError
-from recipe.report.card import card_files
+from recipe.retry import growing_pauses, retry
 
-Result = TypeVar("Result")
-Report = Callable[[str], None]  # is told why something has to be tried again
+if TYPE_CHECKING:
+    from recipe.run.run import Run
 
 REQUEST_SECONDS = 60.0  # without an answer; the library waits for ever (huggingface/huggingface_hub#3931)
+CHECK_SECONDS = 30.0  # the same, before a run begins
 RETRY_SECONDS = 600.0
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+PAUSES_SECONDS = (1.0, 60.0)  # the first and the longest
 
 
-def check_access(settings: PushConfig, report: Report) -> str:
-    """See that the repository can be written to, before anything is trained for it; it is made where there is none.
+def check_hub(run: Run) -> None:
+    """Make the repository if there is none, and check that it can be written to, before anything is trained. Collective.
 
-    Args:
-        settings: what is pushed where.
-        report: is told why the Hub could not be asked yet.
+    A Hub that cannot be reached for `CHECK_SECONDS` is a line on the console, and the run begins.
 
-    Returns: the repository's address.
     Raises:
         RecipeError: no token, one that is refused or may not write there, or a public repository.
     """
+    settings = run.config.hub
 
     def attempt() -> str:
-        api = _api()
+        api = _api(CHECK_SECONDS)
         _open_repository(api, settings)
         api.auth_check(settings.repo_id, write=True)
-        return f"{api.endpoint}/{settings.repo_id}"
+        return f"checkpoints are pushed to {api.endpoint}/{settings.repo_id}"
 
-    try:
-        return retry(attempt, report)
-    except RecipeError as error:
-        raise RecipeError(f"hub.repo_id = {settings.repo_id!r} cannot be pushed to: {error}") from None
+    def check() -> str:
+        try:
+            return retry(attempt, growing_pauses(*PAUSES_SECONDS, within=CHECK_SECONDS), _may_pass)
+        except Exception as error:
+            if _may_pass(error):
+                return f"{settings.repo_id} could not be checked: {explain(error)}; pushes will be tried"
+            raise RecipeError(f"hub.repo_id = {settings.repo_id!r} cannot be pushed to: {explain(error)}") from None
+
+    if settings.repo_id is not None:
+        run.console.say(run.on_main(check))
 
 
 def revision_of(directory: Path, settings: PushConfig) -> str:
@@ -54,30 +58,29 @@ def revision_of(directory: Path, settings: PushConfig) -> str:
     return directory.name if settings.revisions and directory.name.startswith("step-") else "main"
 
 
-def push_directory(directory: Path, settings: PushConfig, report: Report) -> str:
-    """Make main hold a checkpoint or finished model and its card, in one commit, and tag it where it is a checkpoint.
+def push_directory(directory: Path, settings: PushConfig, more: dict[str, bytes], report: Callable[[str], None]) -> str:
+    """Make main hold a checkpoint or finished model in one commit, and tag a checkpoint.
 
     Args:
-        directory: RUN/checkpoints/step-N, or RUN/final; nobody may change or remove it meanwhile.
+        directory: `step-N` or `final`; nobody may change or remove it meanwhile.
         settings: what is pushed where.
-        report: is told why an attempt failed that is made again.
+        more: name -> content of files that go along, in place of those of the same name in `directory`.
+        report: called with the reason why an attempt failed, before the next.
 
     Returns: the commit.
     Raises:
-        RecipeError: it was refused, or failed again and again for `RETRY_SECONDS`.
+        Exception: it was refused, or failed again and again for `RETRY_SECONDS`; `explain` makes a line of it.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files: dict[str, Any] = {
-        path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()
-    }
+    files: dict[str, Any] = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
     if not settings.training_state:
         files = {name: path for name, path in files.items() if not _is_training_state(name)}
-    files |= _card_of(directory, settings)
+    files |= more
     revision = revision_of(directory, settings)
 
     def attempt() -> str:
-        api = _api()
+        api = _api(REQUEST_SECONDS)
         there = [sibling.rfilename for sibling in _open_repository(api, settings).siblings or []]
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in there if _is_training_state(name) and name not in files]
@@ -89,26 +92,15 @@ def push_directory(directory: Path, settings: PushConfig, report: Report) -> str
             api.create_tag(settings.repo_id, tag=revision, revision=commit)
         return str(commit)
 
-    return retry(attempt, report)
-
-
-def _card_of(directory: Path, settings: PushConfig) -> dict[str, bytes]:
-    """The card's files for a checkpoint or finished model; none where it lies in no run's directory."""
-    is_checkpoint = directory.name.startswith("step-")
-    update = int(directory.name.removeprefix("step-")) if is_checkpoint else None
-    try:
-        return card_files(
-            directory.parent.parent if is_checkpoint else directory.parent, settings.repo_id, update=update
-        )
-    except RecipeError:
-        return {}
+    pauses = growing_pauses(*PAUSES_SECONDS, within=RETRY_SECONDS)
+    return retry(attempt, pauses, _may_pass, lambda error: report(explain(error)))
 
 
 def download_checkpoint(reference: str, cache: Path) -> Path:
-    """The directory of the checkpoint `hf://user/name@revision`, downloaded into `cache` where it is not there yet.
+    """The directory of the checkpoint `hf://user/name@revision`, downloaded into `cache` if it is not there yet.
 
     Raises:
-        RecipeError: it cannot be had, or was pushed without its training state.
+        RecipeError: there is none, it cannot be downloaded, or it was pushed without its training state.
     """
     from huggingface_hub import HfApi, get_session, parse_hf_uri, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -149,19 +141,20 @@ def redact(text: str) -> str:
 
 
 def _is_training_state(name: str) -> bool:
-    """Whether a file of a checkpoint is there for resuming alone."""
+    """Whether only a resume needs this file of a checkpoint."""
     return name == "manifest.json" or name.startswith("training/")
 
 
-def _api() -> Any:
+def _api(silence_seconds: float) -> Any:
+    """The library's client, whose requests fail if the Hub sends nothing for that long."""
     from huggingface_hub import HfApi, get_session
 
-    get_session().timeout = REQUEST_SECONDS
+    get_session().timeout = silence_seconds
     return HfApi(token=True)
 
 
 def _open_repository(api: Any, settings: PushConfig) -> Any:
-    """Its ModelInfo."""
+    """Make the repository if there is none; its ModelInfo."""
     api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
     info = api.model_info(settings.repo_id)
     if settings.private and not info.private:
@@ -169,36 +162,18 @@ def _open_repository(api: Any, settings: PushConfig) -> Any:
     return info
 
 
-def retry(action: Callable[[], Result], report: Report) -> Result:
-    """The result of `action`, which is tried again with growing pauses where a later attempt may succeed."""
-    pause, deadline = FIRST_PAUSE_SECONDS, None
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            reason = explain(error)
-            deadline = deadline or time.monotonic() + RETRY_SECONDS  # from the first failure: an upload may take long
-            if not _may_pass(error) or time.monotonic() + pause > deadline:
-                raise RecipeError(reason) from error
-        report(reason)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-
 def _may_pass(error: Exception) -> bool:
+    """Whether a later attempt may succeed."""
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     error = _cause(error)
     response: Any = getattr(error, "response", None)
     if response is not None:
         return response.status_code in (408, 429) or response.status_code >= 500
-    if isinstance(error, json.JSONDecodeError):  # a proxy's page where the Hub's answer should be
-        return True
-    return not isinstance(
-        error, RecipeError | ValueError | FileNotFoundError | LocalTokenNotFoundError | OfflineModeIsEnabled
-    )
+    final = (RecipeError, ValueError, FileNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+    return isinstance(error, json.JSONDecodeError) or not isinstance(error, final)  # JSON: a proxy's page came instead
 
 
 def _cause(error: Exception) -> Exception:
-    """What is behind the library's RuntimeError for a file that could not be uploaded."""
+    """The error that the library wraps into a RuntimeError if a file could not be uploaded."""
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error

@@ -15,8 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 TOKEN = "hf_" + "SecretSecretSecretSecretSecretSecr"
 
@@ -96,6 +100,20 @@ class HubServer:
             **{"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
             **{"HF_HUB_DISABLE_TELEMETRY": "1", **more},
         }
+
+    def lead(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """Let this process, and those it starts, take this for the Hub, with a login."""
+        for name, value in self.environment(HF_HOME=str(home)).items():
+            monkeypatch.setenv(name, value)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        addresses = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        for constant, setting in {**addresses, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, constant, setting)
+
+    def pushed(self, revision: str, repo_id: str = "user/model") -> dict[str, bytes]:
+        """Path -> content of a revision, without the file that the Hub makes itself."""
+        files = self.repositories[repo_id].files(revision)
+        return {path: content for path, content in files.items() if path != ".gitattributes"}
 
     def fault_of(self, request: str) -> Fault | None:
         """The fault that this request meets, counted."""
