@@ -292,7 +292,7 @@ def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) 
     config = load_config(["--config", str(tmp_path / "run/config.yaml"), "--run.directory", str(tmp_path / "run")])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, log=None)
-    ledger = Ledger(tmp_path / "run/ledger.jsonl", accelerator, 1)
+    ledger = Ledger(config, accelerator)
     plan: Any = None
     yield Run(config, plan, accelerator, "fp32", StopRequest(), Console(True, UPDATES), ledger)
     ledger.close()
@@ -418,14 +418,16 @@ from recipe.config.command_line import read_config
 from recipe.hub.background import Pusher
 from recipe.run.run import Run
 directory = Path(sys.argv[1])
-pusher = Pusher(Run(read_config(directory), None, SimpleNamespace(is_main_process=True), "fp32", None, None, None))
+pusher = Pusher(Run(read_config(directory / "config.yaml"), None, SimpleNamespace(is_main_process=True), "fp32", None, None, None))
 pusher.push(12, directory / "checkpoints/{NAMES[1]}")
 print(pusher._child.pid, flush=True)
 input()
 """
     config = (run.directory / "config.yaml").read_text(encoding="utf-8")
     (run.directory / "config.yaml").write_text(
-        config.replace(f"directory: {read_config(run.directory).run.directory}", f"directory: {run.directory}"),
+        config.replace(
+            f"directory: {read_config(run.directory / 'config.yaml').run.directory}", f"directory: {run.directory}"
+        ),
         encoding="utf-8",
     )
     training = subprocess.Popen(
