@@ -24,7 +24,7 @@ from recipe.config.checks import validate
 from recipe.config.settings import Config, value_of
 from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.errors import RecipeError
-from recipe.model.gpt2 import build_model, build_optimizer, set_learning_rate
+from recipe.model.gpt2 import build_gpt2, build_optimizer, set_learning_rate
 from recipe.model.kernels import compile_model, set_kernels
 from recipe.plan.memory import choose_loss, estimate_memory
 from recipe.plan.run_plan import make_plan
@@ -136,7 +136,7 @@ class Trial:
         # One that is named is measured, also where the recipe would advise against it.
         loss: Any = choose_loss(requested, self.device.type, config.precision) if requested == "auto" else requested
         with self.device:  # initialised there: a CPU needs ten seconds for 1.3 billion normal numbers
-            model: Any = build_model(config, vocabulary, vocabulary - 1, loss=loss)
+            model: Any = build_gpt2(config, vocabulary, vocabulary - 1, loss=loss)
         if config.performance.compile is True:
             compile_model(model, **(compile_options or {}))
         if by_block:

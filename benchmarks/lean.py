@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.measure import circumstances, table, write_result
 from recipe.config.settings import HELD_OUT, Config, ModelConfig, OptimizerConfig
 from recipe.data.blocks import split_into_micro_batches
-from recipe.model.gpt2 import CausalLanguageModel, build_model
+from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.plan.budget import UpdatePlan
 from recipe.report.charts import library, theme
 from recipe.report.record import Record, read_record
@@ -62,8 +62,8 @@ def accumulation_errors(accelerator: Any) -> dict[int, dict[str, float]]:
     shape = ModelConfig(n_layer=4, n_embd=128, n_head=4, vocab_size=2048, n_positions=64)
     tokens = torch.randint(2048, (64, 65), generator=torch.Generator().manual_seed(0))
     batch = tokens[:, :-1], tokens[:, 1:]
-    lean = build_model(Config(model=shape, optimizer=OptimizerConfig(state="bf16")), 2048, 0)
-    exact = build_model(Config(model=shape), 2048, 0)
+    lean = build_gpt2(Config(model=shape, optimizer=OptimizerConfig(state="bf16")), 2048, 0)
+    exact = build_gpt2(Config(model=shape), 2048, 0)
     exact.load_state_dict(lean.state_dict())  # the rounded weights, in float32
     errors = {}
     for steps in STEPS:

@@ -16,7 +16,7 @@ from benchmarks.worker import Setting, Turns
 from recipe.config.command_line import load_config
 from recipe.data.blocks import UpdateReader, ValidationSet, split_into_micro_batches
 from recipe.evaluation.evaluate import evaluate
-from recipe.model.gpt2 import build_model, build_optimizer, set_learning_rate
+from recipe.model.gpt2 import build_gpt2, build_optimizer, set_learning_rate
 from recipe.model.kernels import compile_model, is_compiled, set_kernels
 from recipe.model.onednn import choose_matmul, use_onednn
 from recipe.model.seeds import seed_dropout
@@ -67,7 +67,7 @@ class RecipeTraining:
         self.rank = self.accelerator.process_index
         set_kernels(self.config, self.accelerator.device, PRECISION)
         loss = choose_loss(self.config.performance.loss, self.accelerator.device.type, PRECISION)
-        model = build_model(self.config, setting.vocabulary, 0, loss=loss)
+        model = build_gpt2(self.config, setting.vocabulary, 0, loss=loss)
         if choose_matmul(self.config.performance, self.accelerator.device.type, PRECISION) == "onednn":
             use_onednn(model)
         if is_compiled(self.config.performance.compile, "cpu"):

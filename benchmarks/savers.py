@@ -20,7 +20,7 @@ from recipe.checkpoint.saver import CheckpointSaver
 from recipe.config.command_line import load_config
 from recipe.data.blocks import next_update, to_tensors
 from recipe.hub.background import Pusher
-from recipe.model.gpt2 import build_model, build_optimizer
+from recipe.model.gpt2 import build_gpt2, build_optimizer
 from recipe.plan.run_plan import make_plan
 from recipe.run.console import Console
 from recipe.run.ledger import Ledger, gather_hash
@@ -59,7 +59,7 @@ class Training:
         self.plan = make_plan(self.config, 1)
         self.accelerator = start_accelerator(self.config, "fp32")
         vocabulary, tokens = self.config.model.vocab_size, self.config.data.sequence_length
-        model = build_model(self.config, vocabulary, 0)  # nothing is padding, so that all save the same bytes
+        model = build_gpt2(self.config, vocabulary, 0)  # nothing is padding, so that all save the same bytes
         self.gpt2: Any = model.gpt2
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, self.config.optimizer))
         self.lanes: Any = [RandomLane(lane, vocabulary, tokens) for lane in range(self.plan.update.lanes)]

@@ -35,10 +35,10 @@ def train(config: Config) -> None:
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
     from recipe.finish import end_stopped_run, finish_run, usage
     from recipe.hub import Pusher, check_hub
-    from recipe.model import build_model, build_optimizer, initial_model, set_kernels, set_learning_rate
+    from recipe.model import build_model, build_optimizer, choose_kernels, initial_model, set_learning_rate
     from recipe.step import MicroBatches, SpikeDetector, check_parity, measure_update
 
-    set_kernels(run)
+    choose_kernels(run)
     run.on_main(lambda: claim_run_directory(run))
     point = run.on_main(lambda: find_resume_point(config))
     final, planned_updates = run.directory / "final", run.plan.planned_updates

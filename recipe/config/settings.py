@@ -164,15 +164,9 @@ class OptimizerConfig:
 class PerformanceConfig:
     """How the update is computed: speed and memory. The update stays the same, up to rounding."""
 
-    loss: Literal["auto", "plain", "chunked", "linear_cross_entropy", "liger"] = "auto"
-    """plain: all logits of a micro-batch at once. chunked: some rows at a time, computed again in backward.
-    linear_cross_entropy: torch's, some rows at a time, whose gradient is computed in forward; for fp32. liger: Liger's kernel,
-    for CUDA. auto: what was measured to be the fastest of those that hold no logits."""
     matmul: Literal["auto", "torch", "onednn"] = "auto"
     """Library of the linear layers' matrix products. torch: the one that torch takes. onednn: oneDNN, for float32 on a CPU.
     auto: oneDNN if the CPU has AVX-512 and the model is not compiled."""
-    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Kernel of scaled_dot_product_attention; one that the device has not is an error. auto: torch chooses."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the model in place with torch.compile: at most two graphs, one for each size of micro-batch. auto: on CUDA with
     Triton."""

@@ -1,8 +1,7 @@
-"""The GPT-2 model: built from the configuration, its initialisation checked, its parameters grouped for the optimizer."""
+"""The GPT-2 model: built from the configuration, its parameters grouped for the optimizer."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
 from recipe.model.export import load_pretrained, load_weights
-from recipe.model.loss import summed_token_loss
-from recipe.plan.memory import LossMethod
+from recipe.model.kernels import compile_model
+from recipe.model.loss import Matmul, summed_token_loss
+from recipe.model.onednn import use_onednn
+from recipe.run.run import Run
 
 # transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
 # whether the position ids restart: a device synchronisation per micro-batch, and under torch.compile a dense mask that
@@ -43,19 +44,18 @@ class CausalLanguageModel(nn.Module):
     Args:
         gpt2: the transformers model.
         vocabulary: tokens of the tokenizer; embedding rows above are padding.
-        loss: the way to compute it.
     """
 
-    def __init__(self, gpt2: Any, vocabulary: int, loss: LossMethod = "chunked") -> None:
+    def __init__(self, gpt2: Any, vocabulary: int) -> None:
         super().__init__()
         self.gpt2 = gpt2
         self.vocabulary = vocabulary
-        self.loss = loss
+        self.matmul: Matmul = torch.mm  # for the output layer
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed loss in nats, 0-d; inputs and targets int64 [rows, tokens], targets masked with `IGNORED_TARGET`."""
         hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
-        return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary, self.loss)
+        return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary, self.matmul)
 
 
 def gpt2_config(config: Config, end_of_text: int) -> Any:
@@ -85,21 +85,27 @@ def gpt2_config(config: Config, end_of_text: int) -> Any:
     )
 
 
-def build_model(
-    config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None, *, loss: LossMethod = "chunked"
-) -> CausalLanguageModel:
-    """A model with the weights of `init_from`, or freshly initialised ones that the seed decides: fp32, or bf16 if lean.
+def build_model(run: Run, tokenizer: Any, init_from: str | None = None) -> CausalLanguageModel:
+    """The model of a run, computed by `run.kernels`. Arguments and errors are those of `build_gpt2`."""
+    model = build_gpt2(run.config, len(tokenizer), tokenizer.eos_token_id, init_from)
+    if run.kernels["matmul"] == "onednn":
+        use_onednn(model)
+    if run.kernels["is_compiled"]:
+        compile_model(model)
+    return model
+
+
+def build_gpt2(config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None) -> CausalLanguageModel:
+    """A model with the weights of `init_from`, or freshly initialised ones that the seed decides: fp32, or bf16 for bf16 state.
 
     Args:
         config: the settings.
         vocabulary: tokens of the tokenizer.
         end_of_text: id of the end-of-text token.
         init_from: directory or Hub name of a GPT-2 of this shape, in any precision.
-        loss: the way to compute it.
 
     Raises:
-        RecipeError: a tokenizer larger than the embedding, an installed transformers that initialises GPT-2 wrongly, or an
-            `init_from` that cannot be loaded.
+        RecipeError: a tokenizer larger than the embedding, or an `init_from` that cannot be loaded.
     """
     from accelerate.utils import set_seed
     from transformers import AttentionInterface, GPT2LMHeadModel
@@ -118,9 +124,7 @@ def build_model(
     set_seed(config.run.seed)
     gpt2 = GPT2LMHeadModel(gpt2_config(config, end_of_text))
     gpt2.set_attn_implementation(CAUSAL_ATTENTION)
-    if init_from is None:
-        check_initialisation(gpt2)
-    else:
+    if init_from is not None:
         initial, _ = load_pretrained(init_from)
         if vocabulary > initial.config.vocab_size:
             raise RecipeError(
@@ -133,38 +137,15 @@ def build_model(
     gpt2.to(expected)
     wrong = {str(parameter.dtype) for parameter in gpt2.parameters() if parameter.dtype != expected}
     assert not wrong, f"parameters have to be {expected}, found {wrong}"
-    return CausalLanguageModel(gpt2, vocabulary, loss)
+    return CausalLanguageModel(gpt2, vocabulary)
 
 
 def checkpoint_activations(gpt2: Any, every: int | None) -> None:
     """Let every n-th transformer block keep only its input and run again in backward; None: none."""
     if every is None:
         return
-    enable = getattr(
-        gpt2, "activation_checkpointing_enable", gpt2.gradient_checkpointing_enable
-    )  # the name before 5.23
+    old_name = gpt2.gradient_checkpointing_enable  # before transformers 5.23
+    enable = getattr(gpt2, "activation_checkpointing_enable", old_name)
     enable({"use_reentrant": False, "preserve_rng_state": gpt2.config.resid_pdrop > 0})
     for number, block in enumerate(gpt2.transformer.h):
         block.gradient_checkpointing = number % every == 0
-
-
-def check_initialisation(gpt2: Any) -> None:
-    """Compare measured standard deviations with GPT-2's scheme (Radford et al., 2019, section 2.3).
-
-    transformers 5.0 to 5.14 left the residual projections unscaled (huggingface/transformers#47458).
-
-    Raises:
-        RecipeError: a weight whose standard deviation is off by more than six standard errors and 2 %.
-    """
-    base = gpt2.config.initializer_range
-    for name, weight in gpt2.named_parameters():
-        if weight.dim() < 2:
-            continue
-        expected = base / math.sqrt(2 * gpt2.config.n_layer) if name.endswith("c_proj.weight") else base
-        measured = weight.detach().std().item()
-        tolerance = max(0.02, 6 / math.sqrt(2 * weight.numel()))
-        if abs(measured / expected - 1) > tolerance:
-            raise RecipeError(
-                f"{name} was initialised with standard deviation {measured:.5f} instead of {expected:.5f}: "
-                "install transformers 5.15 or newer"
-            )

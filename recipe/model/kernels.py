@@ -1,4 +1,4 @@
-"""Which kernels compute the step: attention, TF32, determinism, compilation."""
+"""Which kernels compute the update: TF32, determinism, compilation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from recipe.config.settings import Config, PerformanceConfig
+from recipe.config.settings import Config
 from recipe.errors import RecipeError
+from recipe.model.onednn import choose_matmul
+from recipe.run.run import Run
 
 
-def set_kernels(config: Config, device: torch.device, precision: str) -> None:
+def choose_kernels(run: Run) -> None:
+    """Decide before anything is built which kernels compute the update; `run.kernels` says which.
+
+    Raises:
+        RecipeError: a setting needs what this device or installation does not have.
+    """
+    performance, device = run.config.performance, run.device
+    set_kernels(run.config, device)
+    matmul = choose_matmul(performance, device.type, run.precision)
+    run.kernels = {"matmul": matmul, "is_compiled": is_compiled(performance.compile, device.type)}
+
+
+def set_kernels(config: Config, device: torch.device) -> None:
     """Set what torch keeps for the whole process, before the first kernel runs.
 
     Raises:
-        RecipeError: an attention kernel that cannot compute this model's attention on this device, no compiler, or what an
-            optional extra installs is not there.
+        RecipeError: there is no compiler, or no torchao, and a setting needs it.
     """
     performance = config.performance
     torch.backends.cuda.matmul.fp32_precision = "tf32" if performance.tf32 else "ieee"
@@ -28,45 +40,17 @@ def set_kernels(config: Config, device: torch.device, precision: str) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, costs a pass over every new tensor
-    _set_attention(performance, device)
-    if performance.attention != "auto":
-        _check_attention(config, device, precision)
     if config.optimizer.state == "bf16":
-        _check_extra("optimizer.state", "bf16", "torchao")
+        if find_spec("torchao") is None:
+            raise RecipeError(
+                "optimizer.state = bf16 needs torchao: pip install --editable '.[bf16-state]', or leave it out"
+            )
         # torchao says of each of its CUDA libraries that this CPU cannot load it, and torch that torchao is old-fashioned.
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
         check_compiler(device.type, "optimizer.state = bf16")
-    if performance.loss == "liger" and device.type == "cuda":  # elsewhere it is refused, installed or not
-        _check_extra("performance.loss", "liger", "liger_kernel")
     if performance.compile is True:
         check_compiler(device.type, "performance.compile")
-
-
-def _check_extra(setting: str, extra: str, module: str) -> None:
-    if find_spec(module) is None:
-        raise RecipeError(f"{setting} = {extra} needs {module}: pip install --editable '.[{extra}]', or leave it out")
-
-
-def _set_attention(performance: PerformanceConfig, device: torch.device) -> None:
-    kernel = performance.attention
-    torch.backends.cuda.enable_flash_sdp(kernel in ("auto", "flash"))
-    torch.backends.cuda.enable_cudnn_sdp(kernel in ("auto", "cudnn"))
-    torch.backends.cuda.enable_mem_efficient_sdp(kernel in ("auto", "efficient"))
-    torch.backends.cuda.enable_math_sdp(kernel in ("auto", "math"))
-
-
-def _check_attention(config: Config, device: torch.device, precision: str) -> None:
-    width = config.model.n_embd // config.model.n_head
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    query = torch.zeros(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
-    try:
-        F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
-    except RuntimeError:
-        raise RecipeError(
-            f"performance.attention = {config.performance.attention}: this {device.type} device has no such kernel for "
-            f"{precision} and heads of width {width}; set --performance.attention auto"
-        ) from None
 
 
 def check_compiler(device_type: str, what: str) -> None:
@@ -93,7 +77,7 @@ def check_compiler(device_type: str, what: str) -> None:
 
 
 def is_compiled(setting: bool | str, device_type: str) -> bool:
-    """Whether the model is compiled, for `performance.compile` on a device type: auto is on CUDA where there is Triton."""
+    """Whether the model is compiled, for `performance.compile` on a device type: auto is on CUDA with Triton."""
     if setting != "auto":
         return bool(setting)
     from torch.utils._triton import has_triton

@@ -2,79 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from recipe.data.blocks import IGNORED_TARGET
-from recipe.plan.memory import ROWS_PER_CHUNK, LossMethod
+from recipe.plan.memory import rows_per_chunk
+
+Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 def summed_token_loss(
-    hidden: Tensor, embedding: Tensor, targets: Tensor, vocabulary: int, method: LossMethod = "chunked"
+    hidden: Tensor, embedding: Tensor, targets: Tensor, vocabulary: int, matmul: Matmul = torch.mm
 ) -> Tensor:
     """Sum of -log p(target) over the unmasked targets, in nats.
+
+    Forward computes the logits of a chunk of rows and turns them into their own gradient. So no logits outlive their chunk, and
+    backward only multiplies by the incoming scalar. Under autocast products round as in `F.linear`; sums stay float32.
 
     Args:
         hidden: [..., width], last hidden states.
         embedding: [rows, width], the tied output layer; rows from `vocabulary` on are padding and get probability 0.
         targets: [...], int64, `IGNORED_TARGET` where masked.
         vocabulary: number of tokens the tokenizer has.
-        method: see `performance.loss`; `recipe.plan.memory.choose_loss` picks one.
+        matmul: computes all products.
 
     Returns: 0-d tensor, float32, or float64 for float64 hidden states.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    is_padding = torch.arange(len(embedding), device=hidden.device) >= vocabulary
-    bias = torch.zeros(len(embedding), device=hidden.device, dtype=hidden.dtype).masked_fill(is_padding, float("-inf"))
-    if method == "chunked":
-        return _chunked(hidden, embedding, targets, bias)
-    if method == "plain":
-        return _plain(hidden, embedding, targets, bias)
-    if method == "liger":
-        return _liger(hidden, embedding, targets, bias)
-    return F.linear_cross_entropy(
-        hidden,
-        embedding,
-        targets,
-        linear_bias=bias,
-        reduction="sum",
-        ignore_index=IGNORED_TARGET,
-        options=torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=min(len(hidden), ROWS_PER_CHUNK["linear_cross_entropy"]),
-            chunking_method=None,
-            allow_retain_graph=torch.compiler.is_compiling(),  # it has to be there, and warns where it is not
-        ),
-    )
+    if not torch.is_grad_enabled():  # autograd tells the function only whether its inputs require a gradient
+        hidden, embedding = hidden.detach(), embedding.detach()
+    loss: Tensor = _SummedTokenLoss.apply(hidden, embedding, targets, vocabulary, matmul)
+    return loss
 
 
-def _chunked(hidden: Tensor, embedding: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
-    """Chunks of rows are computed again in backward, so that logits exist for one chunk at a time."""
-    rows_per_chunk = ROWS_PER_CHUNK["chunked"]
-    chunks = list(zip(hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True))
-    if len(chunks) == 1 or not torch.is_grad_enabled():
-        losses = [_plain(rows, embedding, labels, bias) for rows, labels in chunks]
+class _SummedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, vocabulary: int, matmul: Matmul
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        weight, loss = embedding.to(dtype), hidden.new_zeros((), dtype=sum_dtype)
+        if needs_gradient := any(ctx.needs_input_grad):
+            of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(embedding, dtype=sum_dtype)
+        size = rows_per_chunk(device)
+        for start in range(0, len(hidden), size):
+            rows, labels = hidden[start : start + size].to(dtype), targets[start : start + size, None]
+            is_masked = labels == IGNORED_TARGET
+            labels = labels.masked_fill(is_masked, 0)
+            logits = matmul(rows, weight.t()).to(sum_dtype)
+            logits[:, vocabulary:].fill_(float("-inf"))
+            logits -= logits.amax(1, keepdim=True)
+            of_targets = logits.gather(1, labels)
+            total = logits.exp_().sum(1, keepdim=True)
+            loss += (total.log() - of_targets).masked_fill(is_masked, 0).sum()
+            if needs_gradient:
+                logits /= total  # softmax, or 0 where masked
+                logits.scatter_(1, labels, (logits.gather(1, labels) - 1).masked_fill(is_masked, 0))
+                logits = logits.to(dtype)  # now their own gradient
+                of_hidden[start : start + size] = matmul(logits, weight)
+                if matmul is torch.mm:
+                    _add_product(of_weight, logits.t(), rows)
+                else:
+                    of_weight += matmul(logits.t(), rows)
+            del logits  # before those of the next chunk are there
+        if needs_gradient:
+            ctx.save_for_backward(of_hidden, of_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        # In place, unless the caller keeps the graph for another backward. A compiler finds out by itself.
+        in_place = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [gradient.mul_(scale) if in_place else gradient * scale for gradient in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+# An operator of its own, because torch's compiler would otherwise keep the products of all chunks and add them at the end.
+@torch.library.custom_op("recipe::add_product", mutates_args=("total",))
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
     else:
-        losses = [
-            checkpoint(_plain, rows, embedding, labels, bias, use_reentrant=False, preserve_rng_state=False)
-            for rows, labels in chunks
-        ]
-    return torch.stack(losses).sum()
-
-
-def _plain(hidden: Tensor, embedding: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
-    logits = F.linear(hidden, embedding, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
-
-
-def _liger(hidden: Tensor, embedding: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
-    """Liger's kernel has no autocast rule of its own: its inputs are rounded here as `F.linear` would round them."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, embedding, bias = hidden.to(dtype), embedding.to(dtype), bias.to(dtype)
-    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_TARGET, reduction="sum", accum_dtype=torch.float32)
-    return fused(embedding, hidden, targets, bias)
+        total += a @ b

@@ -1,4 +1,4 @@
-"""Matrix products of the linear layers by oneDNN instead of MKL, on a CPU in float32.
+"""Matrix products of all linear layers by oneDNN instead of MKL, on a CPU in float32.
 
 Where the CPU has AVX-512 but is not Intel's, MKL's float32 products use half of it (docs/decisions.md). torch has no setting
 that would send them to oneDNN in float32, so the operator that its compiler uses for them is called here.
@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recipe.config.settings import PerformanceConfig
 from recipe.errors import RecipeError
@@ -20,7 +20,7 @@ def choose_matmul(performance: PerformanceConfig, device_type: str, precision: s
     """`torch` or `onednn`, for `performance.matmul` on a device type in `bf16` or `fp32`.
 
     Raises:
-        RecipeError: oneDNN where it cannot be called, or in a compiled model, for which torch's compiler chooses.
+        RecipeError: oneDNN cannot be called here, or in a compiled model, for which torch's compiler chooses.
     """
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     can = is_there and device_type == "cpu" and precision == "fp32" and performance.compile is not True
@@ -34,10 +34,11 @@ def choose_matmul(performance: PerformanceConfig, device_type: str, precision: s
     return "onednn" if can and torch.backends.cpu.get_cpu_capability() == "AVX512" else "torch"
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Let every Conv1D of a float32 model compute its three products by oneDNN; float64 and bf16 stay torch's."""
+def use_onednn(model: Any) -> None:
+    """Let every Conv1D and the output layer of a `CausalLanguageModel` compute in oneDNN; float64 and bf16 stay torch's."""
     from transformers.pytorch_utils import Conv1D
 
+    model.matmul = onednn_matmul
     for module in model.modules():
         if isinstance(module, Conv1D):
             module.forward = MethodType(_forward, module)
@@ -63,7 +64,7 @@ class _Linear(torch.autograd.Function):
 
 
 def onednn_matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b + bias, for a [rows, inner], b [inner, columns], bias [columns]; by torch where they are not float32."""
+    """a b + bias, for a [rows, inner], b [inner, columns], bias [columns]; by torch if they are not float32."""
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         return a @ b if bias is None else torch.addmm(bias, a, b)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")

@@ -1,4 +1,4 @@
-"""What a step holds in memory, and which way of computing it is taken for that. Pure arithmetic; imports no torch.
+"""What a step holds in memory. Pure arithmetic; imports no torch.
 
 Seen with `torch.autograd.graph.saved_tensors_hooks` and the profiler's memory events (torch 2.13, transformers 5.23), then
 written down as the sums below; `tests/plan/test_memory.py` holds them against what the allocator hands out. N = tokens of a
@@ -8,7 +8,6 @@ micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from recipe.config.settings import Config, ModelConfig
 from recipe.errors import RecipeError
@@ -18,32 +17,13 @@ from recipe.plan.budget import UpdatePlan
 # Of a device's memory: the rest is for the CUDA context, cuBLAS, NCCL and what the caching allocator cannot give out again. An
 # assumption, not measured.
 USABLE_SHARE = 0.92
-LossMethod = Literal["plain", "chunked", "linear_cross_entropy", "liger"]
-# Rows of logits alive at once. 2,048 x 50,304 in fp32 are 412 MB, and as much again for their gradient. On a CPU 512 rows
-# were the fastest for linear_cross_entropy at widths 128 to 768 and vocabularies 2,048 to 50,304 (docs/decisions.md).
-ROWS_PER_CHUNK: dict[LossMethod, int] = {"chunked": 2048, "linear_cross_entropy": 512}
 # What the feed-forward layer keeps, in values per token and width: 8 for a function in one kernel of its input.
 _FEED_FORWARD_VALUES = {"relu": 4, "gelu_new": 20}  # relu needs its output alone; gelu_new keeps three steps on the way
 
 
-def choose_loss(requested: str, device_type: str, precision: str) -> LossMethod:
-    """The way to compute the loss, for `performance.loss` on a device type (`cpu`, `cuda`, ...) in `bf16` or `fp32`.
-
-    Raises:
-        RecipeError: a way that the device or the precision does not allow.
-    """
-    if requested == "linear_cross_entropy" and precision != "fp32":
-        raise RecipeError(
-            "performance.loss = linear_cross_entropy gives its sum in the precision of its inputs, 8 bits in bf16: set "
-            "--precision fp32, or --performance.loss chunked"
-        )
-    if requested == "liger" and device_type != "cuda":
-        raise RecipeError(
-            f"performance.loss = liger runs on CUDA only, and this is {device_type}: set --performance.loss auto"
-        )
-    if requested != "auto":
-        return requested  # type: ignore[return-value]
-    return "linear_cross_entropy" if device_type == "cpu" and precision == "fp32" else "chunked"
+def rows_per_chunk(device_type: str) -> int:
+    """Tokens whose logits exist together: 412 MB for 2,048 x 50,304 in float32. On a CPU 512 are faster (docs/decisions.md)."""
+    return 512 if device_type == "cpu" else 2048
 
 
 def parameter_count(model: ModelConfig, n_positions: int) -> int:
@@ -58,31 +38,18 @@ def parameter_count(model: ModelConfig, n_positions: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of tensors on one rank during an update, once the optimizer has its state.
+    """Bytes of tensors on one rank during an update, once the optimizer has its state."""
 
-    Args:
-        parameters_bytes: of the model.
-        gradients_bytes: of all parameters.
-        optimizer_bytes: AdamW's two moments.
-        buckets_bytes: DDP's copy of the gradient, which it sends in buckets; 0 on one rank.
-        activations_bytes: what forward keeps for backward.
-        casts_bytes: the blocks' weights that autocast has rounded to bf16, kept with them.
-        logits_bytes: what the loss takes beyond them, forward and backward.
-        backward_bytes: what the backward of the last block takes beyond the activations.
-        embedding_bytes: what the end of backward takes, when no activations are left.
-        accumulates: whether gradients of an earlier micro-batch are there during forward.
-    """
-
-    parameters_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    buckets_bytes: int
-    activations_bytes: int
-    casts_bytes: int
-    logits_bytes: int
-    backward_bytes: int
-    embedding_bytes: int
-    accumulates: bool
+    parameters_bytes: int  # of the model
+    gradients_bytes: int  # of all parameters
+    optimizer_bytes: int  # AdamW's two moments
+    buckets_bytes: int  # DDP's copy of the gradient, which it sends in buckets; 0 on one rank
+    activations_bytes: int  # what forward keeps for backward
+    casts_bytes: int  # the blocks' weights that autocast has rounded to bf16, kept with them
+    logits_bytes: int  # what the loss takes beyond them, forward and backward
+    backward_bytes: int  # what the backward of the last block takes beyond the activations
+    embedding_bytes: int  # what the end of backward takes, when no activations are left
+    accumulates: bool  # whether gradients of an earlier micro-batch are there during forward
 
     @property
     def state_bytes(self) -> int:
@@ -120,16 +87,20 @@ def estimate_memory(
         world_size: ranks, which share an update's blocks.
 
     Raises:
-        RecipeError: a loss that the device or precision does not allow, or a budget that does not divide.
+        RecipeError: a budget that does not divide.
     """
     model, batch, every = config.model, config.batch, config.performance.activation_checkpointing
     update = UpdatePlan(batch.tokens_per_update, config.data.sequence_length, batch.lanes, world_size, micro_batch_size)
     width, rows = model.n_embd, update.largest_micro_batch
     tokens = rows * update.sequence_length
-    is_lean, is_cpu = config.optimizer.state == "bf16", device_type == "cpu"
-    state = 2 if is_lean else 4  # bytes of a parameter, of its gradient, of each moment; and of the residual stream
+    is_bf16_state, is_cpu = config.optimizer.state == "bf16", device_type == "cpu"
+    state = (
+        2 if is_bf16_state else 4
+    )  # bytes of a parameter, of its gradient, of each moment; and of the residual stream
     product = 2 if precision == "bf16" else 4  # bytes of what goes into and comes out of a matrix product
-    normed = 2 if is_lean and is_cpu else 4  # bytes of what goes into a layer norm; autocast for CUDA makes it float32
+    normed = (
+        2 if is_bf16_state and is_cpu else 4
+    )  # bytes of what goes into a layer norm; autocast for CUDA makes it float32
     cast = 2 if product != state else 0  # autocast rounds each weight once in a forward, and keeps it for backward
     mask = product if is_cpu else 1  # bytes of a value in a dropout mask
     values, matrices, head = tokens * width, 12 * width * width, model.vocab_size * width
@@ -153,8 +124,14 @@ def estimate_memory(
     backward = passing + 4 * width * width * (product + 2 * cast) + head * state - ends
     if computed_again[-1]:
         backward += block - kept[-1] + matrices * cast
+
+    # Loss: hidden states and their gradient; the head's cast, and its gradient in float32. Of a chunk, in turn: its logits in
+    # bf16 and in float32; the logits' gradient, and the head's in bf16 before it is added up (a CPU makes it float32 first).
+    chunk, bf16 = min(tokens, rows_per_chunk(device_type)), product % 4  # bf16: 2 bytes, or 0 in fp32
+    logits, added = chunk * model.vocab_size, 3 if is_cpu else 1
+    in_turn = max(logits * (bf16 + 4), logits * product + head * bf16 * added) + chunk * width * product
     forward_casts = sum(computed_again) * matrices * cast  # of these blocks, let go when forward ends
-    loss = choose_loss(config.performance.loss, device_type, precision)
+    logits_bytes = forward_casts + 2 * values * normed + head * (cast + 4) + in_turn
     return MemoryEstimate(
         parameters_bytes=parameters_bytes,
         gradients_bytes=gradients_bytes,
@@ -162,9 +139,9 @@ def estimate_memory(
         buckets_bytes=gradients_bytes if world_size > 1 else 0,
         activations_bytes=activations,
         casts_bytes=(model.n_layer - sum(computed_again)) * matrices * cast,
-        logits_bytes=_logits_bytes(loss, tokens, model, product, cast, normed, forward_casts),
+        logits_bytes=logits_bytes,
         backward_bytes=backward,
-        embedding_bytes=(2 if cast or loss == "linear_cross_entropy" else 3) * head * state + values * state,
+        embedding_bytes=2 * head * state + values * state,
         accumulates=update.gradient_accumulation_steps > 1,
     )
 
@@ -204,8 +181,10 @@ def _too_small(
         again = replace(config.performance, activation_checkpointing=1)
         ways["--performance.activation_checkpointing 1"] = replace(config, performance=again)
     if precision == "bf16" and config.optimizer.name == "adamw" and config.optimizer.state != "bf16":
-        lean = replace(config.optimizer, state="bf16")
-        ways |= {f"{way} --optimizer.state bf16".strip(): replace(other, optimizer=lean) for way, other in ways.items()}
+        compact = replace(config.optimizer, state="bf16")
+        ways |= {
+            f"{way} --optimizer.state bf16".strip(): replace(other, optimizer=compact) for way, other in ways.items()
+        }
     sizes = {
         way: estimate_memory(other, 1, device_type, precision, world_size).peak_bytes for way, other in ways.items()
     }
@@ -220,44 +199,11 @@ def _too_small(
 def _attention_bytes(config: Config, rows: int, product: int, is_cpu: bool) -> int:
     """What the attention of a block keeps: query, key and value (3 N d), result (N d), a log-sum-exp for each head and token.
 
-    The math kernel keeps float32 copies of query, key and value and the [tokens, tokens] weights of each head instead; it is
-    also what a CPU computes dropout with, where it keeps the weights before, the mask, and the weights after.
+    With dropout a CPU keeps float32 copies of query, key and value instead, and for each head the [tokens, tokens] weights
+    before it, its mask, and the weights after it.
     """
     model, length = config.model, config.data.sequence_length
     values = rows * length * model.n_embd
-    if config.performance.attention != "math" and not (is_cpu and model.dropout):
-        return 4 * values * product + 4 * rows * length * model.n_head
-    dropped = 4 + (4 if is_cpu else 1) if model.dropout else 0
-    return 3 * values * 4 + values * product + rows * model.n_head * length * length * (4 + dropped)
-
-
-def rows_at_once(loss: LossMethod, tokens: int, model: ModelConfig) -> int:
-    """Tokens whose logits exist together. Liger's are about N d logits, in rows rounded up to a power of 2 (0.6.5)."""
-    if loss == "liger":
-        return min(tokens, 1 << (-(-tokens // -(-model.vocab_size // model.n_embd)) - 1).bit_length())
-    return min(tokens, ROWS_PER_CHUNK.get(loss, tokens))
-
-
-def _logits_bytes(
-    loss: LossMethod, tokens: int, model: ModelConfig, product: int, cast: int, normed: int, forward: int
-) -> int:
-    """What the loss takes: the larger of its forward, with `forward` bytes that end with it, and its backward."""
-    values, head = tokens * model.n_embd, model.vocab_size * model.n_embd
-    rows = rows_at_once(loss, tokens, model)
-    logits = rows * model.vocab_size
-    if loss == "linear_cross_entropy":
-        # Logits that become their own gradient; both gradients, which backward scales into new tensors.
-        gradients = 4 * (values + head)
-        return max(forward + values * 4 + logits * 4 + gradients + rows * model.n_embd * 4, 2 * gradients)
-    if loss == "liger":
-        # The same, scaled in place; the weight's gradient is added up in float32. Read in 0.6.5, not measured.
-        gradients = values * product + head * 4
-        passing = logits * product + max(logits * product, head * (product + 4))
-        return forward + values * (normed + cast) + head * cast + gradients + passing
-    # Logits, log-probabilities; in backward log-probabilities, their gradient, the logits' gradient; float32.
-    is_chunked = rows < tokens
-    before = forward + values * normed + head * cast + logits * 8
-    behind = values * (normed if is_chunked else product) + head * cast + logits * 12
-    if is_chunked:  # what chunks before left: their gradients; and the weight, rounded again for each
-        behind += head * product + values * normed
-    return max(before, behind)
+    if is_cpu and model.dropout:
+        return 3 * values * 4 + values * product + rows * model.n_head * length * length * 12
+    return 4 * values * product + 4 * rows * length * model.n_head

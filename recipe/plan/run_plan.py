@@ -11,11 +11,10 @@ from recipe.format import Number, aligned, percent, short_count, size_text
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.memory import (
     USABLE_SHARE,
-    choose_loss,
     estimate_memory,
     largest_micro_batch,
     parameter_count,
-    rows_at_once,
+    rows_per_chunk,
     state_bytes,
 )
 from recipe.plan.schedule import total_updates
@@ -146,7 +145,7 @@ def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_
     size, length = update.largest_micro_batch, update.sequence_length
     per_token = size_text(estimate.activations_bytes / (size * length) / model.n_layer)
     again = f", {'each block' if every == 1 else f'one block in {every}'} again in backward" if every else ""
-    rows = rows_at_once(choose_loss(config.performance.loss, device_type, precision), size * length, model)
+    rows = min(size * length, rows_per_chunk(device_type))
     copies = ", and autocast's copy of weights" if every and precision == "bf16" else ""
     peak = "in the last block's backward" if estimate.backward_bytes > estimate.logits_bytes else "in the loss"
     peak += "" if estimate.accumulates else ", before there are gradients"

@@ -29,7 +29,7 @@ from recipe.config.settings import (
 )
 from recipe.data.blocks import UpdateBlocks, hash_blocks, to_tensors
 from recipe.errors import RecipeError
-from recipe.model.gpt2 import build_model
+from recipe.model.gpt2 import build_gpt2
 from recipe.model.optimizer import build_optimizer
 from recipe.run.directory import begin_run, list_checkpoints
 from recipe.run.ledger import LedgerEntry, read_lines
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_known(harm: Any, reason: str, tmp_path: Path) -
 def test_a_checkpoint_of_another_shape_is_one_line(tmp_path: Path) -> None:
     path = write(tmp_path, 5, trained())
     shape = ModelConfig(n_layer=2, n_embd=64, n_head=2, vocab_size=320, n_positions=16)
-    model = build_model(Config(model=shape), 280, 0)
+    model = build_gpt2(Config(model=shape), 280, 0)
     with pytest.raises(RecipeError, match="does not fit this model"):
         load_checkpoint(path, model, build_optimizer(model, OptimizerConfig()))
 

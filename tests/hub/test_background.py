@@ -418,7 +418,8 @@ from recipe.config.command_line import read_config
 from recipe.hub.background import Pusher
 from recipe.run.run import Run
 directory = Path(sys.argv[1])
-pusher = Pusher(Run(read_config(directory / "config.yaml"), None, SimpleNamespace(is_main_process=True), "fp32", None, None, None))
+config = read_config(directory / "config.yaml")
+pusher = Pusher(Run(config, None, SimpleNamespace(is_main_process=True), "fp32", None, None, None))
 pusher.push(12, directory / "checkpoints/{NAMES[1]}")
 print(pusher._child.pid, flush=True)
 input()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from recipe.config.settings import OptimizerConfig
-from recipe.model.gpt2 import build_optimizer, set_learning_rate
+from recipe.model.optimizer import build_optimizer
 from tests.helpers import TINY, read_ledger, run_ranks, train, write_texts
 
 pytestmark = pytest.mark.slow
@@ -30,8 +30,7 @@ def test_steps_too_small_for_bf16_arrive_in_the_mean() -> None:
     """A weight of 1 cannot become 1 - 1e-4 in bf16: rounded to the nearest it never moves."""
     layer = nn.Linear(64, 64, bias=False).bfloat16()
     nn.init.ones_(layer.weight)
-    optimizer = build_optimizer(layer, OptimizerConfig(state="bf16", weight_decay=0.0), seed=1)
-    set_learning_rate(optimizer, 1e-4)
+    optimizer = build_optimizer(layer, OptimizerConfig(state="bf16", weight_decay=0.0, learning_rate=1e-4), seed=1)
     for _ in range(40):
         layer.weight.grad = torch.ones_like(layer.weight)  # AdamW's step is then the learning rate
         optimizer.step()

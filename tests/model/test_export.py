@@ -18,7 +18,7 @@ from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import RecipeError
 from recipe.evaluation.sample import GenerateConfig, generate
 from recipe.model.export import export_model, load_pretrained
-from recipe.model.gpt2 import build_model
+from recipe.model.gpt2 import build_gpt2
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "def main() -> None:\n    pass\n"] * 8
 
@@ -44,7 +44,7 @@ def built(gpt2_vocabulary: Path) -> tuple[Any, Any]:
     shape = ModelConfig(n_layer=1, n_embd=16, n_head=2, vocab_size=50_304)
     config = Config(model=shape, data=DataConfig(tokenizer=str(gpt2_vocabulary), sequence_length=64))
     tokenizer = load_tokenizer(config, None)  # type: ignore[arg-type]  # no source: nothing is trained
-    model = build_model(config, len(tokenizer), tokenizer.eos_token_id)
+    model = build_gpt2(config, len(tokenizer), tokenizer.eos_token_id)
     model.gpt2.transformer.wte.weight.data[50_257:] = 30 * torch.randn(47, 16)
     return model.eval(), tokenizer
 

@@ -13,13 +13,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipe.config.settings import Config, ModelConfig, PerformanceConfig
+from recipe.config.settings import Config, ModelConfig, OptimizerConfig, PerformanceConfig
 from recipe.errors import RecipeError
-from recipe.model.gpt2 import build_model
+from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.model.kernels import compile_model, eager, set_kernels
 from recipe.model.onednn import choose_matmul, use_onednn
-from recipe.plan.memory import LossMethod, choose_loss
-from tests.helpers import TINY, read_ledger, read_ledger_lines, run_ranks, train, write_texts
+from recipe.plan.memory import rows_per_chunk
+from tests.helpers import TINY, read_events, read_ledger, run_ranks, train, write_texts
 
 LENGTH = 32
 
@@ -29,9 +29,9 @@ def nothing_compiled() -> None:
     torch._dynamo.reset()
 
 
-def model_of(loss: LossMethod = "chunked", **performance: Any) -> nn.Module:
+def model_of(**performance: Any) -> CausalLanguageModel:
     shape = ModelConfig(n_layer=4, n_embd=64, n_head=4, vocab_size=320, n_positions=LENGTH)
-    return build_model(Config(model=shape, performance=PerformanceConfig(**performance)), 300, 0, loss=loss)
+    return build_gpt2(Config(model=shape, performance=PerformanceConfig(**performance)), 300, 0)
 
 
 def batch_of(rows: int) -> tuple[Tensor, Tensor]:
@@ -114,10 +114,9 @@ def test_no_mask_reaches_attention() -> None:
     assert (True, False) in graphs.attention(), "transformers no longer makes a mask: CAUSAL_ATTENTION may go"
 
 
-@pytest.mark.parametrize("loss", ["plain", "chunked", "linear_cross_entropy"])
-def test_one_graph_for_each_size_of_micro_batch(loss: LossMethod) -> None:
+def test_one_graph_for_each_size_of_micro_batch() -> None:
     """And no other afterwards; the shapes of an evaluation come once, and are not compiled."""
-    model, counter = model_of(loss, activation_checkpointing=2), CompileCounter()
+    model, counter = model_of(activation_checkpointing=2), CompileCounter()
     names = [name for name, _ in model.named_parameters()]
     expected = [gradient(model, rows) for rows in (3, 4)]
     compile_model(model, backend=counter)
@@ -136,8 +135,8 @@ def test_one_graph_for_each_size_of_micro_batch(loss: LossMethod) -> None:
     assert counter.frame_count == 3, "the counter sees a recompilation"
 
 
-@pytest.mark.parametrize(("every", "computed_again"), [(0, []), (1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])
-def test_every_nth_block_is_computed_again(every: int, computed_again: list[int]) -> None:
+@pytest.mark.parametrize(("every", "computed_again"), [(None, []), (1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])
+def test_every_nth_block_is_computed_again(every: int | None, computed_again: list[int]) -> None:
     model, calls = model_of(activation_checkpointing=every), []
     gpt2: Any = model.gpt2
     for number, block in enumerate(gpt2.transformer.h):
@@ -147,18 +146,21 @@ def test_every_nth_block_is_computed_again(every: int, computed_again: list[int]
     torch.testing.assert_close(found, gradient(model_of()), rtol=0, atol=0)
 
 
-def test_products_by_onednn_are_torchs() -> None:
-    """Loss and gradient to float32 rounding; under a mode that sees every operation no product of a linear layer is torch's."""
-    expected, model = gradient(model_of("plain")), model_of("plain")
+@pytest.mark.parametrize("rows", [3, rows_per_chunk("cpu") // LENGTH + 1])
+def test_products_by_onednn_are_torchs(rows: int) -> None:
+    """Loss and gradient to float32 rounding; a mode that sees every operation sees no product of torch's."""
+    expected, model = gradient(model_of(), rows), model_of()
     use_onednn(model)
     with _Operations() as seen:
-        found = gradient(model)
+        found = gradient(model, rows)
     assert (found - expected).norm() / expected.norm() < 1e-6
-    assert seen.counts["_linear_pointwise.default"] == 3 * 4 * 4  # products, layers, linear layers of each
-    assert seen.counts["addmm.default"] == 1, "the output layer"
+    chunks = 1 if rows == 3 else 2
+    # three products: of four linear layers in each of four blocks, and of the output layer for each chunk of the loss
+    assert seen.counts["_linear_pointwise.default"] == 3 * (4 * 4 + chunks)
+    assert not {"mm.default", "addmm.default", "add_product.default"} & seen.counts.keys()
     with torch.no_grad():
-        double = model.double()(*batch_of(3))
-    assert double.item() == pytest.approx(model_of("plain").double()(*batch_of(3)).item(), rel=1e-12)
+        double = model.double()(*batch_of(rows))
+    assert double.item() == pytest.approx(model_of().double()(*batch_of(rows)).item(), rel=1e-12)
 
 
 def test_products_are_chosen_by_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,27 +173,9 @@ def test_products_are_chosen_by_device_and_precision(monkeypatch: pytest.MonkeyP
         assert choose_matmul(PerformanceConfig(matmul="onednn"), "cpu", "fp32") == "onednn"
 
 
-def test_the_loss_is_chosen_by_device_and_precision() -> None:
-    assert choose_loss("auto", "cpu", "fp32") == "linear_cross_entropy"
-    assert choose_loss("auto", "cpu", "bf16") == choose_loss("auto", "cuda", "bf16") == "chunked"
-    assert choose_loss("plain", "cuda", "bf16") == "plain"
-
-
-def test_the_sum_of_linear_cross_entropy_is_too_coarse_in_bf16() -> None:
-    """Why it is refused there: 8 bits, an error of up to 0.4 %."""
-    hidden, weight = torch.randn(4096, 8).bfloat16(), torch.randn(40, 8).bfloat16()
-    loss = nn.functional.linear_cross_entropy(
-        hidden, weight, torch.randint(40, (4096,)), reduction="sum", options=nn.LinearCrossEntropyOptions()
-    )
-    assert loss.dtype == torch.bfloat16, "it may be allowed now: look at choose_loss"
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--performance.attention", "cudnn"], ["performance.attention = cudnn", "cpu", "width 16", "auto"]),
-        (["--performance.loss", "liger"], ["performance.loss = liger", "CUDA only", "auto"]),
-        (["--performance.loss", "linear_cross_entropy", "--precision", "bf16"], ["linear_cross_entropy", "8 bits"]),
         (
             ["--performance.matmul", "onednn", "--precision", "bf16"],
             ["performance.matmul = onednn", "bf16", "auto"],
@@ -201,19 +185,20 @@ def test_the_sum_of_linear_cross_entropy_is_too_coarse_in_bf16() -> None:
     ],
 )
 def test_what_the_device_cannot_do_is_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
-    done = train(*TINY, "--run.directory", str(tmp_path), *arguments, CXX="no-such-compiler")
+    directory = tmp_path / "run"
+    done = train(*TINY, "--run.directory", str(directory), *arguments, CXX="no-such-compiler")
+    assert not directory.exists(), "nothing is begun"
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert all(word in line for word in words), line
     assert "Traceback" not in done.stderr
-    assert not done.stdout  # nothing was begun
 
 
 def test_a_missing_extra_is_named_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipe.model.kernels.find_spec", lambda name: None)
-    config = Config(performance=PerformanceConfig(loss="liger"))
-    with pytest.raises(RecipeError, match=r"performance\.loss = liger needs liger_kernel: pip install .*\[liger\]"):
-        set_kernels(config, torch.device("cuda"), "bf16")
+    config = Config(optimizer=OptimizerConfig(state="bf16"))
+    with pytest.raises(RecipeError, match=r"optimizer\.state = bf16 needs torchao: pip install .*\[bf16-state\]"):
+        set_kernels(config, torch.device("cuda"))
 
 
 def test_options_do_not_change_the_update(tmp_path: Path) -> None:
@@ -224,17 +209,16 @@ def test_options_do_not_change_the_update(tmp_path: Path) -> None:
         (
             [],
             ["--performance.activation_checkpointing", "2", "--performance.deterministic", "true"],
-            ["--performance.loss", "chunked", "--performance.attention", "math"],
+            ["--performance.matmul", "onednn"],
         )
     ):
         given = ["--run.directory", f"{tmp_path}/{number}", "--data.text_files", f"{tmp_path}/texts/*.txt"]
         cache = ["--data.cache_directory", f"{tmp_path}/cache", "--run.max_updates", "6"]
         assert (done := train(*TINY, *given, *cache, *more)).returncode == 0, done.stderr
         ledgers.append(read_ledger(tmp_path / str(number)))
-        starts.append(next(line for line in read_ledger_lines(tmp_path / str(number)) if line.get("event") == "start"))
-    assert [start["loss"] for start in starts] == ["linear_cross_entropy", "linear_cross_entropy", "chunked"]
-    has_avx512 = starts[0]["cpu_instructions"] == "AVX512"
-    assert {start["matmul"] for start in starts} == {"onednn" if has_avx512 else "torch"}
+        starts += read_events(tmp_path / str(number), "start")
+    chosen = "onednn" if starts[0]["cpu_instructions"] == "AVX512" else "torch"
+    assert [start["matmul"] for start in starts] == [chosen, chosen, "onednn"]
     for ledger in ledgers[1:]:
         assert [e["blocks_sha256"] for e in ledger] == [e["blocks_sha256"] for e in ledgers[0]]
         assert [e["loss"] for e in ledger] == pytest.approx([e["loss"] for e in ledgers[0]], rel=1e-5)

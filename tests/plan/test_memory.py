@@ -13,12 +13,14 @@ from benchmarks.allocator import allocator_peak
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config
 from recipe.data.blocks import split_into_micro_batches
-from recipe.model.gpt2 import build_model, build_optimizer
+from recipe.model.gpt2 import build_gpt2
 from recipe.model.kernels import set_kernels
-from recipe.plan.memory import choose_loss, estimate_memory
+from recipe.model.optimizer import build_optimizer
+from recipe.plan.memory import estimate_memory
 from recipe.plan.run_plan import make_plan
 from recipe.step.update import run_update
 from tests.helpers import TINY
+from tests.support.runs import make_run
 
 # The plan promises 10 %. What it leaves out are small tensors, and where in backward one is made before another is let go.
 TOLERANCE = 0.05
@@ -38,7 +40,7 @@ def shape(layers: int, width: int, vocabulary: int, length: int, rows: int, *mor
 
 @contextmanager
 def accelerator_for(precision: str) -> Iterator[Any]:
-    """As recipe.run.launch starts one, without what it leaves in the process for other tests."""
+    """As recipe.run.environment starts one, without what it leaves in the process for other tests."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -55,8 +57,8 @@ def measured_peak(config: Config, wrap: Callable[[Any], Any] = lambda model: mod
     plan = make_plan(config, 1).update
 
     def two_updates() -> None:
-        loss = choose_loss(config.performance.loss, "cpu", config.precision)
-        model = build_model(config, config.model.vocab_size - 47, 0, loss=loss)  # as many rows of padding as GPT-2 has
+        run = make_run(config, accelerator)
+        model = build_gpt2(config, config.model.vocab_size - 47, 0)  # as many rows of padding as GPT-2 has
         model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
         model = wrap(model).train()
         for _ in range(2):
@@ -64,16 +66,14 @@ def measured_peak(config: Config, wrap: Callable[[Any], Any] = lambda model: mod
                 config.model.vocab_size - 47, (2, plan.blocks_per_update, plan.sequence_length)
             )
             micro_batches = split_into_micro_batches((inputs, targets), plan, 0)
-            run_update(
-                model, optimizer, micro_batches, accelerator=accelerator, scaling="accumulate", max_grad_norm=1.0
-            )
+            run_update(run, model, optimizer, micro_batches)
 
-    set_kernels(config, device, config.precision)
+    set_kernels(config, device)
     try:
         with accelerator_for(config.precision) as accelerator:
             return allocator_peak(two_updates, device)[1]
     finally:
-        set_kernels(Config(), device, config.precision)
+        set_kernels(Config(), device)
 
 
 def error_of_plan(config: Config, measured: int, world_size: int = 1) -> float:
@@ -89,22 +89,21 @@ CHECKPOINTING = "--performance.activation_checkpointing"
 @pytest.mark.parametrize(
     ("layers", "width", "vocabulary", "length", "rows", "more"),
     [
-        (4, 128, 2048, 128, 8, "--performance.loss plain"),
-        (2, 128, 8192, 128, 4, "--performance.loss plain"),  # mostly logits
-        (4, 256, 1024, 64, 1, "--performance.loss plain"),  # mostly state
-        (2, 256, 16384, 16, 1, "--performance.loss plain"),  # mostly embedding
-        (2, 128, 2048, 128, 24, "--performance.loss chunked"),
-        (4, 128, 2048, 128, 8, "--performance.loss linear_cross_entropy"),
-        (4, 128, 2048, 128, 16, "--performance.loss linear_cross_entropy"),
-        (2, 256, 16384, 16, 1, "--performance.loss linear_cross_entropy"),
+        (4, 128, 2048, 128, 8, ""),
+        (2, 128, 8192, 128, 4, ""),  # mostly logits
+        (2, 128, 8192, 128, 6, ""),  # two chunks, the second short
+        (4, 256, 1024, 64, 1, ""),  # mostly state
+        (2, 256, 16384, 16, 1, ""),  # mostly embedding
+        (2, 128, 2048, 128, 24, ""),
         (6, 128, 512, 128, 16, f"{CHECKPOINTING} 1"),
         (5, 128, 512, 128, 16, f"{CHECKPOINTING} 2"),
         (6, 128, 512, 128, 16, f"{CHECKPOINTING} 2"),
         (3, 128, 512, 128, 16, "--model.dropout 0.1"),
-        (3, 128, 512, 128, 16, "--performance.attention math"),
         (3, 128, 512, 128, 8, "--model.activation_function gelu_new"),
         (3, 128, 512, 128, 8, "--optimizer.name sgd"),
         (4, 128, 2048, 128, 4, "--precision bf16"),
+        (2, 64, 8192, 128, 5, "--precision bf16"),  # two chunks of logits
+        (2, 512, 8192, 16, 1, "--precision bf16"),  # mostly embedding
         (4, 256, 512, 64, 2, f"--precision bf16 {CHECKPOINTING} 1"),
     ],
 )

@@ -14,7 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig
 from recipe.data.blocks import split_into_micro_batches, to_tensors
-from recipe.model.gpt2 import build_model
+from recipe.model.gpt2 import build_gpt2
 from recipe.model.optimizer import build_optimizer
 from recipe.model.seeds import seed_dropout
 from recipe.step.update import run_update
@@ -30,7 +30,7 @@ def main() -> None:
     batch = BatchConfig(tokens_per_update=8 * LENGTH, lanes=8, micro_batch_size=2)
     data, optimizer_config = DataConfig(sequence_length=LENGTH), OptimizerConfig(state="bf16")
     config = Config(batch=batch, data=data, model=shape, optimizer=optimizer_config)
-    plain = build_model(config, VOCABULARY, 0)
+    plain = build_gpt2(config, VOCABULARY, 0)
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, config.optimizer, seed=5))
     run = make_run(config, accelerator)
     plan = run.plan.update

@@ -14,7 +14,7 @@ from recipe.checkpoint.files import MANIFEST, TrainingState, take_snapshot, writ
 from recipe.config.settings import Config, ModelConfig, OptimizerConfig
 from recipe.data.tokenizer import train_tokenizer
 from recipe.model.export import PADDED
-from recipe.model.gpt2 import CausalLanguageModel, build_model
+from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.model.optimizer import build_optimizer
 
 Trained = tuple[CausalLanguageModel, torch.optim.Optimizer, Any]
@@ -28,7 +28,7 @@ def trained(name: str = "adamw", seed: int = 1) -> Trained:
     """A tiny padded model that has taken three steps, its optimizer, and a tokenizer."""
     tokenizer = train_tokenizer(["some text to train on"], 280)
     shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=16)
-    model = build_model(Config(model=shape), len(tokenizer), 0)
+    model = build_gpt2(Config(model=shape), len(tokenizer), 0)
     optimizer = build_optimizer(model, OptimizerConfig(name=name))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(3):

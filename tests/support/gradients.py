@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recipe.config.settings import BatchConfig, Config, ModelConfig, OptimizerConfig, Scaling
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch, split_into_micro_batches, to_tensors
-from recipe.model.gpt2 import CausalLanguageModel, build_model
+from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
 from recipe.step.update import accumulate_gradient, run_update
@@ -43,7 +43,7 @@ def make_accelerator() -> Any:
 def make_model(dtype: torch.dtype) -> CausalLanguageModel:
     """A GPT-2 of two layers, with weights large enough for a gradient that is not nearly linear."""
     shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=LENGTH, initializer_range=0.2)
-    return build_model(Config(model=shape), VOCABULARY, 0).to(dtype)
+    return build_gpt2(Config(model=shape), VOCABULARY, 0).to(dtype)
 
 
 def run_of(
