@@ -1,7 +1,5 @@
 """`python -m recipe COMMAND ...`: the commands of the recipe in one list. Imports nothing heavy."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """The exception that is a message to the user, and how a command ends with it. Imports nothing heavy."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """What a run leaves when it is complete: the model, the summary, and what is printed of them."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict, replace
@@ -28,13 +26,6 @@ def end_stopped_run(run: Run, pusher: Any) -> None:
 
 def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, parity: ParityCheck | None) -> None:
     """Write final/ and summary.json, and print what a person wants to see first. On rank 0.
-
-    Args:
-        run: that is complete.
-        model: an unwrapped `CausalLanguageModel`.
-        tokenizer: its tokenizer.
-        evaluation: has the last losses and samples.
-        parity: of the first update, if it was checked.
 
     Raises:
         RecipeError: the model cannot be written.

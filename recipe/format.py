@@ -1,7 +1,5 @@
 """Numbers and values as text for a person. A number and its unit have a space that does not break."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Try again what may succeed later: the one loop for requests that fail, and the pauses between its attempts."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

@@ -9,8 +9,6 @@ step-000500/  model.safetensors config.json tokenizer.json ...   <- from_pretrai
 Written into a temporary directory, synced, renamed; only then is an older one pruned. No pickle is written or read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -63,11 +61,7 @@ class Snapshot:
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, memory: Snapshot | None = None) -> Snapshot:
     """Copy the weights of an unwrapped `CausalLanguageModel` and its optimizer's state to the CPU.
 
-    Args:
-        model: unwrapped.
-        optimizer: unwrapped.
-        memory: an earlier snapshot that is no longer needed; it is overwritten. Memory that is new to the process costs
-            more time than the copy.
+    `memory` is an earlier snapshot to overwrite: memory that is new to the process costs more time than the copy.
     """
     gpt2: Any = model.gpt2
     old = memory or Snapshot({}, {})

@@ -1,7 +1,5 @@
 """From which checkpoint a run goes on, and the check that it is the same run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -138,10 +136,7 @@ def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
 
     It is in events.jsonl, on the disk, before anything goes on, so that a run that is stopped then resumes in the same way.
 
-    Args:
-        run: its ledger is truncated, and receives the event.
-        spike: that was seen.
-        blocks: of the update that it was seen in.
+    `blocks` are those of the update with the spike.
 
     Raises:
         RecipeError: there is no checkpoint, or going back to this one has not helped `max_rollbacks` times.

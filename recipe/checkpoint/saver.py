@@ -1,7 +1,5 @@
 """Checkpoints are written in the background: training stands still only while the tensors are copied."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +22,7 @@ class CheckpointSaver:
 
     A save that fails (disk full, permission) is reported, and the next one is tried when it is due.
 
-    Args:
-        run: its settings and ranks.
-        model: prepared.
-        optimizer: prepared.
-        tokenizer: goes into every checkpoint.
-        on_saved: called on rank 0 with (update, directory) of every checkpoint that is on the disk.
+    `on_saved` is called on rank 0 with (update, directory) of every checkpoint that is on the disk.
     """
 
     def __init__(
@@ -47,10 +40,7 @@ class CheckpointSaver:
     def finish_update(self, entry: LedgerEntry, blocks: UpdateBlocks, recent: Iterable[list[float]]) -> None:
         """Write the update's line; if a checkpoint is due, copy the state before, and write it in the background. Collective.
 
-        Args:
-            entry: of the update.
-            blocks: this rank's.
-            recent: [loss, gradient norm] of the updates that a spike is compared with.
+        `recent` is [loss, gradient norm] of the updates that a spike is compared with.
 
         Raises:
             RecipeError: the line cannot be written, or too many updates in a row were skipped.

@@ -1,7 +1,5 @@
 """Write the model card of a run: `python -m recipe card RUN`."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluate a finished model: `python -m recipe evaluate MODEL ...`."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Print a sample from a model: `python -m recipe generate MODEL --prompt "..."`."""
 
-from __future__ import annotations
-
 import sys
 
 from recipe.config.command_line import make_parser, parse

@@ -1,7 +1,5 @@
 """Print every derived number of a run before it starts: `python -m recipe plan ...`. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

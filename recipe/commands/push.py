@@ -1,7 +1,5 @@
 """Push what a run has not pushed: `python -m recipe push RUN`. Settings are those of the run; flags come on top."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Write one page with the curves of runs: `python -m recipe report RUN [RUN2 ...]` writes RUN/report.html."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

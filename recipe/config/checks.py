@@ -1,7 +1,5 @@
 """The checks of a configuration. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, get_args

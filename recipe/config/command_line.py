@@ -1,7 +1,5 @@
 """From the command line to a configuration: defaults, then a YAML file, then dotted flags. Imports no torch."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

@@ -1,7 +1,5 @@
 """The shape of the GPT-2 that a run starts from, `model.init_from`. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The files that text is read from. Imports no torch."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Blocks for the model: the lanes of a rank, read ahead in the background, micro-batches, and validation sets."""
 
-from __future__ import annotations
-
 import atexit
 import math
 import queue
@@ -81,11 +79,7 @@ class UpdateReader:
     The thread starts at once. At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its
     own, however far the thread has read.
 
-    Args:
-        run: its plan says how many updates there are.
-        lanes: of this rank.
-        done: updates before the first.
-        skipped_batches: batches to leave out.
+    `done` updates come before the first; `skipped_batches` are left out.
     """
 
     def __init__(self, run: Run, lanes: Sequence[Lane], done: int = 0, skipped_batches: Sequence[int] = ()) -> None:

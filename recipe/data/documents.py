@@ -1,7 +1,5 @@
 """Documents in shards, each read exactly once, however often reading fails."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ a few integers (and the small state of one shard's reader): which window, which 
 used. Nothing that has been read is ever part of the state, so nothing can be lost with it.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace

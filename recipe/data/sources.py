@@ -1,7 +1,5 @@
 """Where documents come from: a Hub dataset, files, or Python's standard library; all read through `datasets`."""
 
-from __future__ import annotations
-
 import glob
 import os
 import sysconfig

@@ -1,7 +1,5 @@
 """The tokenizer: loaded by name, or a byte-level BPE trained once on the training documents and cached."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

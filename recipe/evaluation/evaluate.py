@@ -1,7 +1,5 @@
 """Loss, perplexity and bits per byte of a model on text."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +32,7 @@ class Evaluation:
 def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size: int, stop: StopRequest) -> Evaluation:
     """Evaluate on all ranks, each with its share of the blocks. Collective.
 
-    Args:
-        model: a prepared `CausalLanguageModel`; its train or eval mode is restored.
-        validation: the blocks; the same on every rank.
-        accelerator: knows the ranks.
-        batch_size: blocks in one forward.
-        stop: checked between forwards.
+    The model is prepared, and gets its train or eval mode back. `batch_size` blocks are in one forward.
 
     Raises:
         Stopped: a rank was asked to stop meanwhile.

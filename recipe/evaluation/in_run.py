@@ -1,7 +1,5 @@
 """Evaluation in a run: the loss on the held-out documents and on other text, and samples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -46,12 +44,6 @@ def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict
 
 class RunEvaluation:
     """Evaluates the model when it is due: before the first update, whenever enough tokens have been seen, after the last.
-
-    Args:
-        run: its settings and ranks.
-        sets: by name; the same on every rank.
-        model: prepared.
-        tokenizer: for the samples.
 
     Attributes:
         latest: the last evaluation of each set.

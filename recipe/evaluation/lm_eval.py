@@ -1,7 +1,5 @@
 """Tasks of lm-eval, EleutherAI's evaluation harness, on their own data or on local files."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging
@@ -61,12 +59,7 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task, under lm-eval's names ("acc,none").
 
-    Args:
-        gpt2: a GPT2LMHeadModel, on its device.
-        tokenizer: of the model.
-        tasks: from `find_tasks`.
-        directory: YAML files of other tasks. None: only lm-eval's own.
-        batch_size: sequences in one forward.
+    `tasks` are those of `find_tasks`; `directory` holds YAML files of other tasks; `batch_size` sequences are in one forward.
 
     Raises:
         RecipeError: an unknown task, or data that cannot be read.

@@ -1,7 +1,5 @@
 """A sample from a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any
 

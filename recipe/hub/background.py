@@ -30,9 +30,7 @@ POLL_SECONDS = 0.1
 class Pusher:
     """Pushes checkpoints and the finished model from rank 0; on the other ranks it does nothing.
 
-    Args:
-        run: its ledger and console get the result of each push.
-        done: updates before those of this process.
+    `done` updates come before those of this process.
     """
 
     def __init__(self, run: Run, done: int = 0) -> None:

@@ -5,8 +5,6 @@ probability of what is cut off, it arrives in the mean (Zamirai et al., 2020, ht
 itself is computed in float32.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torchao.optim import _AdamW
@@ -18,11 +16,6 @@ class Bf16AdamW(_AdamW):
     """torchao's AdamW, whose rounding is a function of (seed, steps taken).
 
     Ranks have to round alike, or their parameters drift apart; and a resumed run has to round as one that was not stopped.
-
-    Args:
-        parameters: as for any torch optimizer; in bf16.
-        seed: of the rounding.
-        options: as of `torch.optim.AdamW`.
     """
 
     def __init__(self, parameters: Any, *, seed: int, **options: Any) -> None:

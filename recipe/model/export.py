@@ -1,7 +1,5 @@
 """The finished model as a plain Hugging Face directory, and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +67,6 @@ def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
     """Load tensors, by their names in a model directory, into a GPT2LMHeadModel of their precision, in place and bit for bit.
 
     Rows of the embedding that the tensors do not have are padding, and set to 0.
-
-    Args:
-        gpt2: the model.
-        tensors: of the file.
-        name: of the file, for the message.
 
     Raises:
         RecipeError: other tensors than this model has.

@@ -1,7 +1,5 @@
 """The GPT-2 model: built from the configuration, its parameters grouped for the optimizer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -41,9 +39,7 @@ def causal_attention(
 class CausalLanguageModel(nn.Module):
     """A GPT2LMHeadModel whose forward gives the summed token loss, so that no logits leave it.
 
-    Args:
-        gpt2: the transformers model.
-        vocabulary: tokens of the tokenizer; embedding rows above are padding.
+    Rows of the embedding from `vocabulary` on are padding.
     """
 
     def __init__(self, gpt2: Any, vocabulary: int) -> None:
@@ -98,11 +94,7 @@ def build_model(run: Run, tokenizer: Any, init_from: str | None = None) -> Causa
 def build_gpt2(config: Config, vocabulary: int, end_of_text: int, init_from: str | None = None) -> CausalLanguageModel:
     """A model with the weights of `init_from`, or freshly initialised ones that the seed decides: fp32, or bf16 for bf16 state.
 
-    Args:
-        config: the settings.
-        vocabulary: tokens of the tokenizer.
-        end_of_text: id of the end-of-text token.
-        init_from: directory or Hub name of a GPT-2 of this shape, in any precision.
+    `vocabulary` is the number of the tokenizer's tokens; `init_from` a directory or Hub name of a GPT-2 of this shape.
 
     Raises:
         RecipeError: a tokenizer larger than the embedding, or an `init_from` that cannot be loaded.

@@ -1,7 +1,5 @@
 """Where a run reads its initial weights and its tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from recipe.config.settings import Config

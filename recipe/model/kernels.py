@@ -1,7 +1,5 @@
 """Which kernels compute the update: TF32, determinism, compilation."""
 
-from __future__ import annotations
-
 import logging
 import os
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """From hidden states to the summed token loss, without ever holding all logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

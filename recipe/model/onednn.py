@@ -4,8 +4,6 @@ Where the CPU has AVX-512 but is not Intel's, MKL's float32 products use half of
 that would send them to oneDNN in float32, so the operator that its compiler uses for them is called here.
 """
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
 

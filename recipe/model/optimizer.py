@@ -1,7 +1,5 @@
 """The optimizer: its parameter groups and its learning rate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -22,13 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW (fused, also on a CPU: 8 times faster there than the loop), AdamW with bf16 state, or SGD without momentum.
-
-    Args:
-        model: its parameters are taken.
-        optimizer: the settings.
-        seed: of the rounding to bf16.
-    """
+    """AdamW (fused, also on a CPU: 8 times faster there than the loop), AdamW with bf16 state, or SGD without momentum."""
     groups = parameter_groups(model, optimizer.weight_decay)
     if optimizer.name == "sgd":
         return torch.optim.SGD(groups, lr=optimizer.learning_rate)

@@ -1,7 +1,5 @@
 """Random numbers as a function of what they are for, so that no random state has to be saved."""
 
-from __future__ import annotations
-
 from hashlib import sha256
 
 import torch

@@ -3,8 +3,6 @@
 Pure arithmetic; imports no torch. Whoever counts blocks, lanes, ranks or micro-batches asks an `UpdatePlan`.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The devices that people train on: memory and peak. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from recipe.errors import RecipeError

@@ -5,8 +5,6 @@ written down as the sums below; `tests/plan/test_memory.py` holds them against w
 micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is not counted: the plan is then an upper bound.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from recipe.config.settings import Config, ModelConfig
@@ -79,12 +77,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes of tensors for micro-batches of `micro_batch_size` blocks.
 
-    Args:
-        config: the settings.
-        micro_batch_size: blocks in one forward and backward, at most.
-        device_type: `cpu`, `cuda`, ...
-        precision: `bf16` (autocast) or `fp32`.
-        world_size: ranks, which share an update's blocks.
+    `device_type` is `cpu`, `cuda`, ...; `precision` is `bf16` (autocast) or `fp32`; ranks share an update's blocks.
 
     Raises:
         RecipeError: a budget that does not divide.
@@ -151,12 +144,7 @@ def largest_micro_batch(config: Config, world_size: int, memory_bytes: float, de
 
     Never more than the largest micro-batch that the update is cut into: with a share of 8 blocks it is 8, 4, 3, 2 or 1.
 
-    Args:
-        config: the settings; its own `batch.micro_batch_size` is not looked at.
-        world_size: ranks.
-        memory_bytes: of the device, for this rank.
-        device_type: `cpu`, `cuda`, ...
-        precision: `bf16` or `fp32`.
+    `memory_bytes` is what one rank has. The configured micro-batch is ignored.
 
     Raises:
         RecipeError: not even one block fits.

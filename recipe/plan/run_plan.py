@@ -1,7 +1,5 @@
 """The plan of a run: every derived number, with its derivation. Imports no torch."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

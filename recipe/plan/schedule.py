@@ -1,7 +1,5 @@
 """Learning rate and times as functions of tokens, never of ranks. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 
 from recipe.config.settings import OptimizerConfig, ScheduleConfig

@@ -48,10 +48,7 @@ def card_files(run_directory: Path, model: str | Path | None = None, *, update: 
 def model_card(record: Record, model: str | Path, *, has_image: bool = True) -> ModelCard:
     """The card of a run, whose snippet loads `model`.
 
-    Args:
-        record: the run.
-        model: a name on the Hub or a local directory.
-        has_image: whether `IMAGE` will lie beside the card.
+    `model` is a name on the Hub or a local directory; `has_image` says whether `IMAGE` lies beside the card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -1,7 +1,5 @@
 """Records as curves: for each metric the points to draw, thinned so that no spike is lost, and the events to mark."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +55,6 @@ def bits_per_byte(validation_set: str) -> Metric:
 
 class Curves:
     """The points of all metrics of some runs.
-
-    Args:
-        records: the runs.
-        names: what each is called.
 
     Attributes:
         metrics: those that any of the runs has values of.

@@ -1,7 +1,5 @@
 """A page with the curves of a run, or of several."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a run has left, read back: settings, ledger, events and summary. Imports no torch, so it reads a running one too."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +116,7 @@ class Record:
 def read_record(directory: Path, update: int | None = None) -> Record:
     """Read `config.yaml`, `ledger.jsonl`, `events.jsonl` and, if the run is finished, `summary.json`.
 
-    Args:
-        directory: of the run.
-        update: the last update to read, for a checkpoint that later ones have followed; None for all.
+    `update` is the last to read, for a checkpoint that later ones have followed; None: all.
 
     Raises:
         RecipeError: it is no run directory, one of an earlier version, or has no update yet.

@@ -1,7 +1,5 @@
 """A run in words, for the page and the card: the words are in templates/, here are their formats and what they look up."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -81,9 +79,7 @@ def fenced(text: str) -> str:
 def rows_of(record: Record, validation_sets: Sequence[str]) -> Any:
     """The lists and tables of rows.jinja, as attributes.
 
-    Args:
-        record: the run.
-        validation_sets: to name in the summary, so that runs side by side have the same rows.
+    The summary names `validation_sets`, so that runs side by side have the same rows.
     """
     return environment().get_template("rows.jinja").make_module({"record": record, "validation_sets": validation_sets})
 

@@ -1,7 +1,5 @@
 """What a person sees: one bar on a terminal, plain lines in a pipe, from rank 0 only."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -13,12 +11,7 @@ PLAIN_LINES = 20  # lines of progress in a pipe
 
 
 class Console:
-    """Prints on rank 0.
-
-    Args:
-        enabled: whether this is rank 0.
-        updates: updates this run will do.
-    """
+    """Prints on rank 0."""
 
     def __init__(self, enabled: bool, updates: int) -> None:
         self.enabled = enabled

@@ -1,7 +1,5 @@
 """The directory of a run: locked, checked to be writable, and never written over."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -55,11 +53,6 @@ def claim_run_directory(run: Run) -> None:
 
 def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
     """Make the directory this run's, which goes on after `update` updates, and start the trackers. Collective.
-
-    Args:
-        run: its ledger receives the start event.
-        update: updates done.
-        checkpoint: from which it goes on, if there is one.
 
     Raises:
         RecipeError: the directory cannot be written.

@@ -1,7 +1,5 @@
 """The ledger: one JSON line per update in ledger.jsonl, everything else in events.jsonl, and the numbers to the trackers."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -56,12 +54,7 @@ class LedgerEntry:
 
 
 class Ledger:
-    """Appends lines on rank 0, and gives the numbers to accelerate's trackers. Nothing is opened before the first line.
-
-    Args:
-        config: names the run directory, and how many updates in a row may be skipped.
-        accelerator: knows the rank and the trackers.
-    """
+    """Appends lines on rank 0, and gives the numbers to accelerate's trackers. Nothing is opened before the first line."""
 
     def __init__(self, config: Config, accelerator: Any) -> None:
         self.directory = Path(config.run.directory)

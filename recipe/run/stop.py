@@ -3,8 +3,6 @@
 A request to stop is SIGINT, SIGTERM, SIGUSR1, or an error after which a rank cannot go on.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """What is measured of an update, for the ledger."""
 
-from __future__ import annotations
-
 import sys
 import time
 
@@ -20,12 +18,7 @@ def measure_update(
 ) -> LedgerEntry:
     """The entry of an update: waits for its result, and gathers what only the other ranks know. Collective.
 
-    Args:
-        run: its plan and accelerator.
-        result: of the update.
-        blocks: this rank's blocks of the update.
-        learning_rate: of this update.
-        started: `time.perf_counter()` before the update waited for its data.
+    `started` is `time.perf_counter()` before the update waited for its data.
     """
     plan, device = run.plan.update, run.device
     measured = torch.tensor(

@@ -1,7 +1,5 @@
 """A rank's micro-batches: as many blocks as fit into memory, and fewer on all ranks alike when one of them runs out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -26,10 +24,6 @@ class MicroBatches:
     add up the gradients with one fully masked row after all micro-batches, which adds 0 to them.
 
     Starting one warms DDP up, and tries what `batch.micro_batch_size: auto` came to. Collective.
-
-    Args:
-        run: `run.plan.update` is the division in force; it is replaced when the size changes.
-        model: prepared.
 
     Raises:
         RecipeError: not even one block fits.

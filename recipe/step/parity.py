@@ -1,7 +1,5 @@
 """The parity check: the first update's gradient, computed in other ways, and how far apart they are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Spikes of the loss or the gradient norm, found by robust statistics over the updates before them."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -41,9 +39,7 @@ class SpikeDetector:
     OLMo 2 (OLMo et al., 2024, section 3) counts values at least 7 standard deviations from a rolling mean; the median and its
     absolute deviation are not moved by the spikes themselves.
 
-    Args:
-        run: `config.stability` has window and score.
-        recent: [loss, gradient norm] of the updates before, if the run goes on.
+    `recent` is [loss, gradient norm] of the updates before, if the run goes on.
     """
 
     def __init__(self, run: Run, recent: Iterable[list[float]] = ()) -> None:

@@ -8,8 +8,6 @@ micro-batch is scaled by ranks / targets if we call `backward` ourselves, and by
     manual:     sum_ranks sum_steps [loss_sum x ranks / targets] / ranks                 = sum(loss_sum) / targets
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
