@@ -142,8 +142,8 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov and Hutter, 2019), or plain SGD, which hides no error in the gradient's scale."""
     state: Literal["fp32", "bf16"] = "fp32"
-    """Parameters, gradients and moments. fp32: float32, 16 bytes per parameter. bf16: rounded stochastically (torchao), 8 bytes
-    per parameter and less exact; it needs adamw and precision bf16."""
+    """Precision of parameters, gradients and moments. fp32: 16 bytes per parameter. bf16: 8 bytes, rounded stochastically by
+    torchao, and less exact; it needs adamw and precision bf16."""
     learning_rate: Annotated[float, Above(0)] = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
@@ -309,9 +309,7 @@ class Config:
 
 def value_of(config: Any, name: str) -> Any:
     """The value of a dotted name."""
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+    return operator.attrgetter(name)(config)
 
 
 def flat_fields(config_class: type) -> list[tuple[str, Any]]:
