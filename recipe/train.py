@@ -35,7 +35,7 @@ def train(config: Config) -> None:
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
     from recipe.finish import end_stopped_run, finish_run, usage
     from recipe.hub import Pusher, check_hub
-    from recipe.model import build_model, build_optimizer, choose_kernels, initial_model, set_learning_rate
+    from recipe.model import build_model, build_optimizer, choose_kernels, set_learning_rate
     from recipe.step import MicroBatches, SpikeDetector, check_parity, measure_update
 
     choose_kernels(run)
@@ -48,7 +48,10 @@ def train(config: Config) -> None:
     check_hub(run)
 
     # ---- 2. Data: documents -> tokenizer -> lanes; each rank opens only its own lanes ------------------------------------
-    source, init_from = open_source(config), initial_model(config, point.checkpoint)
+    source, init_from = open_source(config), config.model.init_from
+    init_from = (
+        str(point.checkpoint) if init_from and point.checkpoint else init_from
+    )  # which has weights and tokenizer
     with run.accelerator.main_process_first():
         tokenizer = load_tokenizer(config, source, init_from)
     validation_sets = read_validation_sets(config, source, tokenizer)

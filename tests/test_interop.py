@@ -20,7 +20,6 @@ from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.errors import RecipeError
 from recipe.model.export import load_pretrained
 from recipe.model.gpt2 import build_gpt2
-from recipe.model.init_from import initial_model
 from tests.helpers import TINY, read_ledger, train
 
 VOCABULARY = 380  # of `finished`; a run that starts from its model has 384 rows, four of them padding
@@ -80,7 +79,7 @@ def test_weights_of_a_bf16_file_are_trained_in_float32(final: Path, tmp_path: Pa
     AutoModelForCausalLM.from_pretrained(final).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16, "as transformers has it"
     config = settings(tmp_path / "bf16")
-    model = build_gpt2(config, VOCABULARY, 0, initial_model(config, None))
+    model = build_gpt2(config, VOCABULARY, 0, config.model.init_from)
     saved = load_file(final / "model.safetensors")
     for name, parameter in model.gpt2.named_parameters():
         assert parameter.dtype == torch.float32

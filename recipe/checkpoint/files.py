@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
@@ -128,20 +130,18 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
         RecipeError: other tensors than this model and optimizer have.
     """
     import torch.distributed.checkpoint as dcp
-    from safetensors.torch import load_file
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     load_weights(model.gpt2, load_file(directory / "model.safetensors"), str(directory))
     if not (directory / OPTIMIZER).exists():  # it has no state, or had not stepped yet
         optimizer.state.clear()
         return
-    everything = _flat_optimizer_state(model, optimizer)
+    everything = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process: this rank reads for itself
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory / "training")), no_dist=True)
-    set_optimizer_state_dict(model, optimizer, everything | tensors, options=_flat())
+    set_optimizer_state_dict(model, optimizer, everything | tensors, options=_FLAT)
 
 
 def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:
@@ -158,16 +158,7 @@ def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_updat
     return removed
 
 
-def _flat() -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def _flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return dict(get_optimizer_state_dict(model, optimizer, options=_flat()))
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -177,7 +168,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """
     if not optimizer.state:
         return {}
-    return {k: v for k, v in _flat_optimizer_state(model, optimizer).items() if isinstance(v, Tensor)}
+    return {k: v for k, v in get_optimizer_state_dict(model, optimizer, options=_FLAT).items() if isinstance(v, Tensor)}
 
 
 def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,8 +180,6 @@ def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Te
 
 def _save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:
     """A plain safetensors file: torch's writer of this format copies everything twice, which takes ten times as long."""
-    from safetensors.torch import save_file
-
     if tensors:
         save_file(tensors, path)
         path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private

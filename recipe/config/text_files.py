@@ -7,13 +7,7 @@ from pathlib import Path
 from recipe.errors import RecipeError
 
 # File ending -> the `datasets` builder that reads it.
-TEXT_FILE_FORMATS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".jsonl.zst": "json",
-    ".parquet": "parquet",
-}
+TEXT_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
 
 
 def is_remote(path: str) -> bool:

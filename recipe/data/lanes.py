@@ -61,12 +61,9 @@ class Lane:
         encode: Callable[[list[str]], Sequence[np.ndarray]],
         sequence_length: int,
     ) -> None:
-        self.source = source
-        self.index = index
-        self.order = order
+        self.source, self.index, self.order = source, index, order
         self.shards = range(index, source.num_shards, order.lanes)
-        self.encode = encode
-        self.sequence_length = sequence_length
+        self.encode, self.sequence_length = encode, sequence_length
         self.load_state_dict(asdict(Position()))
 
     def state_dict(self) -> dict[str, Any]:

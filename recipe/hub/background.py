@@ -4,8 +4,6 @@ Each push is a process, `python -m recipe push RUN --follow DIRECTORY`: a thread
 the interpreter would wait for it at the end. Its standard input stays open as long as the training lives.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -14,13 +12,10 @@ import threading
 import time
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
-from typing import TYPE_CHECKING
 
 from recipe.hub.client import explain, redact, revision_of
 from recipe.plan.schedule import crosses
-
-if TYPE_CHECKING:
-    from recipe.run.run import Run
+from recipe.run.run import Run
 
 PUSHING = ".pushing"  # in the run directory: links to what is not pushed yet, so that pruning may remove the checkpoint
 LONGEST_PUSH_SECONDS = 3600.0

@@ -3,21 +3,17 @@
 The login is huggingface_hub's own, from HF_TOKEN or `hf auth login`: no token passes through this code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipe.config.settings import PushConfig
 from recipe.errors import RecipeError
 from recipe.retry import growing_pauses, retry
-
-if TYPE_CHECKING:
-    from recipe.run.run import Run
+from recipe.run.run import Run
 
 REQUEST_SECONDS = 60.0  # without an answer; the library waits for ever (huggingface/huggingface_hub#3931)
 CHECK_SECONDS = 30.0  # the same, before a run begins

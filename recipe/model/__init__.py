@@ -1,8 +1,7 @@
 """GPT-2, its loss and kernels, its optimizer, its files."""
 
 from recipe.model.gpt2 import build_model
-from recipe.model.init_from import initial_model
 from recipe.model.kernels import choose_kernels
 from recipe.model.optimizer import build_optimizer, set_learning_rate
 
-__all__ = ["build_model", "build_optimizer", "choose_kernels", "initial_model", "set_learning_rate"]
+__all__ = ["build_model", "build_optimizer", "choose_kernels", "set_learning_rate"]

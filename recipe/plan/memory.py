@@ -151,17 +151,14 @@ def largest_micro_batch(config: Config, world_size: int, memory_bytes: float, de
     """
     batch, length = config.batch, config.data.sequence_length
     share = UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, 1).largest_share
-    needed = 0
     for size in sorted({-(-share // steps) for steps in range(1, share + 1)}, reverse=True):
-        needed = estimate_memory(config, size, device_type, precision, world_size).peak_bytes
-        if needed <= USABLE_SHARE * memory_bytes:
+        peak = estimate_memory(config, size, device_type, precision, world_size).peak_bytes
+        if peak <= USABLE_SHARE * memory_bytes:
             return size
-    raise RecipeError(_too_small(config, needed, memory_bytes, device_type, precision, world_size))
+    raise RecipeError(_too_small(config, world_size, memory_bytes, device_type, precision))
 
 
-def _too_small(
-    config: Config, needed: int, memory_bytes: float, device_type: str, precision: str, world_size: int
-) -> str:
+def _too_small(config: Config, world_size: int, memory_bytes: float, device_type: str, precision: str) -> str:
     """What one block needs, and which settings would make it fit."""
     usable = USABLE_SHARE * memory_bytes
     ways = {"": config}
@@ -176,6 +173,7 @@ def _too_small(
     sizes = {
         way: estimate_memory(other, 1, device_type, precision, world_size).peak_bytes for way, other in ways.items()
     }
+    needed = sizes[""]
     advice = [f"{way} ({size_text(size)})" for way, size in sizes.items() if size <= usable]
     return (
         f"one block of {config.data.sequence_length:,} tokens needs {size_text(needed)}, and {100 * USABLE_SHARE:.0f} % of "

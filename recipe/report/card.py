@@ -10,14 +10,7 @@ from recipe.config.settings import HELD_OUT
 from recipe.errors import RecipeError
 from recipe.report.charts import curves_png
 from recipe.report.record import Record, read_record
-from recipe.report.summary import (
-    environment,
-    hub_dataset,
-    initial_weights,
-    is_hub_id,
-    repeatable_config,
-    rows_of,
-)
+from recipe.report.summary import environment, hub_dataset, initial_weights, is_hub_id, repeatable_config, rows_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard

@@ -1,7 +1,5 @@
 """The launch and the machine: start accelerate, refuse a launch that cannot work, and describe what the run is computed on."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform
@@ -11,15 +9,12 @@ from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
 from recipe.plan.devices import bf16_peak_flops
 from recipe.plan.run_plan import world_size_of_launcher
-
-if TYPE_CHECKING:
-    import torch
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -94,7 +89,7 @@ def choose_precision(requested: str, device: str) -> tuple[str, str]:
     return requested, "as configured"
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: Any) -> int:
     """Memory that this rank can have: the free memory of a GPU, or its part of the CPU's available memory.
 
     Raises:
@@ -111,7 +106,7 @@ def available_bytes(device: torch.device) -> int:
     raise RecipeError(f"batch.micro_batch_size = auto does not know the memory of {device.type}: give a number")
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
+def peak_flops(device: Any, precision: str) -> float | None:
     """Peak FLOP/s of one device in `precision`; None if unknown."""
     import torch
 
@@ -157,12 +152,11 @@ def _device_name(device: Any) -> str:
 
 def _cpu_name() -> str:
     """As the kernel calls it: `platform.processor()` is empty on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _recipe_commit() -> str | None:

@@ -1,11 +1,9 @@
 """The run: a record of what exists once, given first to whatever works on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
@@ -15,9 +13,6 @@ from recipe.run.console import Console
 from recipe.run.environment import available_bytes, choose_precision, device_type, start_accelerator
 from recipe.run.ledger import Ledger
 from recipe.run.stop import StopRequest
-
-if TYPE_CHECKING:
-    import torch
 
 Result = TypeVar("Result")
 
@@ -53,10 +48,9 @@ class Run:
         return bool(self.accelerator.is_main_process)
 
     @property
-    def device(self) -> torch.device:
-        """The device of this rank."""
-        device: torch.device = self.accelerator.device
-        return device
+    def device(self) -> Any:
+        """The torch device of this rank."""
+        return self.accelerator.device
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """Do something on rank 0 and give its result, or its error, to all ranks, so that none is left waiting. Collective."""

@@ -34,15 +34,10 @@ class ParityCheck:
         return max(difference for _, difference in self.differences)
 
     def __str__(self) -> str:
-        rows = [f"  {way:<40} {difference:.1e}" for way, difference in self.differences]
+        lines = [f"first update's gradient, relative to {self.reference}:"]
+        lines += [f"  {way:<40} {difference:.1e}" for way, difference in self.differences]
         verdict = "agree" if self.largest <= self.tolerance else "DO NOT AGREE"
-        return "\n".join(
-            [
-                f"first update's gradient, relative to {self.reference}:",
-                *rows,
-                f"  they {verdict}: largest difference {self.largest:.1e}, tolerance {self.tolerance:.0e}",
-            ]
-        )
+        return "\n".join([*lines, f"  they {verdict}: largest {self.largest:.1e}, tolerance {self.tolerance:.0e}"])
 
 
 def check_parity(run: Run, model: nn.Module, batch: MicroBatch) -> ParityCheck:
