@@ -168,7 +168,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """
     if not optimizer.state:
         return {}
-    return {k: v for k, v in get_optimizer_state_dict(model, optimizer, options=_FLAT).items() if isinstance(v, Tensor)}
+    everything: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    return {name: value for name, value in everything.items() if isinstance(value, Tensor)}
 
 
 def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,11 +5,10 @@ probability of what is cut off, it arrives in the mean (Zamirai et al., 2020, ht
 itself is computed in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torchao.optim import _AdamW
-
-from recipe.model.seeds import seed_rounding
 
 
 class Bf16AdamW(_AdamW):
@@ -18,12 +17,12 @@ class Bf16AdamW(_AdamW):
     Ranks have to round alike, or their parameters drift apart; and a resumed run has to round as one that was not stopped.
     """
 
-    def __init__(self, parameters: Any, *, seed: int, **options: Any) -> None:
+    def __init__(self, parameters: Any, *, seed_rounding: Callable[[int], None], **options: Any) -> None:
         super().__init__(parameters, bf16_stochastic_round=True, **options)
-        self.seed = seed
+        self.seed_rounding = seed_rounding  # called with the steps taken, before each
 
     def step(self, closure: Any = None) -> Any:
         """One step; leaves torch's random generators in another state."""
         steps = next((int(state["step"]) for state in self.state.values()), 0)  # kept on the CPU
-        seed_rounding(self.seed, steps)
+        self.seed_rounding(steps)
         return super().step(closure)

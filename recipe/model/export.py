@@ -46,19 +46,10 @@ def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, dire
     rows = {name: tensor[: len(tokenizer)] if name in PADDED else tensor for name, tensor in state.items()}
     exported.load_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in rows.items()}, assign=True)
     exported.tie_weights()
-    end_of_text = tokenizer.eos_token_id
-    exported.generation_config = GenerationConfig(
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-    )
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    exported.generation_config = GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50)
     exported.save_pretrained(directory)
-    for path in directory.glob(
-        "*.safetensors"
-    ):  # safetensors makes them private; whoever may read config.json may read these
+    for path in directory.glob("*.safetensors"):  # which safetensors makes private; config.json is not
         path.chmod((directory / "config.json").stat().st_mode & 0o777)
     tokenizer.save_pretrained(directory)
 

@@ -1,5 +1,7 @@
-"""The optimizer: its parameter groups and its learning rate."""
+"""The optimizer: its parameter groups, its learning rate, and random numbers as a function of what they are for."""
 
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -24,15 +26,12 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0)
     groups = parameter_groups(model, optimizer.weight_decay)
     if optimizer.name == "sgd":
         return torch.optim.SGD(groups, lr=optimizer.learning_rate)
-    options: dict[str, Any] = {
-        "lr": optimizer.learning_rate,
-        "betas": (optimizer.beta1, optimizer.beta2),
-        "eps": optimizer.epsilon,
-    }
+    betas = (optimizer.beta1, optimizer.beta2)
+    options: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": betas, "eps": optimizer.epsilon}
     if optimizer.state == "bf16":
         from recipe.model.bf16_adamw import Bf16AdamW
 
-        return Bf16AdamW(groups, seed=seed, **options)
+        return Bf16AdamW(groups, seed_rounding=partial(seed_rounding, seed), **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
@@ -47,3 +46,18 @@ def set_learning_rate(run: Run, optimizer: Any, update: int) -> float:
         else:
             group["lr"] = rate
     return rate
+
+
+def seed_dropout(seed: int, update: int, rank: int) -> None:
+    """Seed dropout, differently on each rank, since each has other blocks."""
+    _seed_torch("dropout", seed, update, rank)
+
+
+def seed_rounding(seed: int, steps: int) -> None:
+    """Seed the rounding to bf16, alike on all ranks, since all have the same parameters."""
+    _seed_torch("rounding", seed, steps)
+
+
+def _seed_torch(*key: str | int) -> None:
+    """Seed torch's generators, on all devices, by a hash of the key."""
+    torch.manual_seed(int.from_bytes(sha256("/".join(map(str, key)).encode()).digest()[:8], "big") >> 1)

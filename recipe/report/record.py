@@ -13,7 +13,7 @@ from recipe.config.settings import HELD_OUT, Config
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.run_plan import RunPlan, make_plan
-from recipe.run.ledger import EVENTS, LEDGER, read_lines
+from recipe.run.ledger import EVENTS, LEDGER, read_lines, read_updates
 
 DIVISION = ["world_size", "micro_batch_size", "gradient_accumulation_steps"]
 SPEED = ["tokens_per_second", "mfu"]
@@ -121,34 +121,18 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     Raises:
         RecipeError: it is no run directory, one of an earlier version, or has no update yet.
     """
-    path = directory / LEDGER
-    if not path.is_file() or not (directory / "config.yaml").is_file():
+    if not all((directory / name).is_file() for name in (LEDGER, "config.yaml")):
         raise RecipeError(
-            f"{directory} is no run: it has no config.yaml and {LEDGER}; give a directory such as runs/NAME"
-        )
-    lines = read_lines(path)
-    if any("event" in line for line in lines):
-        raise RecipeError(
-            f"{path} holds events, as an earlier version wrote them; read this run with the version that made it"
+            f"{directory} is no run: it has no {LEDGER} and config.yaml; give a directory such as runs/NAME"
         )
     last = np.inf if update is None else update
-    updates = _numbers(pd.DataFrame([line for line in lines if line["update"] <= last]))
+    updates = _numbers(pd.DataFrame([line for line in read_updates(directory) if line["update"] <= last]))
     if not (updates["update"] > 0).any():
         raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
     config = read_config(directory / "config.yaml")
     numbers = updates[["world_size", "micro_batch_size"]].iloc[-1].fillna(1).clip(lower=1).astype(int)
-    record = Record(
-        directory=directory,
-        config=config,
-        plan=make_plan(config, *numbers.tolist()),
-        updates=updates,
-        events=[
-            line
-            for line in read_lines(directory / EVENTS)
-            if isinstance(line.get("event"), str) and line["update"] <= last
-        ],
-        summary={},
-    )
+    events = [line for line in read_lines(directory / EVENTS) if "event" in line and line["update"] <= last]
+    record = Record(directory, config, make_plan(config, *numbers.tolist()), updates, events, {})
     summary = directory / "summary.json"
     if record.is_finished and summary.is_file():
         record.summary.update(json.loads(summary.read_text(encoding="utf-8")))

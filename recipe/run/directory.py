@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from recipe.config.command_line import write_config
 from recipe.errors import RecipeError
 from recipe.run.environment import describe_environment
-from recipe.run.ledger import EVENTS, LEDGER, TRACKER_PROJECT, read_lines, start_trackers
+from recipe.run.ledger import EVENTS, LEDGER, TRACKER_PROJECT, read_updates, start_trackers
 from recipe.run.run import Run
 
 FORMAT = 3  # of a run directory and its checkpoints
@@ -44,11 +44,8 @@ def claim_run_directory(run: Run) -> None:
         ) from None
     except OSError as error:
         raise _cannot_write(run, error) from None
-    if run.config.resume != "fresh" and any("event" in line for line in read_lines(directory / LEDGER)):
-        raise RecipeError(
-            f"{directory} was written by version 0.1.0 of this recipe, which can go on with it; here use another "
-            "--run.directory, or --resume fresh to move it to previous/"
-        )
+    if run.config.resume != "fresh":
+        read_updates(directory)  # of an earlier version it is refused
 
 
 def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:

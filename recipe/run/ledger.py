@@ -78,14 +78,8 @@ class Ledger:
 
     def _skipped(self, entry: LedgerEntry) -> None:
         self._skipped_in_a_row += 1
-        self.event(
-            "skipped_update",
-            entry.update,
-            loss=str(entry.loss),
-            grad_norm=str(entry.grad_norm),
-            learning_rate=entry.learning_rate,
-            blocks_sha256=entry.blocks_sha256,
-        )
+        values = {"loss": str(entry.loss), "grad_norm": str(entry.grad_norm), "learning_rate": entry.learning_rate}
+        self.event("skipped_update", entry.update, **values, blocks_sha256=entry.blocks_sha256)
         if self._skipped_in_a_row >= self.max_skipped_updates:
             raise RecipeError(
                 f"updates {entry.update - self._skipped_in_a_row + 1} to {entry.update} were not finite (loss {entry.loss}, "
@@ -145,6 +139,21 @@ def start_trackers(config: Config, accelerator: Any, update: int) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a ledger.jsonl or events.jsonl; none if there is no file. Half-written ones are left out."""
     return [values for _, values in _parsed_lines(path)]
+
+
+def read_updates(directory: Path) -> list[dict[str, Any]]:
+    """The ledger of a run.
+
+    Raises:
+        RecipeError: an earlier version has written it.
+    """
+    lines = read_lines(directory / LEDGER)
+    if any("event" in line for line in lines):
+        raise RecipeError(
+            f"{directory} was written by version 0.1.0 of this recipe, which can go on with it; here use another "
+            "--run.directory, or --resume fresh to move it to previous/"
+        )
+    return lines
 
 
 def read_events(path: Path, event: str, update: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch, UpdateBlocks, split_into_micro_batches
 from recipe.errors import RecipeError
 from recipe.model.kernels import eager
-from recipe.model.seeds import seed_dropout
+from recipe.model.optimizer import seed_dropout
 from recipe.run.run import Run
 from recipe.run.stop import DoesNotFit
 from recipe.step.update import UpdateResult, is_out_of_memory, run_update

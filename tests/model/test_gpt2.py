@@ -13,8 +13,7 @@ from recipe.config.command_line import load_config
 from recipe.config.settings import Config, ModelConfig, OptimizerConfig
 from recipe.errors import RecipeError
 from recipe.model.gpt2 import build_gpt2, gpt2_config
-from recipe.model.optimizer import build_optimizer
-from recipe.model.seeds import seed_dropout
+from recipe.model.optimizer import build_optimizer, seed_dropout
 from recipe.plan.run_plan import flops_per_token, make_plan, parameter_count
 from tests.helpers import ROOT
 

@@ -15,8 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig
 from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.model.gpt2 import build_gpt2
-from recipe.model.optimizer import build_optimizer
-from recipe.model.seeds import seed_dropout
+from recipe.model.optimizer import build_optimizer, seed_dropout
 from recipe.step.update import run_update
 from tests.support.gradients import LENGTH, VOCABULARY, make_blocks
 from tests.support.runs import make_run
