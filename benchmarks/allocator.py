@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-Result = TypeVar("Result")
 
-
-def allocator_peak(action: Callable[[], Result], device: torch.device | None = None) -> tuple[Result, int]:
+def allocator_peak(action: Callable[[], Any], device: torch.device | None = None) -> tuple[Any, int]:
     """Run `action` and give (its result, the most bytes that torch's allocator had handed out during it).
 
     On CUDA this is what the caching allocator counts, tensors from before included. On a CPU nothing is counted unless the

@@ -5,26 +5,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || {
-    echo "error: $python not found: set PYTHON" >&2
-    exit 2
-}
-"$python" - <<'CHECK'
+"$python" - <<'CHECK' || exit 2
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 floors = {"torch": (2, 11), "transformers": (5, 15), "accelerate": (1, 0), "numpy": (1, 26), "pyyaml": (5, 0)}
-is_complete = True
+found = {distribution.metadata["name"].lower(): distribution.version for distribution in distributions()}
 for name, floor in floors.items():
-    try:
-        found = version(name)
-    except PackageNotFoundError:
-        found = "none"
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < floor:
-        is_complete = False
-        print(f"error: {name} {'.'.join(map(str, floor))} or newer is needed, found {found}", file=sys.stderr)
-sys.exit(0 if is_complete else 2)
+    if tuple(map(int, re.findall(r"\d+", found.get(name, "0.0"))[:2])) < floor:
+        sys.exit(f"error: {name} {floor[0]}.{floor[1]} or newer is needed, found {found.get(name, 'none')}")
 CHECK
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec "$python" -m benchmarks.gpu "$@"

@@ -4,77 +4,49 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from recipe.run.launch import start_accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from recipe.checkpoint.resume import find_resume_point, restore
-from recipe.checkpoint.saver import CheckpointSaver
-from recipe.config.command_line import load_config
-from recipe.data.blocks import next_update, to_tensors
-from recipe.hub.background import Pusher
-from recipe.model.gpt2 import build_gpt2, build_optimizer
-from recipe.plan.run_plan import make_plan
-from recipe.run.console import Console
-from recipe.run.ledger import Ledger, gather_hash
-from recipe.step.update import run_update
+from benchmarks.results import timed
+from benchmarks.training import Training, read_preset, with_settings
+from recipe.checkpoint import CheckpointSaver, find_resume_point, restore
+
+UPDATE_TOKENS = 128  # of the updates during which a checkpoint is written: one short block each
 
 
-class RandomLane:
-    """Stands for a lane of text: random tokens, the same at every reading."""
-
-    def __init__(self, index: int, vocabulary: int, tokens: int) -> None:
-        self.index, self._vocabulary, self._tokens = index, vocabulary, tokens
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def next_blocks(self, count: int) -> np.ndarray:
-        """Int32 [count, tokens + 1]."""
-        generator = np.random.default_rng(self.index)
-        return generator.integers(self._vocabulary, size=(count, self._tokens + 1), dtype=np.int32)
-
-
-class Training:
-    """One model and one optimizer with its moments, that every way saves and brings back.
+class SavedTraining(Training):
+    """One model and one optimizer with its moments, which every way saves and brings back.
 
     Args:
-        arguments: the recipe's settings.
+        preset: of the model.
+        settings: what is not as in the preset.
         directory: of the run.
     """
 
-    def __init__(self, arguments: list[str], directory: Path) -> None:
-        self.config = load_config([*arguments, "--run.directory", str(directory), "--checkpoint.every_tokens", "1"])
-        self.plan = make_plan(self.config, 1)
-        self.accelerator = start_accelerator(self.config, "fp32")
-        vocabulary, tokens = self.config.model.vocab_size, self.config.data.sequence_length
-        model = build_gpt2(self.config, vocabulary, 0)  # nothing is padding, so that all save the same bytes
-        self.gpt2: Any = model.gpt2
-        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, self.config.optimizer))
-        self.lanes: Any = [RandomLane(lane, vocabulary, tokens) for lane in range(self.plan.update.lanes)]
-        self.blocks = next_update(self.lanes, self.plan.update.blocks_per_lane, self.accelerator.device)
-        self.train(1, 32)
-
-    def train(self, updates: int, tokens: int) -> float:
-        """Seconds of so many updates of one block of `tokens`."""
-        started = time.perf_counter()
-        for _ in range(updates):
-            batch = to_tensors(self.blocks.blocks[:1, : tokens + 1], self.accelerator.device)
-            run_update(
-                self.model, self.optimizer, [batch], accelerator=self.accelerator, scaling="manual", max_grad_norm=1.0
-            )
-        return time.perf_counter() - started
+    def __init__(self, preset: str, settings: Mapping[str, Any], directory: Path) -> None:
+        config = read_preset(preset, settings)
+        changes = {
+            "run.directory": str(directory),
+            "precision": "fp32",
+            "model.n_positions": config.n_positions,
+            "data.sequence_length": UPDATE_TOKENS,
+            "batch.tokens_per_update": UPDATE_TOKENS,
+            "batch.lanes": 1,
+            "performance.compile": False,
+            "checkpoint.every_tokens": 1,
+        }
+        super().__init__(with_settings(config, changes), config.model.vocab_size)  # no padding: all save the same bytes
+        self.run.console.enabled = False
+        self.gpt2: Any = self.run.accelerator.unwrap_model(self.model).gpt2
+        self.blocks, self.entry = self.update()
 
     def tensors(self) -> list[Tensor]:
         """Weights and moments."""
@@ -94,106 +66,74 @@ class Training:
         gc.collect()
 
 
-class Way(Protocol):
-    """One way to save a training, any number of times."""
+class Way:
+    """One way to save a training, any number of times, in directories below `root`.
+
+    `save` gives (seconds that training stands still, seconds until the way says that the checkpoint is written), `load` the
+    seconds from a model that is built until the next update could begin.
+    """
 
     name: str
 
+    def __init__(self, training: SavedTraining, root: Path) -> None:
+        self.training, self.root = training, root / self.name
+        self.optimizer: torch.optim.Optimizer = training.optimizer.optimizer
+
     def path(self, number: int) -> Path:
         """Final name of checkpoint `number`."""
-
-    def save(self, number: int) -> tuple[float, float]:
-        """Seconds that training stands still, and seconds until the checkpoint is said to be written."""
-
-    def load(self, number: int) -> float:
-        """Seconds from a model that is built until the next update could begin."""
+        return self.root / str(number)
 
 
-class Ours:
-    """`recipe.checkpoint.saver` and `recipe.checkpoint.resume`, called as `recipe/train.py` calls them."""
+class Ours(Way):
+    """`recipe.checkpoint`, as `recipe/train.py` calls it."""
 
     name = "this recipe"
 
-    def __init__(self, training: Training, root: Path) -> None:
-        self.training = training
-        self.ledger = Ledger(Path(training.config.run.directory) / "ledger.jsonl", training.accelerator, 1)
-        self.hash = gather_hash(training.accelerator, training.plan.update, training.blocks)
-        console = Console(False, 0)
-        self.saver = CheckpointSaver(
-            training.config,
-            training.plan,
-            training.model,
-            training.optimizer,
-            _tokenizer(training.config.model.vocab_size),
-            Pusher(training.config, self.ledger, console, is_main=True),
-            accelerator=training.accelerator,
-            ledger=self.ledger,
-            console=console,
-        )
+    def __init__(self, training: SavedTraining, root: Path) -> None:
+        super().__init__(training, root)
+        parts = training.run, training.model, training.optimizer, training.tokenizer
+        self.saver = CheckpointSaver(*parts, on_saved=lambda *_: None)
 
     def path(self, number: int) -> Path:
         return self.saver.root / f"step-{number:06d}"
 
     def begin(self, number: int) -> float:
-        started = time.perf_counter()
-        assert self.saver.snapshot(number, self.training.blocks, self.hash) is not None
-        self.saver.write()
-        return time.perf_counter() - started
+        """Seconds that training stands still; the checkpoint is then written in the background."""
+        entry = replace(self.training.entry, update=number)
+        return timed(lambda: self.saver.finish_update(entry, self.training.blocks, []))
 
     def save(self, number: int) -> tuple[float, float]:
-        started = time.perf_counter()
         stall_seconds = self.begin(number)
-        self.saver.finish()
-        return stall_seconds, time.perf_counter() - started
+        return stall_seconds, stall_seconds + timed(self.saver.finish)
 
     def load(self, number: int) -> float:
         training = self.training
-        started = time.perf_counter()
-        start = find_resume_point(training.config)
-        assert start.update == number, start
-        restore(
-            start,
-            training.model,
-            training.optimizer,
-            training.lanes,
-            accelerator=training.accelerator,
-            plan=training.plan.update,
-            precision="fp32",
-        )
-        return time.perf_counter() - started
+
+        def resume() -> None:
+            point = find_resume_point(training.run.config)
+            assert point.update == number, point
+            restore(training.run, point, training.model, training.optimizer, training.make_lanes())
+
+        return timed(resume)
 
 
-class Accelerate:
+class Accelerate(Way):
     """`save_state` and `load_state` as they come: the model in safetensors, the rest pickled."""
 
     name = "accelerate.save_state"
 
-    def __init__(self, training: Training, root: Path) -> None:
-        self.training, self.root = training, root / "accelerate"
-
-    def path(self, number: int) -> Path:
-        return self.root / str(number)
-
     def save(self, number: int) -> tuple[float, float]:
-        started = time.perf_counter()
-        self.training.accelerator.save_state(str(self.path(number)))
-        seconds = time.perf_counter() - started
+        seconds = timed(lambda: self.training.run.accelerator.save_state(str(self.path(number))))
         return seconds, seconds
 
     def load(self, number: int) -> float:
-        started = time.perf_counter()
-        self.training.accelerator.load_state(str(self.path(number)))
-        return time.perf_counter() - started
+        return timed(lambda: self.training.run.accelerator.load_state(str(self.path(number))))
 
 
-class HuggingFaceTrainer:
+class HuggingFaceTrainer(Way):
     """A real `transformers.Trainer` over the same model and optimizer, one step and a save; timed by a callback."""
 
     name = "transformers.Trainer"
-
-    def __init__(self, training: Training, root: Path) -> None:
-        self.training, self.root = training, root / "trainer"
-        self.data: Any = [dict.fromkeys(("input_ids", "labels"), torch.arange(32))] * 8
 
     def path(self, number: int) -> Path:
         return self.root / str(number) / "checkpoint-1"
@@ -205,10 +145,10 @@ class HuggingFaceTrainer:
 
     def load(self, number: int) -> float:
         """From `train()` to its first step."""
-        times = self._train(number, steps=2, checkpoint=self.path(number))
+        times = self._train(number, steps=2, checkpoint=str(self.path(number)))
         return times["step begins"] - times["start"]
 
-    def _train(self, number: int, steps: int, checkpoint: Path | None = None) -> dict[str, float]:
+    def _train(self, number: int, steps: int, checkpoint: str | None = None) -> dict[str, float]:
         from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
         times: dict[str, float] = {}
@@ -217,7 +157,7 @@ class HuggingFaceTrainer:
             def on_step_begin(self, *_: Any, **__: Any) -> None:
                 times["step begins"] = time.perf_counter()
                 if checkpoint:
-                    raise _ResumedError  # before the step changes what was loaded
+                    raise InterruptedError  # before the step changes what was loaded
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 times["step ends"] = time.perf_counter()
@@ -230,71 +170,41 @@ class HuggingFaceTrainer:
             max_steps=steps,
             save_steps=1,
             per_device_train_batch_size=1,
-            use_cpu=self.training.accelerator.device.type == "cpu",
+            use_cpu=self.training.run.device.type == "cpu",
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
         )
-        optimizer = self.training.optimizer.optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        trainer = Trainer(
-            self.training.gpt2,
-            arguments,
-            train_dataset=self.data,
-            optimizers=(optimizer, schedule),
-            callbacks=[Stopwatch()],
-        )
+        data: Any = [dict.fromkeys(("input_ids", "labels"), torch.arange(32))] * 8
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+        optimizers, callbacks = (self.optimizer, schedule), [Stopwatch()]
+        trainer = Trainer(self.training.gpt2, arguments, train_dataset=data, optimizers=optimizers, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         times["start"] = time.perf_counter()
-        with suppress(_ResumedError):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with suppress(InterruptedError):
+            trainer.train(resume_from_checkpoint=checkpoint)
         return times
 
 
-class _ResumedError(Exception):
-    pass
-
-
-class TorchAsync:
+class TorchAsync(Way):
     """`torch.distributed.checkpoint.async_save` as it comes."""
 
     name = "torch async_save"
-
-    def __init__(self, training: Training, root: Path) -> None:
-        self.training, self.root = training, root / "torch"
-
-    def path(self, number: int) -> Path:
-        return self.root / str(number)
 
     def save(self, number: int) -> tuple[float, float]:
         started = time.perf_counter()
         future: Any = dcp.async_save(self._state(), checkpoint_id=self.path(number), no_dist=True)
         stall_seconds = time.perf_counter() - started
-        future.result()
-        return stall_seconds, time.perf_counter() - started
+        return stall_seconds, stall_seconds + timed(future.result)
 
     def load(self, number: int) -> float:
-        started = time.perf_counter()
-        state = self._state()
-        dcp.load(state, checkpoint_id=self.path(number), no_dist=True)
-        set_state_dict(
-            self.training.gpt2,
-            self.training.optimizer.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        return time.perf_counter() - started
+        def resume() -> None:
+            state = self._state()
+            dcp.load(state, checkpoint_id=self.path(number), no_dist=True)
+            parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(self.training.gpt2, self.optimizer, **parts)
+
+        return timed(resume)
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.training.gpt2, self.training.optimizer.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-
-def _tokenizer(vocabulary: int) -> Any:
-    """Some tokenizer of that size; a checkpoint holds one."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = WordLevel({f"word{number}": number for number in range(vocabulary)}, unk_token="word0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="word0")
+        return dict(zip(("model", "optimizer"), get_state_dict(self.training.gpt2, self.optimizer), strict=True))

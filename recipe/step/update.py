@@ -55,13 +55,22 @@ def run_update(
     except (Stopped, DoesNotFit):
         model.zero_grad(set_to_none=True)  # the prepared optimizer's does nothing in the middle of an accumulation
         raise
+    grad_norm, is_finite = clip_and_step(run, model, optimizer, loss)
+    return UpdateResult(loss=loss, grad_norm=grad_norm, target_tokens=targets, is_finite=is_finite)
+
+
+def clip_and_step(run: Run, model: nn.Module, optimizer: Any, loss: Tensor) -> tuple[Tensor, bool]:
+    """Clip the gradient, step if it and the loss are finite, and clear it.
+
+    Returns: (2-norm of the gradient before clipping, whether the optimizer has stepped).
+    """
     max_grad_norm = run.config.optimizer.max_grad_norm or float("inf")
     grad_norm = run.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).detach()
     is_finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))  # both are those of all ranks, so all agree
     if is_finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return UpdateResult(loss=loss, grad_norm=grad_norm, target_tokens=targets, is_finite=is_finite)
+    return grad_norm, is_finite
 
 
 def accumulate_gradient(

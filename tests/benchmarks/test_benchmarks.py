@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.step.__main__ import QUICK
+from benchmarks.step.ours import Loop
+from recipe.data.blocks import combine_hashes, hash_blocks
+from recipe.run.ledger import LEDGER, read_lines
 from tests.helpers import run
 
 
@@ -44,4 +50,16 @@ def test_step_benchmark_compares_the_recipe_with_its_peers(tmp_path: Path) -> No
     updates = [parts[count]["update"] for count in ("1", "4", "16", "64")]
     assert updates == sorted(updates)
     assert sections["start"]["not compiled, warm"][0] < sections["start"]["not compiled, cold"][0]
-    assert text.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert sections["costs"]["trainings"]["this recipe"]["parts"][0]["checkpoint, training stands still"] > 0
+
+
+def test_the_recipe_trains_on_the_text_of_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    loop = Loop(QUICK)
+    loop.next()
+    loop.next()
+    loop.reader.close()
+    for update, line in enumerate(read_lines(loop.run.directory / LEDGER)):
+        blocks = [QUICK.block(number) for number in range(update * QUICK.blocks, (update + 1) * QUICK.blocks)]
+        assert line["blocks_sha256"] == combine_hashes(hash_blocks(np.stack(blocks)))
+        assert line["update"] == update + 1

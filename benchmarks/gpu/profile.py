@@ -31,6 +31,7 @@ KINDS = [
     ("sums and other elementwise", r"elementwise|reduce_kernel|::(add|mul|sum|div)_?$"),
 ]
 _ATTENTION = re.compile(r"aten::_scaled_dot_product_(flash|cudnn|efficient|fused|attention_math)(?!.*backward)")
+_RANGES = ("ProfilerStep", "Optimizer.", "Torch-Compiled Region", "## ", "CompiledFunction")  # they cover kernels
 _TOP = 15
 
 
@@ -41,7 +42,7 @@ def kind_of(name: str) -> str:
 
 
 def profile_update(action: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Run `action` under torch's profiler, which makes it slower on the CPU's side, so that idle time is an upper bound.
+    """Run `action` under torch's profiler, which slows down the CPU's side, so that idle time is an upper bound.
 
     Returns: JSON values. On CUDA the seconds are those of kernels; on a CPU those of operators, without what they call.
     """
@@ -59,7 +60,8 @@ def profile_update(action: Callable[[], Any], device: torch.device) -> dict[str,
 def summarize(events: Sequence[Any], wall_seconds: float, is_cuda: bool) -> dict[str, Any]:
     """What `profile_update` returns, of torch's profiler events."""
     if is_cuda:
-        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not is_annotation(e)]
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith(_RANGES)]
+        kernels = [e for e in kernels if not getattr(e, "is_user_annotation", False)]
         spans = [(e.time_range.start, e.time_range.end) for e in kernels]
         named = [(e.name, (end - start) / 1e6) for e, (start, end) in zip(kernels, spans, strict=True)]
     else:
@@ -70,12 +72,6 @@ def summarize(events: Sequence[Any], wall_seconds: float, is_cuda: bool) -> dict
         span_seconds = (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e6
         idle_share = 1 - covered(spans) / 1e6 / span_seconds
     return {"span_seconds": span_seconds, "idle_share": idle_share, **by_kind(named), **_attention(events, named)}
-
-
-def is_annotation(event: Any) -> bool:
-    """Whether an event of the device is a range that covers kernels and not one itself."""
-    marks = ("ProfilerStep", "Optimizer.", "Torch-Compiled Region", "## ", "CompiledFunction")
-    return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(marks)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -1,16 +1,16 @@
-"""The peers, each with the loop that its documentation shows. None is changed; each is told to be quiet.
+"""The peers, each with the loop that its documentation shows. None is changed; their log lines are switched off.
 
-All have the same text, in the same order, no dropout, fp32, AdamW with the same betas, and clip the gradient's norm at 1. What
-is left as it comes is said with each of them.
+All have the same text, in the same order, no dropout, fp32, AdamW with the same betas, and clip the gradient's norm at 1. The
+docstring of each says what is left as it comes.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import sys
 import tempfile
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.worker import Setting, Turns
+from benchmarks.step.turns import Setting, Turns
 
 RATE, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
 UPDATES, WARMUP = 100_000, 10
@@ -27,7 +27,7 @@ UPDATES, WARMUP = 100_000, 10
 class Blocks(Dataset[Any]):
     """The blocks as a map-style data set, as transformers wants them: the model itself shifts the labels.
 
-    It is given as many inputs as the others, so it has one target less in each block.
+    It has as many inputs as the others, so one target less in each block.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -37,7 +37,7 @@ class Blocks(Dataset[Any]):
         return self.setting.blocks * UPDATES
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        tokens = torch.from_numpy(self.setting.block(number)[:-1].astype(np.int64))
+        tokens = torch.from_numpy(self.setting.block(number)[:-1])
         return {"input_ids": tokens, "labels": tokens}
 
 
@@ -45,31 +45,24 @@ class RawBlocks(Blocks):
     """The blocks themselves, int64 [sequence_length + 1]."""
 
     def __getitem__(self, number: int) -> Any:
-        return torch.from_numpy(self.setting.block(number).astype(np.int64))
+        return torch.from_numpy(self.setting.block(number))
 
 
 def gpt2(setting: Setting, turns: Turns) -> Any:
-    """transformers' GPT-2 as it comes: gelu_new, SDPA, all logits at once; only dropout and cache are switched off."""
+    """transformers' GPT-2 as it comes: gelu_new, SDPA, all logits at once; only dropout and cache are off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=setting.vocabulary,
-            n_positions=setting.sequence_length,
-            n_embd=setting.n_embd,
-            n_layer=setting.n_layer,
-            n_head=setting.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-            use_cache=False,
-        )
-    )
-    turns.facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    changes = {"n_positions": setting.sequence_length, "use_cache": False}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**setting.shape, **changes, **dropout, bos_token_id=0, eos_token_id=0))
+    count_parameters(model, turns)
     return model
+
+
+def count_parameters(model: torch.nn.Module, turns: Turns) -> None:
+    """For the table: peers' models should be as large as ours."""
+    turns.facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
 
 def trainer(setting: Setting, turns: Turns) -> None:
@@ -100,29 +93,19 @@ def trainer(setting: Setting, turns: Turns) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    turns.facts["optimizer"] = arguments.optim.value
     trainer = Trainer(gpt2(setting, turns), arguments, train_dataset=Blocks(setting), callbacks=[Ticks()])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
-def accelerate(setting: Setting, turns: Turns) -> None:
+def accelerate(setting: Setting, turns: Turns, **optimizer_options: Any) -> None:
     """The loop of accelerate's guides on gradient accumulation and clipping, everything prepared; AdamW as it comes."""
-    _accelerate(setting, turns, {})
-
-
-def accelerate_fused(setting: Setting, turns: Turns) -> None:
-    """The same with AdamW's fused kernel, which is one argument."""
-    _accelerate(setting, turns, {"fused": True})
-
-
-def _accelerate(setting: Setting, turns: Turns, options: dict[str, Any]) -> None:
     from accelerate import Accelerator
     from transformers import get_cosine_schedule_with_warmup
 
     accelerator = Accelerator(gradient_accumulation_steps=setting.steps, cpu=True)
     model = gpt2(setting, turns)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY, **optimizer_options)
     scheduler = get_cosine_schedule_with_warmup(optimizer, WARMUP, UPDATES)
     loader = DataLoader(Blocks(setting), batch_size=setting.micro_batch_size)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -140,49 +123,32 @@ def _accelerate(setting: Setting, turns: Turns, options: dict[str, Any]) -> None
             turns.tick()
 
 
-def nanogpt(setting: Setting, turns: Turns) -> None:
-    """nanoGPT's model and `configure_optimizers` as they come; without CUDA its AdamW is not the fused one."""
-    _nanogpt(setting, turns)
+accelerate_fused = partial(accelerate, fused=True)  # AdamW's fused kernel
 
 
-def nanogpt_fused(setting: Setting, turns: Turns) -> None:
-    """The same with AdamW's fused kernel over the same groups."""
-    _nanogpt(setting, turns, is_fused=True)
+def nanogpt(setting: Setting, turns: Turns, is_fused: bool = False) -> None:
+    """nanoGPT's model, `configure_optimizers` and the steps of its train.py; without CUDA its AdamW is not the fused one.
 
-
-def _nanogpt(setting: Setting, turns: Turns, is_fused: bool = False) -> None:
-    """The steps of nanoGPT's train.py: each batch is fetched while the one before is computed, the gradient clipped."""
+    Each batch is fetched while the one before is computed, and the gradient is clipped.
+    """
     if not setting.nanogpt:
         raise ImportError("nanoGPT is no package: give its model.py with --nanogpt")
-    specification = importlib.util.spec_from_file_location("nanogpt_model", setting.nanogpt)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look there
-    specification.loader.exec_module(module)
+    sys.path.append(str(Path(setting.nanogpt).parent))
+    module = importlib.import_module(Path(setting.nanogpt).stem)
     torch.manual_seed(0)
-    model: Any = module.GPT(
-        module.GPTConfig(
-            block_size=setting.sequence_length,
-            vocab_size=setting.vocabulary,
-            n_layer=setting.n_layer,
-            n_head=setting.n_head,
-            n_embd=setting.n_embd,
-            dropout=0.0,
-            bias=True,
-        )
-    )
-    turns.facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    sizes = module.GPTConfig(**setting.shape, block_size=setting.sequence_length, dropout=0.0, bias=True)
+    model: Any = module.GPT(sizes)
+    count_parameters(model, turns)
     optimizer = model.configure_optimizers(DECAY, RATE, BETAS, "cpu")
-    if is_fused:
+    if is_fused:  # over the same groups
         optimizer = torch.optim.AdamW(optimizer.param_groups, lr=RATE, betas=BETAS, fused=True)
     if setting.compile:
         model = torch.compile(model)
-    context, fetched = nullcontext(), 0
+    fetched = 0
 
     def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal fetched
-        rows = [setting.block(fetched + row).astype(np.int64) for row in range(setting.micro_batch_size)]
+        rows = [setting.block(fetched + row) for row in range(setting.micro_batch_size)]
         fetched += setting.micro_batch_size
         tokens = torch.from_numpy(np.stack(rows))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -192,15 +158,17 @@ def _nanogpt(setting: Setting, turns: Turns, is_fused: bool = False) -> None:
         for group in optimizer.param_groups:
             group["lr"] = _cosine(update)
         for _ in range(setting.steps):
-            with context:
-                _, loss = model(inputs, targets)
-                loss = loss / setting.steps
+            _, loss = model(inputs, targets)
+            loss = loss / setting.steps
             inputs, targets = get_batch()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         turns.tick()
+
+
+nanogpt_fused = partial(nanogpt, is_fused=True)
 
 
 def litgpt(setting: Setting, turns: Turns) -> None:
@@ -228,11 +196,8 @@ def litgpt(setting: Setting, turns: Turns) -> None:
     config = Config(
         name="GPT-2's sizes",
         block_size=setting.sequence_length,
-        vocab_size=setting.vocabulary,
-        padded_vocab_size=setting.vocabulary,
-        n_layer=setting.n_layer,
-        n_head=setting.n_head,
-        n_embd=setting.n_embd,
+        padded_vocab_size=setting.vocab_size,
+        **setting.shape,
         intermediate_size=4 * setting.n_embd,
         bias=True,
         lm_head_bias=False,
@@ -247,14 +212,13 @@ def litgpt(setting: Setting, turns: Turns) -> None:
     initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
     model.transformer.wte.weight = model.lm_head.weight
     model.max_seq_length = setting.sequence_length
-    turns.facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    count_parameters(model, turns)
     if setting.compile:
         model = torch.compile(model)
     model = fabric.setup(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY, fused=True)
-    state = {"model": model, "optimizer": fabric.setup_optimizers(optimizer), "iter_num": 0, "step_count": 0}
-    loader = fabric.setup_dataloaders(DataLoader(Ticking(setting), batch_size=setting.micro_batch_size))
-    held_out = fabric.setup_dataloaders(DataLoader(RawBlocks(setting), batch_size=setting.micro_batch_size))
+    data = [DataLoader(blocks, setting.micro_batch_size) for blocks in (Ticking(setting), RawBlocks(setting))]
+    training, held_out = fabric.setup_dataloaders(*data)
     train = TrainArgs(
         save_interval=None,
         log_interval=UPDATES,
@@ -268,8 +232,8 @@ def litgpt(setting: Setting, turns: Turns) -> None:
     fit(
         fabric=fabric,
         devices=1,
-        state=state,
-        train_dataloader=loader,
+        state={"model": model, "optimizer": fabric.setup_optimizers(optimizer), "iter_num": 0, "step_count": 0},
+        train_dataloader=training,
         val_dataloader=held_out,
         out_dir=Path(tempfile.mkdtemp(prefix="benchmark-step-")),
         tokenizer_dir=None,
