@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -95,7 +96,8 @@ class Source:
         self, reader: Any, name: str, state: dict[str, Any] | None = None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """(document, the reader's state after it), each once: after an error it goes on behind the last document."""
-        pauses = self._pauses()
+        all_pauses = partial(growing_pauses, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, self.retry_seconds)
+        pauses = all_pauses()
         while True:
             if state is not None:
                 reader.load_state_dict(state)
@@ -103,7 +105,7 @@ class Source:
                 for row in reader:
                     text, state = self.text(row), reader.state_dict()
                     yield text, state
-                    pauses = self._pauses()
+                    pauses = all_pauses()
                 return
             except RecipeError:
                 raise
@@ -111,9 +113,6 @@ class Source:
                 if (pause := next(pauses, None)) is None:
                     raise self._unreadable(name, error) from error
             time.sleep(pause)
-
-    def _pauses(self) -> Iterator[float]:
-        return growing_pauses(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, self.retry_seconds)
 
     def _unreadable(self, name: str, error: Exception) -> RecipeError:
         tried = f" (tried again for {self.retry_seconds:g} s, data.retry_seconds)" if self.retry_seconds else ""

@@ -63,10 +63,8 @@ def open_source(config: Config) -> Source:
 def standard_library_files() -> tuple[Path, list[Path]]:
     """(directory, sorted relative paths) of the running interpreter's `.py` files, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path.relative_to(root) for path in root.rglob("*.py")]
-    return root, sorted(
-        path for path in files if not _NOT_TRAINED_ON.intersection(path.parts) and (root / path).is_file()
-    )
+    files = [path.relative_to(root) for path in root.rglob("*.py") if path.is_file()]
+    return root, sorted(path for path in files if not _NOT_TRAINED_ON.intersection(path.parts))
 
 
 def _files(paths: list[str], config: Config) -> Any:

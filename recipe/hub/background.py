@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
+from typing import Any
 
 from recipe.hub.client import explain, redact, revision_of
 from recipe.plan.schedule import crosses
@@ -83,17 +84,14 @@ class Pusher:
         root = str(Path(__file__).resolve().parents[2])  # so that it finds the recipe, installed or not
         path = os.pathsep.join([root, os.environ.get("PYTHONPATH", root)])
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}  # what it prints waits in a pipe
+        pipes: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": STDOUT, "text": True, "errors": "replace"}
         self._started = time.monotonic()
         try:
             self._child = Popen(
                 [sys.executable, "-m", "recipe", "push", str(self.run.directory), "--follow", str(self._queue[0][1])],
                 env=os.environ | quiet | {"PYTHONPATH": path},
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=STDOUT,
-                text=True,
-                errors="replace",
                 start_new_session=True,  # a terminal's Ctrl-C goes to the training alone, which decides what it ends
+                **pipes,
             )
         except OSError as error:
             self._report(*self._queue.pop(0), explain(error))

@@ -72,15 +72,9 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
     Raises:
         RecipeError: a budget that does not divide, or a warm-up longer than the run.
     """
-    configured = config.batch.micro_batch_size
-    size = micro_batch_size if configured == "auto" else configured
-    update = UpdatePlan(
-        tokens_per_update=config.batch.tokens_per_update,
-        sequence_length=config.data.sequence_length,
-        lanes=config.batch.lanes,
-        world_size=world_size,
-        micro_batch_size=size or 1,
-    )
+    batch, length = config.batch, config.data.sequence_length
+    size = micro_batch_size if batch.micro_batch_size == "auto" else batch.micro_batch_size
+    update = UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, micro_batch_size=size or 1)
     parameters = parameter_count(config.model, config.n_positions)
     updates = total_updates(config.schedule, parameters, update.tokens_per_update)
     if config.schedule.warmup_tokens >= updates * update.tokens_per_update:
@@ -91,7 +85,7 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
     return RunPlan(
         update=update,
         parameters=parameters,
-        flops_per_token=flops_per_token(config.model, config.n_positions, config.data.sequence_length),
+        flops_per_token=flops_per_token(config.model, config.n_positions, length),
         state_bytes=state_bytes(config),
         total_updates=updates,
         planned_updates=min(updates, config.run.max_updates or updates),

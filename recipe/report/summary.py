@@ -29,25 +29,15 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    formats = {
-        "number": "{:,.0f}".format,
-        "percent": percent,
-        "duration": duration,
-        "size": size_text,
-        "short_count": short_count,
-    }
-    templates.filters |= {name: _if_known(form) for name, form in formats.items()}
+    formats = {"number": "{:,.0f}".format, "percent": percent, "duration": duration, "size": size_text}
+    templates.filters |= {name: _if_known(form) for name, form in (formats | {"short_count": short_count}).items()}
     templates.filters |= {
         "text": _if_known(lambda value, pattern: pattern.format(value)),
-        "event_name": event_name,
-        "event_text": event_text,
         "file_name": lambda path: Path(path).name,
         "cell": markdown_cell,
-        "fenced": fenced,
-        "smoothing_window": smoothing_window,
-        "some_of_each_kind": some_of_each_kind,
-        "repeatable_config": repeatable_config,
     }
+    plain = (event_name, event_text, fenced, smoothing_window, some_of_each_kind, repeatable_config)
+    templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
         "HELD_OUT": HELD_OUT,

@@ -48,11 +48,7 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(entry.update - self._bar.n)  # back, after a rollback
-        elif (
-            entry.update == self._first + 1
-            or entry.update % max(1, self.updates // PLAIN_LINES) == 0
-            or entry.update == self.updates
-        ):
+        elif entry.update in (self._first + 1, self.updates) or entry.update % max(1, self.updates // PLAIN_LINES) == 0:
             done = max(entry.update - self._first, 1)
             left = (time.perf_counter() - self._started) / done * (self.updates - entry.update)
             minutes, seconds = divmod(round(left), 60)

@@ -84,9 +84,8 @@ def choose_precision(requested: str, device: str) -> tuple[str, str]:
         reason = "the CPU has AMX tiles" if has_bf16 else "the CPU has no AMX tiles, so bf16 gains little or loses much"
     else:
         has_bf16, reason = False, f"bf16 is not tested on {device}"
-    if requested == "auto":
-        return ("bf16" if has_bf16 else "fp32"), reason
-    return requested, "as configured"
+    auto = ("bf16" if has_bf16 else "fp32"), reason
+    return auto if requested == "auto" else (requested, "as configured")
 
 
 def available_bytes(device: Any) -> int:

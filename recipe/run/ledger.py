@@ -129,8 +129,8 @@ def start_trackers(config: Config, accelerator: Any, update: int) -> None:
 
     TensorBoard and trackio go on with the run's curves, and W&B begins another run of the same name.
     """
-    name = Path(config.run.directory).resolve().name
-    options = {"trackio": {"name": name, "resume": "allow" if update else "never"}, "wandb": {"name": name}}
+    name = {"name": Path(config.run.directory).resolve().name}
+    options = {"trackio": {**name, "resume": "allow" if update else "never"}, "wandb": name}
     with redirect_stdout(io.StringIO()):  # trackio's words, in colours even in a pipe
         plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in flat_settings(config).items()}
         accelerator.init_trackers(TRACKER_PROJECT, config=plain, init_kwargs=options)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
+from recipe.format import aligned
 from recipe.plan.memory import largest_micro_batch
 from recipe.plan.run_plan import RunPlan, make_plan, world_size_of_launcher
 from recipe.run.console import Console
@@ -83,7 +84,7 @@ def start_run(config: Config) -> Run:
     if plan.micro_batch_is_auto:
         plan = resolve_auto_micro_batch(config, accelerator, precision)
     console = Console(accelerator.is_main_process, plan.planned_updates)
-    console.section("plan", f"{plan}\n  precision           {precision}: {reason}")
+    console.section("plan", aligned([*plan.rows(), ("precision", f"{precision}: {reason}")]))
     return Run(config, plan, accelerator, precision, stop, console, Ledger(config, accelerator))
 
 

@@ -21,9 +21,8 @@ def measure_update(
     `started` is `time.perf_counter()` before the update waited for its data.
     """
     plan, device = run.plan.update, run.device
-    measured = torch.tensor(
-        [[blocks.wait_seconds, peak_memory_bytes(device)]], dtype=result.loss.dtype, device=device
-    )  # float64, if the device has it
+    rank_values = [[blocks.wait_seconds, peak_memory_bytes(device)]]
+    measured = torch.tensor(rank_values, dtype=result.loss.dtype, device=device)  # float64, if the device has it
     wait_seconds, peak_bytes = run.accelerator.gather(measured).max(dim=0).values.tolist()
     loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
     update_seconds = time.perf_counter() - started

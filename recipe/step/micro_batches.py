@@ -45,10 +45,9 @@ class MicroBatches:
         run = self.run
         while True:
             seed_dropout(run.config.run.seed, blocks.update, run.rank)
-            try:  # packed blocks have no masked target, so their number is known
-                return run_update(
-                    run, self.model, optimizer, self.split(blocks.batch), run.plan.update.tokens_per_update
-                )
+            tokens = run.plan.update.tokens_per_update  # packed blocks have no masked target, so their number is known
+            try:
+                return run_update(run, self.model, optimizer, self.split(blocks.batch), tokens)
             except DoesNotFit as error:
                 rank = error.rank
             self._halve(blocks.update, rank)  # after `except`, whose error holds what is to be freed

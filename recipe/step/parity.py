@@ -30,7 +30,7 @@ class ParityCheck:
 
     @property
     def largest(self) -> float:
-        """The largest relative difference."""
+        """Of the differences."""
         return max(difference for _, difference in self.differences)
 
     def __str__(self) -> str:

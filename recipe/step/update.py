@@ -95,7 +95,7 @@ def accumulate_gradient(
     accelerator.gradient_accumulation_steps = steps
     accelerator.step = 0  # a counter left by another number of steps would end this update early
     factor = accelerator.num_processes * (1 if is_manual else steps)  # derived above
-    scale = factor / targets.to(_sum_dtype(targets.device))
+    scale = factor / targets.to(torch.float32 if targets.device.type == "mps" else torch.float64)  # MPS has no float64
     loss_sum, agreements, ran_out = torch.zeros_like(scale), stop.agreements, False
     try:
         for step, (inputs, labels) in enumerate(micro_batches, start=1):
@@ -147,8 +147,3 @@ def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known:
         return torch.full((), known, device=device)  # torch.tensor would wait for the device
     counts = [(targets != IGNORED_TARGET).sum() for _, targets in micro_batches]
     return accelerator.reduce(torch.stack(counts).sum(), reduction="sum").clamp(min=1)
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Where losses are added up and scaled: float64, so that thousands of micro-batches lose nothing; MPS has only float32."""
-    return torch.float32 if device.type == "mps" else torch.float64
