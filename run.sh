@@ -7,7 +7,8 @@ usage() {
     cat <<'TEXT'
 ./run.sh                                   set up, then train configs/quickstart.yaml: minutes on two CPU cores
 ./run.sh configs/NAME.yaml [--KEY VALUE]   set up, then train that preset; ./run.sh configs/NAME.yaml --help lists the keys
-./run.sh test [PYTEST ARGUMENTS]           set up, then lint, type-check and run the test suite
+./run.sh test [PYTEST ARGUMENTS]           set up, then lint, type-check and run the test suite: some minutes on two cores
+./run.sh test quick [PYTEST ARGUMENTS]     set up, then lint and run the tests that start no process: under a minute
 
 TOPOLOGY=NAME ./run.sh ...                 launch with accelerate_configs/NAME.yaml: cpu, cpu_2, gpu, gpu_8.
                                            Without it: gpu where there is an NVIDIA GPU, else cpu.
@@ -74,7 +75,11 @@ test)
     setup pinned,test
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
-    .venv/bin/mypy
+    if [[ ${1:-} == quick ]]; then
+        set -- --quick "${@:2}"
+    else
+        .venv/bin/mypy
+    fi
     # What tests leave among the temporary files, as launchers and compilers that are killed do, goes with them.
     TMPDIR=$(mktemp -d)
     export TMPDIR

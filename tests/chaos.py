@@ -19,7 +19,8 @@ from pathlib import Path
 
 from recipe.checkpoint.files import why_invalid
 from recipe.run.directory import list_checkpoints
-from tests.helpers import FAULTY, SCRIPT, TINY, assert_same_run, read_ledger, start_ranks, write_texts
+from recipe.run.ledger import read_lines
+from tests.helpers import FAULTY, SCRIPT, TINY, assert_same_run, start_ranks, write_texts
 
 RANKS = 2
 UPDATES_BETWEEN = 20  # interruptions, at most
@@ -95,16 +96,17 @@ def chaos(interruptions: int, seed: int, root: Path) -> Counter[str]:
     write_texts(root / "texts", count=16, largest=1200)
     whole = start_ranks(RANKS, [SCRIPT, *arguments(root / "whole", updates)], fork=False)
     assert finish(whole, timeout=600) == [0] * RANKS
+    ledger = root / "chaos/ledger.jsonl"
     command = [FAULTY, "slow_checkpoint_writer", *arguments(root / "chaos", updates)]
     for number in range(interruptions):
         processes = start_ranks(RANKS, command, fork=False, PYTHONUNBUFFERED="1")
-        how = interrupt(processes, root / "chaos/ledger.jsonl", chance)
+        how = interrupt(processes, ledger, chance)
         codes = finish(processes)
         assert codes[0] != 0, "the run was over before all interruptions: raise UPDATES_PER_INTERRUPTION"
         half_written = len(list((root / "chaos/checkpoints").glob(".tmp-*")))
         happened.update([how, damage(root / "chaos", chance)])
         happened["killed while a checkpoint was being written"] += half_written > 0
-        done = [line["update"] for line in read_ledger(root / "chaos")]
+        done = [line["update"] for line in read_lines(ledger)]
         print(f"{number + 1:>3} {how:<25} exit {codes}, {done[-1] if done else 0} of {updates} updates", flush=True)
     last = start_ranks(RANKS, command, fork=False)
     assert finish(last, timeout=600) == [0] * RANKS

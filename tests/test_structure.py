@@ -85,6 +85,13 @@ def test_nothing_takes_more_than_five_arguments() -> None:
     assert long == []
 
 
+def test_no_test_imports_another() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        names = [f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+        assert not [name for name in names if name.startswith("tests.") and ".test_" in name], path
+
+
 def test_what_answers_at_once_imports_no_torch() -> None:
     names = [name for name in MODULES if f"{name}.".startswith(tuple(f"recipe.{light}." for light in LIGHT))]
     assert len(names) > 20
