@@ -24,7 +24,7 @@ def summed_token_loss(
     Args:
         hidden: [..., width], last hidden states.
         embedding: [rows, width], the tied output layer; rows from `vocabulary` on are padding and get probability 0.
-        targets: [...], int64, `IGNORED_TARGET` where masked.
+        targets: [...], int64, `IGNORED_TARGET` if masked.
         vocabulary: number of tokens the tokenizer has.
         matmul: computes all products.
 
@@ -60,7 +60,7 @@ class _SummedTokenLoss(torch.autograd.Function):
             total = logits.exp_().sum(1, keepdim=True)
             loss += (total.log() - of_targets).masked_fill(is_masked, 0).sum()
             if needs_gradient:
-                logits /= total  # softmax, or 0 where masked
+                logits /= total.masked_fill(is_masked, float("inf"))  # softmax, or 0 if masked
                 logits.scatter_(1, labels, (logits.gather(1, labels) - 1).masked_fill(is_masked, 0))
                 logits = logits.to(dtype)  # now their own gradient
                 of_hidden[start : start + size] = matmul(logits, weight)
