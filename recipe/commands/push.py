@@ -20,7 +20,7 @@ def main() -> None:
     """The command."""
     parser = make_parser(PushConfig, "python -m recipe push", "Push a run's checkpoints and finished model to the Hub.")
     parser.add_argument("run", help="Directory of the run.")
-    parser.add_argument("--follow", help="Push this directory alone and end with the standard input; the training's.")
+    parser.add_argument("--follow", help="For the training: push this directory alone; end when standard input closes.")
     run = Path(parse(parser, PushConfig, sys.argv[1:])[1]["run"])
     hub = read_config(run / "config.yaml").hub
     parser.set_defaults({f.name: getattr(hub, f.name) for f in fields(PushConfig)})

@@ -84,6 +84,15 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(tokens: int, dtype: 
         assert ours[1][::3].abs().max() == 0, "of masked targets"
 
 
+def test_large_logits_do_not_overflow_and_infinite_ones_are_seen() -> None:
+    """exp(88) is the last that float32 holds; an update whose loss is not finite is skipped, so it must not become finite."""
+    hidden, embedding, targets, vocabulary = inputs_of(8, torch.float32)
+    inputs = 1000 * hidden.detach(), embedding, targets, vocabulary
+    assert difference(summed_token_loss(*inputs), plain_loss(*inputs)) < 1e-6
+    inputs[0][1, 0] = float("inf")
+    assert not torch.isfinite(summed_token_loss(*inputs))
+
+
 @pytest.mark.usefixtures("chunks_of_three")
 def test_the_gradient_is_the_derivative() -> None:
     hidden, embedding, targets, vocabulary = inputs_of(8)
