@@ -61,7 +61,8 @@ def accumulation_errors() -> dict[int, dict[str, float]]:
     weights: dict[str, Tensor] | None = None
     found = []
     for precision, state in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
-        changes = {"precision": precision, "optimizer.state": state, "data.sequence_length": 64, "batch.lanes": 64}
+        changes = {"precision": precision, "optimizer.state": state, "performance.compile": False}
+        changes |= {"data.sequence_length": 64, "batch.lanes": 64}
         training = Training(read_preset(PRESET, changes), vocabulary=2048)
         weights = weights or training.model.state_dict()
         training.model.load_state_dict(weights)
@@ -155,7 +156,7 @@ def main() -> None:
         for name, ledger in ledgers.items()
     }
     result = {"runs": runs, "accumulation": errors}
-    write_result("bf16-state", options, result, report(result), chart(ledgers))
+    write_result("bf16_state", options, result, report(result), chart(ledgers))
 
 
 if __name__ == "__main__":

@@ -52,20 +52,17 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 def write_result(
     name: str, options: argparse.Namespace, values: Mapping[str, Any], text: str, chart: Any = None
 ) -> None:
-    """Write DATE-NAME.md for people, .json with every measurement, and .png; print the text.
+    """Write DATE-NAME.md for people, .json with every measurement, and, with a chart of altair, .png; print the text.
 
     Args:
-        name: of the benchmark.
+        name: module of the benchmark.
         options: of `command_line`.
         values: JSON values.
         text: Markdown. Its first line is the title; the command, the machine and the picture go below it.
-        chart: altair's.
+        chart: of altair.
     """
-    run = start_quietly(read_preset("configs/quickstart.yaml"))
-    machine, command = (
-        describe_environment(run.accelerator, "fp32"),
-        " ".join(["python -m benchmarks." + name, *sys.argv[1:]]),
-    )
+    machine = describe_environment(start_quietly(read_preset("configs/quickstart.yaml")).accelerator, "fp32")
+    command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
     path, (title, _, rest) = options.out / f"{utc_now()[:10]}-{name}", text.partition("\n")
     text = f"""# {title} ({utc_now()[:10]})
 

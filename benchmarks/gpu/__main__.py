@@ -263,9 +263,8 @@ def line(entry: Mapping[str, Any]) -> str:
     parts = [f"{entry['name']:<48} micro-batch {entry['micro_batch_size']:>2}"]
     if "agrees" in entry:
         parts.append(f"{entry['tokens_per_second']:>9,.0f} tokens/s  {share(entry['mfu']):>6} MFU")
-        parts.append(
-            f"{entry['peak_memory_bytes'] / 2**30:5.1f} GiB of {entry['planned_memory_bytes'] / 2**30:.1f} planned"
-        )
+        planned = f" of {entry['planned_memory_bytes'] / 2**30:.1f} planned" if "peak_reserved_bytes" in entry else ""
+        parts.append(f"{entry['peak_memory_bytes'] / 2**30:5.1f} GiB{planned}")  # a CPU's peak is that of the process
         parts += [] if entry["agrees"] else ["DOES NOT AGREE with the baseline"]
     if entry["status"] != "measured":
         return "  ".join([*parts, f"{entry['status']}: {entry['reason']}"])

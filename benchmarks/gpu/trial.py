@@ -94,7 +94,7 @@ class Trial(Training):
             check_blocks: a whole number of micro-batches.
             seconds: to measure for, about.
 
-        Returns: (JSON values, fingerprint of the first).
+        Returns: (JSON values, fingerprint before the first step).
         """
         size, steps = self.run.plan.update.micro_batch_size, len(self.steps)
         first_seconds = self._timed(partial(self.accumulate, check_blocks // size))
@@ -119,9 +119,8 @@ class Trial(Training):
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "planned_memory_bytes": planned.peak_bytes,
         }
-        if (
-            self.device.type == "cuda"
-        ):  # what the allocator took, and how often it had to give back before that sufficed
+        if self.device.type == "cuda":
+            # What the allocator took, and how often it had to give back before that sufficed.
             values["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
             values["allocation_retries"] = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
         return values, fingerprint
