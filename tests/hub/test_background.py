@@ -294,7 +294,9 @@ def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) 
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, log=None)
     ledger = Ledger(config, accelerator)
     plan: Any = None
-    yield Run(config, plan, accelerator, "fp32", StopRequest(), Console(True, UPDATES), ledger)
+    stop = StopRequest()
+    stop.listen()
+    yield Run(config, plan, accelerator, "fp32", stop, Console(True, UPDATES), ledger)
     ledger.close()
     for number, handler in before.items():
         signal.signal(number, handler)
