@@ -180,11 +180,7 @@ def test_a_wrong_number_in_the_ledger_shows(directory: Path, tmp_path: Path) -> 
 
 
 def test_damaged_and_missing_values_leave_a_page(browser: Browser, directory: Path, tmp_path: Path) -> None:
-    """Not finite, null, absent, of another type, half a line; a setting that this version does not know."""
-    config = (directory / "config.yaml").read_text(encoding="utf-8")
-    (directory / "config.yaml").write_text(
-        config.replace("run:\n", "run:\n  no_longer_a_setting: 3\n"), encoding="utf-8"
-    )
+    """Not finite, null, absent, of another type, half a line."""
     entries = read_lines(directory / LEDGER)[1:]
     entries[2] |= {"loss": "nan", "grad_norm": None, "update_seconds": "inf", "tokens_per_second": [1]}
     entries[4] |= {"loss": math.nan, "learning_rate": math.inf}
