@@ -69,7 +69,7 @@ def test_what_is_no_run_is_refused(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has done no update yet"):
         read_record(directory)
     write_lines(directory / LEDGER, [{"event": "start", "update": 0}, {"update": 1, "tokens": 1536, "loss": 6.0}])
-    with pytest.raises(RecipeError, match="was written by version 0.1.0"):
+    with pytest.raises(RecipeError, match=r"was written by version 0\.1\.0"):
         read_record(directory)
 
 
