@@ -30,6 +30,8 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
     Raises:
         RecipeError: the model cannot be written.
     """
+    if not run.is_main:
+        return
     directory = run.directory
     export_model(model.gpt2, tokenizer, directory / "final")
     before = {name: _before_training(run, name, after) for name, after in evaluation.latest.items()}

@@ -109,8 +109,7 @@ def train(config: Config) -> None:
     saver.finish()
     if run.stop.is_agreed:
         end_stopped_run(run, pusher)
-    if run.is_main:
-        finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation, parity)
+    finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation, parity)
     run.accelerator.end_training()
     pusher.push(planned_updates, final)
     pusher.finish()  # no rank waits for this one any more
