@@ -25,7 +25,7 @@ def end_stopped_run(run: Run, pusher: Any) -> None:
 
 
 def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, parity: ParityCheck | None) -> None:
-    """Write final/ and summary.json, and print what a person wants to see first. On rank 0.
+    """Write final/ and summary.json, and print what a person wants to see first. Rank 0 does it; the others return.
 
     Raises:
         RecipeError: the model cannot be written.
