@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
@@ -67,20 +68,13 @@ def check_compiler(device_type: str, what: str) -> None:
             raise RecipeError(
                 f"{what} needs a C++ compiler, and there is none: install g++, or set CXX, or leave it out"
             ) from None
-    else:
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise RecipeError(f"{what} needs Triton on {device_type}, and there is none: pip install triton")
+    elif not has_triton():
+        raise RecipeError(f"{what} needs Triton on {device_type}, and there is none: pip install triton")
 
 
 def is_compiled(setting: bool | str, device_type: str) -> bool:
     """Whether the model is compiled, for `performance.compile` on a device type: auto is on CUDA with Triton."""
-    if setting != "auto":
-        return bool(setting)
-    from torch.utils._triton import has_triton
-
-    return device_type == "cuda" and bool(has_triton())
+    return bool(setting) if setting != "auto" else device_type == "cuda" and bool(has_triton())
 
 
 def compile_model(model: Any, **options: Any) -> None:

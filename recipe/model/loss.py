@@ -42,26 +42,29 @@ class _SummedTokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, vocabulary: int, matmul: Matmul
     ) -> Tensor:
-        device = hidden.device.type
+        device, size = hidden.device.type, rows_per_chunk(hidden.device.type)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         weight, loss = embedding.to(dtype), hidden.new_zeros((), dtype=sum_dtype)
         if needs_gradient := any(ctx.needs_input_grad):
             of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(embedding, dtype=sum_dtype)
-        size = rows_per_chunk(device)
         for start in range(0, len(hidden), size):
             rows, labels = hidden[start : start + size].to(dtype), targets[start : start + size, None]
             is_masked = labels == IGNORED_TARGET
-            labels = labels.masked_fill(is_masked, 0)
+            index = labels.masked_fill(is_masked, 0)
             logits = matmul(rows, weight.t()).to(sum_dtype)
             logits[:, vocabulary:].fill_(float("-inf"))
             logits -= logits.amax(1, keepdim=True)
-            of_targets = logits.gather(1, labels)
+            of_targets = logits.gather(1, index)
             total = logits.exp_().sum(1, keepdim=True)
             loss += (total.log() - of_targets).masked_fill(is_masked, 0).sum()
             if needs_gradient:
                 logits /= total.masked_fill(is_masked, float("inf"))  # softmax, or 0 if masked
-                logits.scatter_(1, labels, (logits.gather(1, labels) - 1).masked_fill(is_masked, 0))
+                if torch.compiler.is_compiling():  # in one pass, where scatter_ would copy
+                    is_target = torch.arange(len(embedding), device=hidden.device) == labels
+                    logits = torch.where(is_target, logits - 1, logits)
+                else:
+                    logits.scatter_(1, index, (logits.gather(1, index) - 1).masked_fill(is_masked, 0))
                 logits = logits.to(dtype)  # now their own gradient
                 of_hidden[start : start + size] = matmul(logits, weight)
                 if matmul is torch.mm:

@@ -52,7 +52,8 @@ def loss_and_gradients(loss: Callable[..., Tensor], inputs: Inputs, scale: Tenso
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Relative, in the 2-norm."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 class _Seen(TorchDispatchMode):
