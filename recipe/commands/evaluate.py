@@ -1,5 +1,7 @@
 """Evaluate a finished model: `python -m recipe evaluate MODEL ...`."""
 
+from __future__ import annotations  # without it, --help prints each Annotated type in full
+
 import json
 import math
 import sys

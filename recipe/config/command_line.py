@@ -95,10 +95,8 @@ def _initial_shape(config: Config) -> dict[str, Any]:
         if config.resume not in ("auto", "fresh"):
             return {}  # as it is stated: resuming compares it with the checkpoint's
         path = Path(config.run.directory, "config.yaml")
-        if config.resume == "auto" and path.is_file():
-            earlier = read_config(path).model
-            if earlier.init_from == name:
-                return {field: getattr(earlier, field) for field in SHAPE}
+        if config.resume == "auto" and path.is_file() and (earlier := read_config(path).model).init_from == name:
+            return {field: getattr(earlier, field) for field in SHAPE}
         raise
 
 

@@ -4,6 +4,8 @@ The defaults are what the `gpt2-*` presets share; a preset holds only what diffe
 what it means, and in which unit. Its type says which numbers are valid: `Annotated[int, AtLeast(1)]`.
 """
 
+from __future__ import annotations  # without it, --help prints each Annotated type in full
+
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass

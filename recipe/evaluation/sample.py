@@ -1,5 +1,7 @@
 """A sample from a model."""
 
+from __future__ import annotations  # without it, --help prints each Annotated type in full
+
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -28,12 +30,10 @@ def generate(gpt2: Any, tokenizer: Any, config: GenerateConfig) -> str:
     from transformers import GenerationConfig
 
     ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    room = gpt2.config.n_positions - config.max_new_tokens
-    ids = ids[-max(room, 1) :]
-    sampling = (
-        {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k} if config.temperature > 0 else {}
-    )
+    ids = ids[-max(gpt2.config.n_positions - config.max_new_tokens, 1) :]
+    sampling = {"temperature": config.temperature, "top_k": config.top_k} if config.temperature > 0 else {}
     generation = GenerationConfig(
+        do_sample=config.temperature > 0,
         max_new_tokens=min(config.max_new_tokens, gpt2.config.n_positions - len(ids)),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,

@@ -131,7 +131,7 @@ def read_record(directory: Path, update: int | None = None) -> Record:
         raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
     config = read_config(directory / "config.yaml")
     numbers = updates[["world_size", "micro_batch_size"]].iloc[-1].fillna(1).clip(lower=1).astype(int)
-    events = [line for line in read_lines(directory / EVENTS) if "event" in line and line["update"] <= last]
+    events = [e for e in read_lines(directory / EVENTS) if isinstance(e.get("event"), str) and e["update"] <= last]
     record = Record(directory, config, make_plan(config, *numbers.tolist()), updates, events, {})
     summary = directory / "summary.json"
     if record.is_finished and summary.is_file():

@@ -20,6 +20,14 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     assert "\x1b" not in done.stdout, "no colours in a pipe"
 
 
+def test_help_of_a_command_names_types_as_a_person_does() -> None:
+    for command in ("train", "plan", "evaluate", "generate", "report", "card", "push"):
+        done = run([*RECIPE, command, "--help"])
+        assert done.returncode == 0, command
+        assert "(type: " in done.stdout, command
+        assert not re.search("Annotated|Bound|AtLeast", done.stdout), command
+
+
 def test_a_command_gets_the_arguments_behind_its_name() -> None:
     done = run([*RECIPE, "plan", "--config", "configs/quickstart.yaml"])
     assert done.returncode == 0, done.stderr
