@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from recipe.config.command_line import load_config
 from recipe.errors import RecipeError
 from recipe.plan.run_plan import make_plan
-from tests.helpers import ROOT, TINY, run, run_and_time, train, write_texts
+from tests.helpers import ROOT, TINY, assert_one_line, run, run_and_time, train, write_texts
 
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 
@@ -105,15 +104,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "BROKEN/unknown.yaml").write_text("batch:\n  tokens: 5\n")
     write_texts(root / "TEXTS", count=3)
     return {path.name: path for path in root.iterdir()}
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
-    assert "Traceback" not in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("case", SETTINGS)
