@@ -49,9 +49,8 @@ def train(config: Config) -> None:
 
     # ---- 2. Data: documents -> tokenizer -> lanes; each rank opens only its own lanes ------------------------------------
     source, init_from = open_source(config), config.model.init_from
-    init_from = (
-        str(point.checkpoint) if init_from and point.checkpoint else init_from
-    )  # which has weights and tokenizer
+    if init_from and point.checkpoint:
+        init_from = str(point.checkpoint)  # it has weights and tokenizer
     with run.accelerator.main_process_first():
         tokenizer = load_tokenizer(config, source, init_from)
     validation_sets = read_validation_sets(config, source, tokenizer)
