@@ -116,7 +116,10 @@ def resumed(root: Path, hub: HubServer, pushed: SimpleNamespace) -> SimpleNamesp
     """The second training, in root/second: on an empty machine it goes on from the first one's first checkpoint on the Hub,
     which does not answer when it is checked, and then fails for ever."""
     hub.faults, hub.is_released = [Fault("/repos/create", None, 1), Fault("/user/second/", 500)], threading.Event()
-    script = "import recipe.hub.client; recipe.hub.client.CHECK_SECONDS = 1; from recipe.train import main; main()"
+    script = (
+        "import recipe.hub.client, recipe.train; from recipe.errors import run_command;"
+        "recipe.hub.client.CHECK_SECONDS = 1; run_command(recipe.train.main)"
+    )
     command = arguments(root / "second", "--hub.repo_id", "user/second", "--hub.wait_seconds", "4")
     command += ["--resume", f"hf://user/model@{NAMES[0]}"]
     processes = start_ranks(2, ["-c", script, *command], **hub.environment(HF_HOME=str(root / "empty")))

@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig
 from recipe.data.blocks import split_into_micro_batches, to_tensors
+from recipe.errors import run_command
 from recipe.model.gpt2 import build_gpt2
 from recipe.model.optimizer import build_optimizer, seed_dropout
 from recipe.step.update import run_update
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from recipe.config.settings import BatchConfig, Config, ModelConfig, OptimizerConfig, Scaling
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch, split_into_micro_batches, to_tensors
+from recipe.errors import run_command
 from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
@@ -168,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
