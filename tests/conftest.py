@@ -19,21 +19,28 @@ from tests import helpers  # noqa: E402
 from tests.helpers import TINY, train, write_texts  # noqa: E402
 
 # By a run of the suite on two cores, from the longest on: whoever begins last should not have the most to do.
-LONGEST_FIRST = ("checkpoint/test_resume", "test_train", "step/test_stability", "data/test_data_faults")
+LONGEST_FIRST = (
+    *("checkpoint/test_resume", "test_train", "data/test_data_faults", "hub/test_background", "plan/test_memory"),
+    *("report/test_report", "config/test_errors", "step/test_stability", "data/test_data", "model/test_kernels"),
+)
+LENGTHY = ("benchmarks/test_gpu_benchmark", "data/test_data_faults", "plan/test_memory", "report/test_report")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="skip tests that start a process, and those marked lengthy")
+    parser.addoption("--quick", action="store_true", help="leave out tests that start a process, and lengthy files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     helpers.may_start_processes = not config.getoption("--quick")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Workers take files in this order."""
     order = {f"tests/{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+    if config.getoption("--quick"):
+        lengthy = tuple(f"tests/{name}.py" for name in LENGTHY)
+        items[:] = [item for item in items if not item.nodeid.startswith(lengthy)]
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -25,6 +25,7 @@ ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 SCRIPT = "recipe/train.py"
 FAULTY = "tests/support/faulty_train.py"
 
+AT_START = dict(os.environ)  # importing datasets or inductor adds to it
 # A model that trains in seconds; everything else is the quickstart's.
 TINY = [
     *["--config", str(ROOT / "configs/quickstart.yaml"), "--run.parity_check", "false", "--precision", "fp32"],
@@ -59,7 +60,7 @@ def write_texts(directory: Path, count: int = 24, largest: int = 6000) -> list[s
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without a launcher's variables, one thread for each process, no network."""
+    """This process's environment when it began, without a launcher's variables; one thread for each process, no network."""
     dropped = (
         "RANK",
         "WORLD_SIZE",
@@ -70,7 +71,7 @@ def environment(**more: str) -> dict[str, str]:
         "TORCHELASTIC_",
         "PYTEST_",
     )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    kept = {k: v for k, v in AT_START.items() if not k.startswith(dropped)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **more}
 
 
@@ -86,12 +87,12 @@ def fork_server() -> ForkServer:
 def start(
     command: Sequence[str], *, cwd: Any = ROOT, fork: Any = True, stdout: Any = PIPE, stderr: Any = PIPE, **more: str
 ) -> subprocess.Popen[str]:
-    """Start a command; its output can be read line by line. `fork`: by the fork server, if it can run it."""
+    """Start a command; its output can be read line by line. `fork`: by this fork server, or by that of all tests, if it can."""
     if not may_start_processes:
         pytest.skip("it starts a process")
     options = {"cwd": cwd, "env": environment(**more), "stdout": stdout, "stderr": stderr}
-    if fork and fork_server().can_run(command, options["env"]):
-        return ForkedProcess(fork_server(), command, **options)
+    if fork and (server := fork_server() if fork is True else fork).can_run(command, options["env"]):
+        return ForkedProcess(server, command, **options)
     return subprocess.Popen(command, text=True, **options)
 
 
@@ -154,16 +155,6 @@ def run_ranks(world_size: int, command: Sequence[str], *, fork: Any = True, **mo
     codes, output, _ = end_of(start_ranks(world_size, command, fork=fork, **more))
     assert codes == [0] * world_size, output
     return output
-
-
-def launcher(ranks: int) -> list[str]:
-    """One rank as a plain script, two as README says it, three with torchrun."""
-    if ranks == 1:
-        return [sys.executable, SCRIPT]
-    if ranks == 2:
-        return [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_2.yaml", SCRIPT]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *rendezvous, SCRIPT]
 
 
 def wait_for(process: subprocess.Popen[str], words: str) -> None:

@@ -15,29 +15,32 @@ from recipe.config.command_line import load_config
 from recipe.plan.run_plan import make_plan
 from recipe.plan.schedule import learning_rate
 from recipe.run.ledger import LedgerEntry, read_lines
-from tests.helpers import ROOT, SCRIPT, launcher, read_ledger, run, run_ranks, train, write_texts
+from tests.helpers import ACCELERATE, ROOT, SCRIPT, read_ledger, run, run_ranks, train, write_texts
 from tests.support.factorisations import OPTIMIZERS, UPDATES, arguments, assert_same_updates
 
 FACTORISATIONS = ((1, 8), (1, 3), (2, 5), (3, 2))  # (ranks, micro-batch)
+LAUNCH = [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_2.yaml", SCRIPT]
+RENDEZVOUS = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", *RENDEZVOUS, SCRIPT]
 Runs = dict[tuple[str, int, int], Path]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Directory of the run of 20 updates for each (optimizer, ranks, micro-batch); with SGD as README has it launched."""
+    """Directory of the run of 20 updates for each (optimizer, ranks, micro-batch); one of them as README has it launched."""
     root = tmp_path_factory.mktemp("runs")
     write_texts(root / "texts")
 
     def train(optimizer: str, ranks: int, size: int) -> Path:
         directory = root / f"{optimizer}-{ranks}-{size}"
         command = arguments(directory, root / "texts", optimizer, size)
-        if optimizer == "adamw" or size == 3:
-            trackers = ["--log.trackers", "tensorboard"] if ranks == 1 else []
-            output = run_ranks(ranks, [SCRIPT, *command, *trackers])
-        else:
-            done = run([*launcher(ranks), *command], fork=False)
+        if (optimizer, ranks) == ("sgd", 2):
+            done = run([*LAUNCH, *command])
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             output = done.stdout
+        else:
+            trackers = ["--log.trackers", "tensorboard"] if (optimizer, ranks) == ("adamw", 1) else []
+            output = run_ranks(ranks, [SCRIPT, *command, *trackers])
         (directory / "output.txt").write_text(output, encoding="utf-8")
         return directory
 
@@ -55,6 +58,14 @@ def test_training_does_not_depend_on_ranks_or_micro_batch(runs: Runs, optimizer:
         ledger = read_ledger(runs[optimizer, ranks, size])
         assert {entry["world_size"] for entry in ledger} == {ranks}
         assert_same_updates(reference, ledger)
+
+
+@pytest.mark.slow
+def test_torchrun_launches_it_too(runs: Runs) -> None:
+    reference = runs["sgd", 1, 8]
+    done = run([*TORCHRUN, *arguments(reference.parent / "torchrun", reference.parent / "texts", "sgd", 2)])
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert_same_updates(read_ledger(reference), read_ledger(reference.parent / "torchrun"))
 
 
 def closed_form(arguments: list[str]) -> list[float]:

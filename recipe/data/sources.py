@@ -62,9 +62,14 @@ def open_source(config: Config) -> Source:
 
 def standard_library_files() -> tuple[Path, list[Path]]:
     """(directory, sorted relative paths) of the running interpreter's `.py` files, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path.relative_to(root) for path in root.rglob("*.py") if path.is_file()]
-    return root, sorted(path for path in files if not _NOT_TRAINED_ON.intersection(path.parts))
+    root, files = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
+    for directory, folders, names in os.walk(root):
+        folders[:] = (
+            set(folders) - _NOT_TRAINED_ON
+        )  # os.walk goes into what is left: nobody waits for all of site-packages
+        paths = (Path(directory, name) for name in names if name.endswith(".py"))
+        files += [path.relative_to(root) for path in paths if path.is_file()]
+    return root, sorted(files)
 
 
 def _files(paths: list[str], config: Config) -> Any:

@@ -275,7 +275,7 @@ def test_no_token_is_written_anywhere(root: Path) -> None:
     secret = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
     directory = root / "secret"
     more = ["--run.max_updates", "4", "--log.trackers", "tensorboard"]
-    done = train(*arguments(directory, *more), fork=False, HF_TOKEN=secret)
+    done = train(*arguments(directory, *more), HF_TOKEN=secret)
     assert done.returncode == 0, done.stderr
     assert secret not in done.stdout + done.stderr
     files = [path for path in directory.rglob("*") if path.is_file()]

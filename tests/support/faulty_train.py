@@ -22,8 +22,11 @@ import recipe.checkpoint.files
 import recipe.checkpoint.resume
 import recipe.checkpoint.saver
 import recipe.evaluation.in_run
+import recipe.hub.client
 import recipe.model.gpt2
 import recipe.model.optimizer
+import recipe.run.ledger
+import recipe.run.run
 import recipe.step.micro_batches
 import recipe.step.parity
 import recipe.step.update
@@ -276,6 +279,22 @@ def slow_checkpoint_writer() -> None:
     recipe.checkpoint.files._sync = sync
 
 
+def full_disk() -> None:
+    """No fault of the recipe: /dev/full takes nothing, so the run's first event cannot be written."""
+
+    class Full(recipe.run.ledger.Ledger):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._files["events.jsonl"] = Path("/dev/full").open("w")  # noqa: SIM115
+
+    setattr(recipe.run.run, "Ledger", Full)  # noqa: B010
+
+
+def impatient_with_the_hub() -> None:
+    """No fault, but a Hub that does not answer is waited for one second only, before the run."""
+    recipe.hub.client.CHECK_SECONDS = 1.0
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -295,6 +314,8 @@ FAULTS: dict[str, Callable[[], None]] = {
         signal_in_an_evaluation,
         attention_sees_the_future,
         slow_checkpoint_writer,
+        full_disk,
+        impatient_with_the_hub,
     )
 }
 
