@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--quick"):
         lengthy = tuple(f"tests/{name}.py" for name in LENGTHY)
         items[:] = [item for item in items if not item.nodeid.startswith(lengthy)]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage has to look at it again."""
+    gc.freeze()
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

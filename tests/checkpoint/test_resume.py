@@ -87,7 +87,7 @@ def test_a_run_moves_between_one_two_and_three_ranks(root: Path) -> None:
 def test_a_signal_saves_and_the_same_command_goes_on(root: Path, number: int, code: int) -> None:
     directory = root / f"signal-{number}"
     endless = arguments(directory, "--checkpoint.every_tokens", "null", "--run.max_updates", "9999")
-    process = start_training(*endless, fork=number != signal.SIGINT)
+    process = start_training(*endless)
     wait_for(process, "update      6/")
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)

@@ -100,8 +100,9 @@ def pushed(root: Path, hub: HubServer, on_hub: ForkServer) -> SimpleNamespace:
     command = arguments(directory, "--hub.training_state", "true", "--checkpoint.keep", "1")
     processes = start_ranks(2, [SCRIPT, *command], fork=on_hub, **hub.environment(HF_HOME=str(root / "home")))
     try:
-        wait_until((directory / "final").is_dir)
+        final = directory / "final"
         wait_until(lambda: processes[1].poll() is not None)
+        wait_until(lambda: [content_of(links) for links in directory.glob(".pushing/*/final")] == [content_of(final)])
         seen = SimpleNamespace(
             rank_0=processes[0].poll(),
             updates=[entry["update"] for entry in read_ledger(directory)],

@@ -95,8 +95,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "report.html"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_page_opens_with_no_error_no_request_and_no_text_over_another(
     browser: Browser, page_file: Path, width: int, scheme: str
 ) -> None:
