@@ -76,7 +76,7 @@ test)
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     if [[ ${1:-} == quick ]]; then
-        set -- --quick "${@:2}"
+        set -- --quick -n 2 "${@:2}" # nothing waits there
     else
         .venv/bin/mypy
     fi

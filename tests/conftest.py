@@ -24,11 +24,14 @@ LONGEST_FIRST = (
     *("checkpoint/test_resume", "test_train", "data/test_data_faults", "hub/test_background", "plan/test_memory"),
     *("report/test_report", "config/test_errors", "step/test_stability", "data/test_data", "model/test_kernels"),
 )
-LENGTHY = ("benchmarks/test_gpu_benchmark", "data/test_data_faults", "plan/test_memory", "report/test_report")
+LENGTHY = (
+    *("benchmarks/test_gpu_benchmark", "data/test_data_faults", "data/test_data.py::test_state_is_exact"),
+    *("model/test_kernels", "plan/test_memory", "report/test_card", "report/test_report"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="leave out tests that start a process, and lengthy files")
+    parser.addoption("--quick", action="store_true", help="leave out tests that start a process, and lengthy ones")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order = {f"tests/{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if config.getoption("--quick"):
-        lengthy = tuple(f"tests/{name}.py" for name in LENGTHY)
+        lengthy = tuple(f"tests/{name}" for name in LENGTHY)
         items[:] = [item for item in items if not item.nodeid.startswith(lengthy)]
 
 
@@ -57,7 +60,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     directory = root / name
     with FileLock(root / f"{name}.lock"):
         if not (root / f"{name}.made").exists():
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)  # if it was left out before
             make(directory)
             (root / f"{name}.made").touch()
     return directory

@@ -76,9 +76,16 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @cache
-def fork_server() -> ForkServer:
-    """The one of this process and its tests."""
-    return ForkServer(environment())
+def fork_server(**more: str) -> ForkServer:
+    """The one of this process and its tests for these variables of the environment."""
+    skip_if_quick()
+    return ForkServer(environment(**more))
+
+
+def skip_if_quick() -> None:
+    """Skip the test if none may start a process."""
+    if not may_start_processes:
+        pytest.skip("it starts a process")
 
 
 # Options before `**more`, which are variables of the environment, are Any: mypy takes a dictionary of strings for all of them.
@@ -88,8 +95,7 @@ def start(
     command: Sequence[str], *, cwd: Any = ROOT, fork: Any = True, stdout: Any = PIPE, stderr: Any = PIPE, **more: str
 ) -> subprocess.Popen[str]:
     """Start a command; its output can be read line by line. `fork`: by this fork server, or by that of all tests, if it can."""
-    if not may_start_processes:
-        pytest.skip("it starts a process")
+    skip_if_quick()
     options = {"cwd": cwd, "env": environment(**more), "stdout": stdout, "stderr": stderr}
     if fork and (server := fork_server() if fork is True else fork).can_run(command, options["env"]):
         return ForkedProcess(server, command, **options)

@@ -34,7 +34,18 @@ from recipe.run.console import Console
 from recipe.run.ledger import EVENTS, Ledger, read_lines
 from recipe.run.run import Run
 from recipe.run.stop import StopRequest
-from tests.helpers import FAULTY, ROOT, SCRIPT, TINY, environment, read_ledger, start_ranks, train, write_texts
+from tests.helpers import (
+    FAULTY,
+    ROOT,
+    SCRIPT,
+    TINY,
+    environment,
+    fork_server,
+    read_ledger,
+    start_ranks,
+    train,
+    write_texts,
+)
 from tests.support.fork_server import ForkServer
 from tests.support.hub_server import TOKEN, Fault, HubServer
 
@@ -86,7 +97,7 @@ def hub() -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def on_hub(root: Path, hub: HubServer) -> ForkServer:
     """Forks runs that take it for the Hub, which libraries read where that is when they are imported."""
-    return ForkServer(environment(**hub.environment(HF_HOME=str(root / "home"))))
+    return fork_server(**hub.environment(HF_HOME=str(root / "home")))
 
 
 @pytest.fixture(scope="module")
