@@ -9,6 +9,7 @@ USER_ERROR_EXIT_CODE = 2
 DIVERGED_EXIT_CODE = 3
 DATA_EXIT_CODE = 4
 INTERRUPTED_EXIT_CODE = 130
+BROKEN_PIPE_EXIT_CODE = 141
 
 
 class RecipeError(Exception):
@@ -34,7 +35,14 @@ def run_command(main: Callable[[], None]) -> None:
     rank, ranks = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1")
     exit_code = 0
     try:
-        main()
+        try:
+            main()
+        except SystemExit as request:
+            exit_code = request.code if isinstance(request.code, int) else int(request.code is not None)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after `| head`: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_code = BROKEN_PIPE_EXIT_CODE
     except RecipeError as error:
         if rank == 0 or error.on_this_rank_only:
             where = f" (rank {rank})" if error.on_this_rank_only and rank else ""
@@ -44,8 +52,6 @@ def run_command(main: Callable[[], None]) -> None:
         if rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
         exit_code = INTERRUPTED_EXIT_CODE
-    except SystemExit as request:
-        exit_code = request.code if isinstance(request.code, int) else int(request.code is not None)
     except RuntimeError as error:
         if "by peer" in str(error):  # gloo: connection closed, or reset
             message, exit_code = "another rank has ended; its message says why", 1

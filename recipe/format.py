@@ -25,11 +25,9 @@ _NOT_SHOWN = ("event", "update", "time_utc", "blocks_sha256")
 def value_text(value: Any) -> str:
     """A JSON value in at most 200 characters."""
     if isinstance(value, dict):
-        pairs = {k: v for k, v in value.items() if isinstance(v, list) and len(v) == 2}
-        if len(pairs) == len(value):  # changes: [earlier, now]
-            text = ", ".join(f"{name} {value_text(old)} → {value_text(new)}" for name, (old, new) in pairs.items())
-        else:
-            text = ", ".join(f"{name} {value_text(inner)}" for name, inner in value.items())
+        are_changes = all(isinstance(inner, list) and len(inner) == 2 for inner in value.values())  # [earlier, now]
+        texts = {k: " → ".join(map(value_text, v)) if are_changes else value_text(v) for k, v in value.items()}
+        text = ", ".join(f"{name} {inner}" for name, inner in texts.items())
     elif isinstance(value, list | tuple):
         text = ", ".join(value_text(inner) for inner in value)
     elif isinstance(value, float):
@@ -76,15 +74,11 @@ def size_text(size_bytes: float) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table: the first and the last column aligned to the left, those between them to the right."""
-    last = len(rows[0]) - 1
-    widths = [max(len(row[column]) for row in rows) for column in range(last)]
+    first, *between = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append("  " + "  ".join([*cells, row[last]]).rstrip())
+    for name, *cells, last in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, between, strict=True)]
+        lines.append("  ".join(["", name.ljust(first), *cells, last]).rstrip())
     return "\n".join(lines)
 
 

@@ -25,11 +25,9 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line, above the bar if there is one."""
-        if not self.enabled:
-            return
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
-        else:
+        elif self.enabled:
             print(text, flush=True)
 
     def start(self, update: int) -> None:

@@ -109,9 +109,8 @@ def peak_flops(device: Any, precision: str) -> float | None:
     """Peak FLOP/s of one device in `precision`; None if unknown."""
     import torch
 
-    if device.type != "cuda" or precision != "bf16":
-        return None
-    return bf16_peak_flops(torch.cuda.get_device_name(device))
+    has_peak = device.type == "cuda" and precision == "bf16"
+    return bf16_peak_flops(torch.cuda.get_device_name(device)) if has_peak else None
 
 
 def describe_environment(accelerator: Any, precision: str) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 
-from tests.helpers import ROOT, run
+import pytest
+
+from recipe.errors import BROKEN_PIPE_EXIT_CODE
+from tests.helpers import ROOT, run, start
 
 RECIPE = [sys.executable, "-m", "recipe"]
 
@@ -42,6 +46,15 @@ def test_the_console_script_is_the_same() -> None:
     done = run([sys.executable, "-c", f"from {module} import {function}; {function}()", "pln"])
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: pln is not a command: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--config", "configs/quickstart.yaml"], ["--help"], ["plan", "--help"]])
+def test_a_reader_that_has_gone_is_no_traceback(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer), start([*RECIPE, *arguments], stdout=writer) as process:
+        assert process.communicate()[1] == ""
+    assert process.returncode in (0, BROKEN_PIPE_EXIT_CODE)  # argparse takes no notice if a help is long
 
 
 def test_a_mistake_is_one_line_and_exit_code_2() -> None:
