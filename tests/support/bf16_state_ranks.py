@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 
-from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig
+from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.errors import run_command
 from recipe.model.gpt2 import build_gpt2
@@ -29,7 +29,8 @@ def main() -> None:
     shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=LENGTH)
     batch = BatchConfig(tokens_per_update=8 * LENGTH, lanes=8, micro_batch_size=2)
     data, optimizer_config = DataConfig(sequence_length=LENGTH), OptimizerConfig(state="bf16")
-    config = Config(batch=batch, data=data, model=shape, optimizer=optimizer_config)
+    schedule = ScheduleConfig(warmup_tokens=0)
+    config = Config(batch=batch, data=data, model=shape, optimizer=optimizer_config, schedule=schedule)
     plain = build_gpt2(config, VOCABULARY, 0)
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, config.optimizer, seed=5))
     run = make_run(config, accelerator)
