@@ -85,7 +85,7 @@ def faulty_ledgers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[d
     ledgers = {}
     for fault in ("none", "tick_the_schedule_per_rank", "prepare_the_data_loader"):
         ranks, script = (1, [SCRIPT]) if fault == "none" else (2, [FAULTY, fault])
-        run_ranks(ranks, [*script, *factorisations.arguments(root / fault, root / "texts", "sgd", 5)], fork=ranks == 1)
+        run_ranks(ranks, [*script, *factorisations.arguments(root / fault, root / "texts", "sgd", 5)])
         ledgers[fault] = read_ledger(root / fault)
     return ledgers
 

@@ -39,14 +39,14 @@ def test_steps_too_small_for_bf16_arrive_in_the_mean() -> None:
     assert torch.tensor(1 - 1e-4).bfloat16() == 1
 
 
-def test_a_resumed_lean_run_is_bit_identical(tmp_path: Path) -> None:
+def test_a_resumed_run_with_bf16_state_is_bit_identical(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
 
     def run(name: str, *more: str) -> None:
         given = ["--run.directory", f"{tmp_path}/{name}", "--data.text_files", f"{tmp_path}/texts/*.txt"]
         cache = ["--data.cache_directory", f"{tmp_path}/cache", "--batch.micro_batch_size", "12"]
-        lean = ["--optimizer.state", "bf16", "--precision", "bf16"]
-        done = train(*TINY, *given, *cache, *lean, *more, TORCHINDUCTOR_CACHE_DIR=f"{tmp_path}/inductor")
+        bf16 = ["--optimizer.state", "bf16", "--precision", "bf16"]
+        done = train(*TINY, *given, *cache, *bf16, *more, TORCHINDUCTOR_CACHE_DIR=f"{tmp_path}/inductor")
         assert done.returncode == 0, done.stderr
 
     run("whole", "--run.max_updates", "6")
@@ -63,7 +63,7 @@ def test_a_resumed_lean_run_is_bit_identical(tmp_path: Path) -> None:
 def test_without_torchao_it_is_one_line(tmp_path: Path) -> None:
     script = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: n != 'torchao' and f(n, *a) or None\\n"
     script += "from recipe.errors import run_command; import recipe.train; run_command(recipe.train.main)"
-    lean = ["--optimizer.state", "bf16", "--precision", "bf16", "--run.directory", str(tmp_path)]
-    done = train(*TINY, *lean, script=("-c", script.replace("\\n", "\n")))
+    bf16 = ["--optimizer.state", "bf16", "--precision", "bf16", "--run.directory", str(tmp_path)]
+    done = train(*TINY, *bf16, script=("-c", script.replace("\\n", "\n")))
     assert done.returncode == 2
     assert "optimizer.state = bf16 needs torchao: pip install --editable '.[bf16-state]'" in done.stderr

@@ -155,7 +155,7 @@ def test_ddp_holds_the_gradient_once_more() -> None:
 @pytest.mark.parametrize(
     ("layers", "width", "vocabulary", "length", "rows"), [(4, 128, 1024, 128, 8), (2, 512, 4096, 16, 1)]
 )
-def test_planned_memory_of_lean_state(layers: int, width: int, vocabulary: int, length: int, rows: int) -> None:
+def test_planned_memory_of_bf16_state(layers: int, width: int, vocabulary: int, length: int, rows: int) -> None:
     """Slow, since the optimizer is compiled."""
     pytest.importorskip("torchao", reason="pip install --editable '.[bf16-state]'")
     config = shape(layers, width, vocabulary, length, rows, "--precision", "bf16", "--optimizer.state", "bf16")
