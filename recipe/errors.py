@@ -1,6 +1,7 @@
 """The exception that is a message to the user, and how a command ends with it. Imports nothing heavy."""
 
 import os
+import select
 import sys
 import threading
 from collections.abc import Callable
@@ -40,7 +41,11 @@ def run_command(main: Callable[[], None]) -> None:
         except SystemExit as request:
             exit_code = request.code if isinstance(request.code, int) else int(request.code is not None)
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on, as after `| head`: what is left goes nowhere
+    except BrokenPipeError:  # as after `| head`: what is left goes nowhere
+        poll = select.poll()
+        poll.register(sys.stdout, select.POLLOUT)
+        if not any(found & select.POLLERR for _, found in poll.poll(0)):
+            raise  # it was another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_code = BROKEN_PIPE_EXIT_CODE
     except RecipeError as error:
