@@ -101,6 +101,7 @@ def test_dry_run_measures_every_row_without_datasets_or_jsonargparse(tmp_path: P
     assert all(product["flops_per_second"] > 0 for product in values["limits"]["matrix_products"])
 
 
+@pytest.mark.slow
 def test_without_time_everything_is_skipped_and_said(tmp_path: Path) -> None:
     done, values = gpu_sh(tmp_path, "--minutes", "0")
     assert done.returncode == 0, done.stderr
@@ -214,6 +215,7 @@ def test_larger_micro_batches_are_not_tried_if_smaller_ones_did_not_fit(
     assert last_row(benchmark)["reason"] == "micro-batches of 8 ran out of memory"
 
 
+@pytest.mark.slow
 def test_each_attention_row_uses_its_kernel_alone(benchmark: Benchmark) -> None:
     kernels = {"baseline": None, "attention math": "math", "attention flash": "flash"}
     for name, kernel in kernels.items():

@@ -161,6 +161,7 @@ def test_unusable_data_is_one_line(given: list[str], words: list[str], tmp_path:
     assert_one_line(done, words)
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     given = ["--data.dataset", "nobody/nothing", "--run.directory", str(tmp_path / "run")]
     done = train(*TINY, *given, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
@@ -193,18 +194,7 @@ def test_a_launch_that_starts_one_process_says_so_in_the_plan(tmp_path: Path) ->
 
 
 def test_ranks_that_do_not_see_each_other_are_refused(tmp_path: Path) -> None:
-    """An Accelerator that counts other ranks than the launcher started: here one more, since it is one process."""
-    script = """
-from accelerate import Accelerator
-import accelerate
-class Miscounting(Accelerator):
-    num_processes = 2
-accelerate.Accelerator = Miscounting
-from recipe.errors import run_command
-import recipe.train
-run_command(recipe.train.main)
-"""
-    done = train(*TINY, "--run.directory", str(tmp_path), script=("-c", script))
+    done = train(*TINY, "--run.directory", str(tmp_path), script=(FAULTY, "miscounting_accelerator"))
     assert_one_line(done, ["the launcher started 1 ranks but this one sees 2"])
 
 

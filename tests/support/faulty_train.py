@@ -279,6 +279,18 @@ def slow_checkpoint_writer() -> None:
     recipe.checkpoint.files._sync = sync
 
 
+def miscounting_accelerator() -> None:
+    """An Accelerator that counts other ranks than the launcher started: one more."""
+    import accelerate
+
+    class Miscounting(accelerate.Accelerator):
+        @property
+        def num_processes(self) -> int:
+            return super().num_processes + 1
+
+    setattr(accelerate, "Accelerator", Miscounting)  # noqa: B010
+
+
 def full_disk() -> None:
     """No fault of the recipe: /dev/full takes nothing, so the run's first event cannot be written."""
 
@@ -314,6 +326,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         signal_in_an_evaluation,
         attention_sees_the_future,
         slow_checkpoint_writer,
+        miscounting_accelerator,
         full_disk,
         impatient_with_the_hub,
     )
