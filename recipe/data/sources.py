@@ -64,9 +64,7 @@ def standard_library_files() -> tuple[Path, list[Path]]:
     """(directory, sorted relative paths) of the running interpreter's `.py` files, without its tests."""
     root, files = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
     for directory, folders, names in os.walk(root):
-        folders[:] = (
-            set(folders) - _NOT_TRAINED_ON
-        )  # os.walk goes into what is left: nobody waits for all of site-packages
+        folders[:] = set(folders) - _NOT_TRAINED_ON  # os.walk goes into these alone: site-packages is large
         paths = (Path(directory, name) for name in names if name.endswith(".py"))
         files += [path.relative_to(root) for path in paths if path.is_file()]
     return root, sorted(files)

@@ -116,7 +116,7 @@ def become_python(arguments: list[str], cwd: str, environment: dict[str, str]) -
 if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
-    sys.modules["recipe.config.command_line"].run_parser()
+    importlib.import_module("recipe.config.command_line").run_parser()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork copies one thread only"
     gc.freeze()  # what is there stays: no run has to look at it, and copy its pages
     serve(socket.socket(fileno=int(sys.argv[1])))
