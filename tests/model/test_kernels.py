@@ -19,7 +19,7 @@ from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.model.kernels import compile_model, eager, set_kernels
 from recipe.model.onednn import choose_matmul, use_onednn
 from recipe.plan.memory import rows_per_chunk
-from tests.helpers import TINY, read_events, read_ledger, run_ranks, train, write_texts
+from tests.helpers import SCRIPT, TINY, read_events, read_ledger, run_ranks, train, write_texts
 
 LENGTH = 32
 
@@ -262,7 +262,7 @@ def test_a_compiled_run_is_the_same_run_and_finds_its_code_again(tmp_path: Path)
     assert "'fxgraph_cache_miss': 4" in outputs[0]
     assert "'fxgraph_cache_hit': 4" in outputs[1]
     assert "fxgraph_cache_miss" not in outputs[1]
-    run_ranks(2, ["recipe/train.py", *arguments("two", *compiled)])
+    run_ranks(2, [SCRIPT, *arguments("two", *compiled)], **cached)
     eager_losses = [entry["loss"] for entry in read_ledger(tmp_path / "eager")]
     for name in ("cold", "warm", "two"):
         assert [entry["loss"] for entry in read_ledger(tmp_path / name)] == pytest.approx(eager_losses, rel=1e-5), name
