@@ -61,11 +61,12 @@ def test_training_does_not_depend_on_ranks_or_micro_batch(runs: Runs, optimizer:
 
 
 @pytest.mark.slow
-def test_torchrun_launches_it_too(runs: Runs) -> None:
-    reference = runs["sgd", 1, 8]
-    done = run([*TORCHRUN, *arguments(reference.parent / "torchrun", reference.parent / "texts", "sgd", 2)])
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert_same_updates(read_ledger(reference), read_ledger(reference.parent / "torchrun"))
+def test_torchrun_launches_it_too(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts")
+    for command, name, size in (([sys.executable, SCRIPT], "one", 8), (TORCHRUN, "three", 2)):
+        done = run([*command, *arguments(tmp_path / name, tmp_path / "texts", "sgd", size)])
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert_same_updates(read_ledger(tmp_path / "one"), read_ledger(tmp_path / "three"))
 
 
 def closed_form(arguments: list[str]) -> list[float]:
