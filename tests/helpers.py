@@ -26,6 +26,7 @@ SCRIPT = "recipe/train.py"
 FAULTY = "tests/support/faulty_train.py"
 
 AT_START = dict(os.environ)  # importing datasets or inductor adds to it
+
 # A model that trains in seconds; everything else is the quickstart's.
 TINY = [
     *["--config", str(ROOT / "configs/quickstart.yaml"), "--run.parity_check", "false", "--precision", "fp32"],

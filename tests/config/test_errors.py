@@ -12,9 +12,7 @@ import pytest
 from recipe.config.command_line import load_config
 from recipe.errors import RecipeError
 from recipe.plan.run_plan import make_plan
-from tests.helpers import FAULTY, ROOT, TINY, assert_one_line, run, run_and_time, train, write_texts
-
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+from tests.helpers import ACCELERATE, FAULTY, ROOT, TINY, assert_one_line, run, run_and_time, train, write_texts
 
 # Arguments after the tiny settings, words the line has to contain.
 SETTINGS = {
