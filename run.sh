@@ -60,12 +60,18 @@ train() {
         [[ $argument != -h && $argument != --help ]] || exec .venv/bin/python recipe/train.py --help
     done
     [[ $(<"$settings") =~ num_processes:\ ([0-9]+) ]]
+    local ranks=${BASH_REMATCH[1]}
     # A mistake in a setting is answered here, in a moment and in one line, before anything is launched.
-    WORLD_SIZE=${BASH_REMATCH[1]} .venv/bin/python -m recipe plan --config "$preset" "$@" >/dev/null
+    WORLD_SIZE=$ranks .venv/bin/python -m recipe plan --config "$preset" "$@" >/dev/null
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(.venv/bin/python -c \
-        'import os, sys; print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "${BASH_REMATCH[1]}")}
-    trap '' INT # Ctrl-C is for the training, which saves and ends; the launcher only waits for it
-    exec .venv/bin/accelerate launch --quiet --config_file "$settings" recipe/train.py --config "$preset" "$@"
+        'import os, sys; print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' "$ranks")}
+    # Whoever signals this process signals what it becomes: the training, or a launcher that waits for it.
+    if ((ranks == 1)); then
+        [[ $(<"$settings") =~ use_cpu:\ (true|false) ]]
+        export ACCELERATE_USE_CPU=${BASH_REMATCH[1]}
+        exec .venv/bin/python recipe/train.py --config "$preset" "$@"
+    fi
+    exec .venv/bin/python -m recipe launch --quiet --config_file "$settings" recipe/train.py --config "$preset" "$@"
 }
 
 case ${1:-} in

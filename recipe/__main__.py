@@ -7,7 +7,8 @@ from recipe.errors import RecipeError, run_command
 
 COMMANDS = {
     "plan": "Print every derived number of a run, with its derivation.",
-    "train": "Train a GPT-2 in this process; accelerate launch recipe/train.py for more of them.",
+    "train": "Train a GPT-2 in this process.",
+    "launch": "Train in several processes: accelerate launch, but signals and exit codes are passed on.",
     "evaluate": "Loss, perplexity and bits per byte of a model on text.",
     "generate": "Print a sample from a model.",
     "report": "Write one HTML page with the curves of runs.",

@@ -1,10 +1,13 @@
 """The exception that is a message to the user, and how a command ends with it. Imports nothing heavy."""
 
 import os
+import re
 import select
 import sys
 import threading
 from collections.abc import Callable
+
+from recipe.streams import prepare_streams, send_nowhere
 
 USER_ERROR_EXIT_CODE = 2
 DIVERGED_EXIT_CODE = 3
@@ -33,7 +36,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     If all ranks meet the same error, only rank 0 prints it.
     """
-    rank, ranks = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1")
+    prepare_streams()
+    rank = int(found[0]) if (found := re.findall(r"^\d+$", os.environ.get("RANK", ""), re.ASCII)) else 0
     exit_code = 0
     try:
         try:
@@ -41,12 +45,12 @@ def run_command(main: Callable[[], None]) -> None:
         except SystemExit as request:
             exit_code = request.code if isinstance(request.code, int) else int(request.code is not None)
         sys.stdout.flush()
-    except BrokenPipeError:  # as after `| head`: what is left goes nowhere
+    except BrokenPipeError:  # as after `| head`
         poll = select.poll()
         poll.register(sys.stdout, select.POLLOUT)
         if not any(found & select.POLLERR for _, found in poll.poll(0)):
             raise  # it was another pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        send_nowhere(sys.stdout)
         exit_code = BROKEN_PIPE_EXIT_CODE
     except RecipeError as error:
         if rank == 0 or error.on_this_rank_only:
@@ -65,7 +69,7 @@ def run_command(main: Callable[[], None]) -> None:
         else:
             raise
         print(f"error (rank {rank}): {message}", file=sys.stderr, flush=True)
-    if ranks != "1":
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # In about one run of fifty a thread of gloo asks for the interpreter while that shuts down, and aborts a rank that is
         # done ("terminate called without an active exception"). So leave before that, after what the interpreter does
         # first: end idle pools (torch.compile's wait for ever), and wait for threads that still write.

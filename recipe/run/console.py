@@ -3,11 +3,15 @@
 import os
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from recipe.run.ledger import LedgerEntry
 
-PLAIN_LINES = 20  # lines of progress in a pipe
+# In a pipe: a line for each of the first updates, then by time, first often and then more rarely.
+FIRST_LINES = 10
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 30.0, 600.0
+PAUSE_SHARE = 0.05  # of the time since the start
 
 
 class Console:
@@ -17,7 +21,7 @@ class Console:
         self.enabled = enabled
         self.updates = updates
         self._bar: Any = None
-        self._started, self._first = 0.0, 0
+        self._started, self._first, self._next_line = 0.0, 0, 0.0
 
     def section(self, title: str, text: object) -> None:
         """A titled paragraph."""
@@ -46,11 +50,13 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(entry.update - self._bar.n)  # back, after a rollback
-        elif entry.update in (self._first + 1, self.updates) or entry.update % max(1, self.updates // PLAIN_LINES) == 0:
-            done = max(entry.update - self._first, 1)
-            left = (time.perf_counter() - self._started) / done * (self.updates - entry.update)
-            minutes, seconds = divmod(round(left), 60)
-            self.say(f"update {entry.update:>6,}/{self.updates:,}  {values}, {minutes}:{seconds:02d} left")
+            return
+        passed, done = time.perf_counter() - self._started, max(entry.update - self._first, 1)
+        if done <= FIRST_LINES or passed >= self._next_line or entry.update == self.updates:
+            pause = min(max(SHORTEST_PAUSE_SECONDS, PAUSE_SHARE * passed), LONGEST_PAUSE_SECONDS)
+            self._next_line = passed + pause
+            left = timedelta(seconds=round(passed / done * (self.updates - entry.update)))
+            self.say(f"update {entry.update:>6,}/{self.updates:,}  {values}, {left} left")
 
     def finish(self) -> None:
         """Training is over."""

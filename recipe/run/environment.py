@@ -23,29 +23,29 @@ def start_accelerator(config: Config, precision: str) -> Any:
     """An Accelerator on the device at hand, whose accumulation steps `recipe.step.update` sets.
 
     Raises:
-        RecipeError: the ranks do not see each other, a tracker is not installed, or the launch asks for sharding.
+        RecipeError: the ranks do not see each other, or a tracker is not installed.
     """
     missing = [tracker for tracker in config.log.trackers if importlib.util.find_spec(tracker) is None]
     if missing:
         raise RecipeError(f"log.trackers: {missing[0]} is not installed: pip install {missing[0]}, or leave it out")
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise RecipeError(
-                f"{name} is not supported yet: launch with a DDP file of accelerate_configs/, such as gpu_8.yaml"
-            )
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
-    accelerator = Accelerator(
-        cpu=device_type() == "cpu",
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
-        # The plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument; no dataloader is prepared.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        # As long as gloo waits: NCCL's 10 minutes would be over while one rank tries again to read (data.retry_seconds).
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
-        log_with=list(config.log.trackers) or None,
-        project_dir=config.run.directory,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=device_type() == "cpu",
+            mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+            dynamo_backend="no",  # the recipe compiles the model itself
+            # The plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument; no dataloader is prepared.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            # As long as gloo waits: NCCL's 10 minutes would be over while one rank tries again to read (data.retry_seconds).
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
+            log_with=list(config.log.trackers) or None,
+            project_dir=config.run.directory,
+        )
+    except Exception as error:  # of accelerate, or of one of the libraries that ranks talk through
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RecipeError(f"accelerate cannot start this rank: {reason}", on_this_rank_only=True) from error
     announced = world_size_of_launcher()
     if accelerator.num_processes != announced:
         raise RecipeError(
@@ -60,7 +60,8 @@ def device_type() -> str:
     """`cpu` if accelerate was told so or torch finds no accelerator, else the accelerator's type (`cuda`, `mps`, ...)."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.accelerator.is_available():
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("y", "yes", "t", "true", "on", "1")  # as accelerate
+    if use_cpu or not torch.accelerator.is_available():
         return "cpu"
     accelerator = torch.accelerator.current_accelerator()
     return accelerator.type if accelerator else "cpu"

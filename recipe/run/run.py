@@ -1,5 +1,6 @@
 """The run: a record of what exists once, given first to whatever works on it."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,10 @@ from recipe.plan.memory import largest_micro_batch
 from recipe.plan.run_plan import RunPlan, make_plan, world_size_of_launcher
 from recipe.run.console import Console
 from recipe.run.environment import available_bytes, choose_precision, device_type, start_accelerator
+from recipe.run.launch import check_launch, ignored_settings, stop_with_launcher
 from recipe.run.ledger import Ledger
 from recipe.run.stop import StopRequest
+from recipe.streams import Unbreakable
 
 Result = TypeVar("Result")
 
@@ -75,8 +78,11 @@ def start_run(config: Config) -> Run:
     Raises:
         RecipeError: a launch, a precision or a budget that cannot work.
     """
+    sys.stdout = Unbreakable(sys.stdout)
+    check_launch()
     stop = StopRequest()
     stop.listen()
+    stop_with_launcher()
     plan = make_plan(config, world_size_of_launcher())
     precision, reason = choose_precision(config.precision, device_type())
     accelerator = start_accelerator(config, precision)
@@ -85,6 +91,8 @@ def start_run(config: Config) -> Run:
         plan = resolve_auto_micro_batch(config, accelerator, precision)
     console = Console(accelerator.is_main_process, plan.planned_updates)
     console.section("plan", aligned([*plan.rows(), ("precision", f"{precision}: {reason}")]))
+    for line in ignored_settings(precision):
+        console.say(line)
     return Run(config, plan, accelerator, precision, stop, console, Ledger(config, accelerator))
 
 

@@ -1,18 +1,20 @@
 """What ranks agree on once per update: to stop, or that one of them ran out of memory. Either abandons the open update.
 
-A request to stop is SIGINT, SIGTERM, SIGUSR1, or an error after which a rank cannot go on.
+A request to stop is SIGINT, SIGTERM, SIGUSR1, SIGHUP, or an error after which a rank cannot go on.
 """
 
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Any
 
 from recipe.errors import RecipeError
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# A terminal that is closed sends SIGHUP.
+STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 REPEAT_SECONDS = 1.0
 _ERROR = 1000  # beyond any signal's number; the rest is an exit code
 # Until the process ends: the destructor of a process group waits for its threads while it holds the interpreter, and they may
@@ -48,7 +50,6 @@ class StopRequest:
         self.is_agreed = False
         self._group: Any = None
         self._ranks = 1
-        self._seen: dict[int, float] = {}  # signal -> when it came first
 
     def listen(self) -> None:
         """Take signals as requests. The same signal a second time leaves at once, with nothing saved.
@@ -56,7 +57,11 @@ class StopRequest:
         Launchers follow a Ctrl-C with a SIGTERM of their own, so another signal is not a second one; and they pass on a
         SIGTERM that the ranks may have had already, so one that follows within a second is not either.
         """
-        for number in _SIGNALS:
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+        threading.Thread(target=_leave_at_second_signal, args=[receiver], name="signals", daemon=True).start()
+        for number in listened_signals():
             signal.signal(number, self._receive)
 
     def connect(self, ranks: int) -> None:
@@ -109,6 +114,18 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received += 1
-        if time.monotonic() - self._seen.setdefault(number, time.monotonic()) > REPEAT_SECONDS:
-            os._exit(128 + number)
         self.signal = self.signal or number
+
+
+def listened_signals() -> list[int]:
+    """The signals that ask to stop, without a SIGHUP that `nohup` has switched off."""
+    return [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN or n == signal.SIGINT]
+
+
+def _leave_at_second_signal(receiver: int) -> None:
+    """In a thread, which sees when a signal comes even if the main thread waits in a library until much later."""
+    first: dict[int, float] = {}  # signal -> when it came first
+    while numbers := os.read(receiver, 1):
+        number = numbers[0]
+        if time.monotonic() - first.setdefault(number, time.monotonic()) > REPEAT_SECONDS and number in STOP_SIGNALS:
+            os._exit(128 + number)

@@ -174,9 +174,10 @@ def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_more_ranks_than_lanes_is_one_line_from_one_rank(tmp_path: Path) -> None:
     given = [*TINY, "--run.directory", str(tmp_path), "--batch.lanes", "2"]
-    first = train(*given, RANK="0", WORLD_SIZE="3")
+    group = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    first = train(*given, RANK="0", LOCAL_RANK="0", **group)
     assert_one_line(first, ["3 ranks", "batch.lanes = 2", "[3, 4, 6, 8, 12, 24]"])
-    second = train(*given, RANK="1", WORLD_SIZE="3")
+    second = train(*given, RANK="1", LOCAL_RANK="1", **group)
     assert (second.returncode, second.stderr) == (2, "")
 
 

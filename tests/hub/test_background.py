@@ -33,7 +33,7 @@ from recipe.hub.background import Pusher
 from recipe.run.console import Console
 from recipe.run.ledger import EVENTS, Ledger, read_lines
 from recipe.run.run import Run
-from recipe.run.stop import StopRequest
+from recipe.run.stop import STOP_SIGNALS, StopRequest
 from tests.helpers import (
     FAULTY,
     ROOT,
@@ -312,7 +312,7 @@ def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) 
     online.faults = [Fault(".", None)]
     shutil.copytree(root / "first", tmp_path / "run")
     config = load_config(["--config", str(tmp_path / "run/config.yaml"), "--run.directory", str(tmp_path / "run")])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, log=None)
     ledger = Ledger(config, accelerator)
     plan: Any = None
@@ -320,6 +320,7 @@ def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) 
     stop.listen()
     yield Run(config, plan, accelerator, "fp32", stop, Console(True, UPDATES), ledger)
     ledger.close()
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -29,7 +30,7 @@ PRELOADED = (
 )
 READ_LATE = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FAULTY_", "PYTHONUNBUFFERED"),
-    *("HF_TOKEN", "TRACKIO_"),
+    *("HF_TOKEN", "PYTHONIOENCODING", "TRACKIO_"),
 )
 BECOME_SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: grandchildren whose parent has ended become children
 
@@ -103,8 +104,10 @@ def become_python(arguments: list[str], cwd: str, environment: dict[str, str]) -
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    is_unbuffered = "PYTHONUNBUFFERED" in environment
-    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=is_unbuffered)  # type: ignore[union-attr]
+    encoding, is_unbuffered = environment.get("PYTHONIOENCODING", "utf-8"), "PYTHONUNBUFFERED" in environment
+    for number, name in enumerate(("stdout", "stderr"), start=1):  # of the files that these are now
+        buffer = io.BufferedWriter(io.FileIO(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, None, None, number == 2 or os.isatty(1), is_unbuffered))
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], cwd
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
