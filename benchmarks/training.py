@@ -22,6 +22,7 @@ from recipe.data.blocks import UpdateBlocks, UpdateReader, next_update
 from recipe.model import build_model, build_optimizer, choose_kernels, set_learning_rate
 from recipe.run import Run, start_run
 from recipe.run.ledger import LedgerEntry
+from recipe.run.stop import STOP_SIGNALS
 from recipe.step import MicroBatches, measure_update
 
 
@@ -61,8 +62,8 @@ def start_quietly(config: Config) -> Run:
     GradientState._reset_state()
     with redirect_stdout(io.StringIO()):
         run = start_run(config)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     return run
 
 

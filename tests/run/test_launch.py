@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+import recipe.commands.launch
 from recipe.checkpoint.files import why_invalid
 from recipe.errors import RecipeError
 from recipe.run.directory import list_checkpoints
@@ -118,6 +120,23 @@ def test_what_agrees_with_accelerates_configuration_is_not_mentioned(monkeypatch
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert ignored_settings("bf16") == []
     assert len(ignored_settings("fp32")) == 1
+
+
+def test_our_launcher_gives_the_last_checkpoint_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kills ranks 30 s after a signal, and ends itself at each of those that it handles."""
+    configs: list[Any] = []
+    monkeypatch.setattr(
+        "torch.distributed.run.elastic_launch", lambda config, entrypoint: lambda *_: configs.append(config)
+    )
+    monkeypatch.setattr("recipe.commands.launch.listened_signals", lambda: [])
+    for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["launch", "--quiet", "--config_file", FILES[1], SCRIPT])
+    recipe.commands.launch.main()
+    assert [(config.shutdown_timeout, config.signals_to_handle, config.nproc_per_node) for config in configs] == [
+        (1800, "SIGQUIT", 2)
+    ]
 
 
 # ---- Signals -----------------------------------------------------------------------------------------------------------
