@@ -189,7 +189,7 @@ def test_whoever_gets_the_signal_the_run_saves(
     wait_for_updates(directory, 3, process)
     ranks = ranks_under(process.pid)
     assert len(ranks) == (1 if "one" in launcher else 2)
-    targets = {"launcher": [process.pid], "rank 1": [ranks[1].pid], "all": [process.pid, *(r.pid for r in ranks)]}[
+    targets = {"launcher": [process.pid], "rank 1": [ranks[-1].pid], "all": [process.pid, *(r.pid for r in ranks)]}[
         target
     ]
     for process_id in targets:
