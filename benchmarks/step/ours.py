@@ -100,7 +100,7 @@ def accumulation(setting: Setting, turns: Turns) -> None:
     def alone(times: int) -> dict[str, float]:
         """Seconds of each part: the first backward finds no gradient, the others add to it."""
         first, others = timed(forward_backward), timed(forward_backward, times) / times
-        step = timed(lambda: clip_and_step(run, model, optimizer, torch.zeros(())))
+        step = timed(lambda: clip_and_step(run, model, optimizer, torch.zeros((), device=run.device)))
         return {"into no gradient": first, "forward and backward": others, "step": step}
 
     while True:

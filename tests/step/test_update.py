@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.config.settings import Config, Scaling
 from recipe.plan.budget import UpdatePlan
 from recipe.run.environment import start_accelerator
-from recipe.step.update import accumulate_gradient, run_update
+from recipe.step.update import accumulate_gradient, clip_and_step, run_update
 from tests.helpers import run_ranks
 from tests.support.gradients import (
     LENGTH,
@@ -51,6 +52,25 @@ def test_gradient_equals_one_big_batch(world_size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_sgd_update_equals_one_big_batch(accelerator: Any, scaling: Scaling, max_grad_norm: float | None) -> None:
     check_sgd_update(accelerator, scaling, max_grad_norm)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-8), (torch.bfloat16, 1e-7), (torch.float64, 1e-12)])
+def test_a_large_gradient_is_added_up_in_float64(accelerator: Any, dtype: torch.dtype, bound: float) -> None:
+    """8 million positive numbers: torch's clip_grad_norm_ is 2e-4 away in float32 and in bf16, and so is the step."""
+    generator = torch.Generator().manual_seed(0)
+    deep, wide, bias = (torch.rand(shape, generator=generator) for shape in ((15_000, 512), (16, 8192), (700,)))
+    gradients = [part.to(dtype) for part in (deep, wide, deep[:64].t(), bias, bias[0])]
+    model = nn.ParameterList([torch.zeros_like(gradient) for gradient in gradients])
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
+    run = run_of(accelerator, UpdatePlan(LENGTH, LENGTH, 1, 1, 1), max_grad_norm=norm / 4)
+    grad_norm, has_stepped = clip_and_step(run, model, optimizer, torch.zeros((), dtype=torch.float64))
+    assert has_stepped
+    assert grad_norm.item() == pytest.approx(norm, rel=bound)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.data, -gradient / 4, rtol=1e-7, atol=0)
 
 
 def test_steps_may_change_between_updates(accelerator: Any) -> None:
