@@ -21,51 +21,59 @@ def load_tokenizer(config: Config, source: Source, init_from: str | None = None)
     """The fast tokenizer that `data.tokenizer` names, or that of the model in `init_from`, or one trained on `source`.
 
     Raises:
-        RecipeError: it cannot be loaded, is empty or slow, has no end-of-text token, or is not that of `init_from`.
+        RecipeError: it cannot be loaded or used, or is not that of `init_from`, or nothing says which it is.
     """
-    if init_from is None:
-        return _named_tokenizer("data.tokenizer", config.data.tokenizer, config) or _trained_tokenizer(config, source)
-    its_own = _named_tokenizer("the tokenizer of model.init_from", init_from, config)
-    given = _named_tokenizer("data.tokenizer", config.data.tokenizer, config)
-    if given and given.get_vocab() != its_own.get_vocab():
+    name, model = config.data.tokenizer, config.model.init_from
+    given = None if name is None else find_tokenizer(f"data.tokenizer = {name!r}", name)
+    if name is not None and given is None:
         raise RecipeError(
-            f"data.tokenizer = {config.data.tokenizer!r} ({len(given):,} tokens) has another vocabulary than that of "
-            f"model.init_from = {config.model.init_from!r} ({len(its_own):,}): set --data.tokenizer null to take the model's"
+            f"data.tokenizer = {name!r} has no vocabulary: give a directory or Hub name with one, or null"
         )
-    return given or its_own
-
-
-def _named_tokenizer(setting: str, name: str | None, config: Config) -> Any:
-    """The tokenizer that a setting names; None if it is null."""
-    if name is None:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+    its_own = None if init_from is None else find_tokenizer(f"the tokenizer of model.init_from = {model!r}", init_from)
+    if given and its_own and given.get_vocab() != its_own.get_vocab():
         raise RecipeError(
-            f"cannot load {setting} = {name!r}: {reason}; give a local directory with one, or null"
-        ) from error
-    if not tokenizer.is_fast or len(tokenizer) < 257 or tokenizer.eos_token_id is None:
-        raise RecipeError(
-            f"{setting} = {name!r} cannot be used ({len(tokenizer)} tokens, fast: {tokenizer.is_fast}, end-of-text "
-            f"token: {tokenizer.eos_token}): it has to be a fast tokenizer with a vocabulary and an end-of-text token"
+            f"data.tokenizer = {name!r} ({len(given):,} tokens) has another vocabulary than that of "
+            f"model.init_from = {model!r} ({len(its_own):,}): set --data.tokenizer null to take the model's"
         )
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= len(tokenizer):
+    tokenizer = given or its_own
+    if tokenizer is None and init_from is not None:
         raise RecipeError(
-            f"{setting} = {name!r} has {len(tokenizer)} tokens but ids up to {highest}: its ids have a hole"
+            f"model.init_from = {model!r} has no tokenizer: set --data.tokenizer to the one that it was trained with"
         )
+    tokenizer = tokenizer or _trained_tokenizer(config, source)
     tokenizer.model_max_length = config.n_positions
+    return tokenizer
+
+
+def find_tokenizer(what: str, name: str) -> Any:
+    """The fast tokenizer in a local directory or Hub repository `name`, or None if it has none; `what` is for the message.
+
+    Raises:
+        RecipeError: it cannot be loaded, or is slow, or has too few tokens, a hole in its ids, or no end-of-text token.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # what is wrong is in our one line
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokens, highest = len(tokenizer), max(tokenizer.get_vocab().values(), default=-1)
+        if tokens <= len(tokenizer.all_special_tokens):  # transformers makes one from files that it has not found
+            return None
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # each class of tokenizers has its own
+        raise RecipeError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
+    if not tokenizer.is_fast or tokens < 257 or tokenizer.eos_token_id is None or not ids:
+        raise RecipeError(
+            f"{what} cannot be used ({tokens} tokens, fast: {tokenizer.is_fast}, end-of-text token: {tokenizer.eos_token}): "
+            "it has to be a fast tokenizer with a vocabulary and an end-of-text token"
+        )
+    if highest >= tokens:
+        raise RecipeError(f"{what} has {tokens} tokens but ids up to {highest}: its ids have a hole")
     return tokenizer
 
 
 def _trained_tokenizer(config: Config, source: Source) -> Any:
     """Train, or take from the cache: keyed by a hash of the text and of every setting."""
-    from transformers import PreTrainedTokenizerFast
-
     settings = {
         "vocab_size": config.model.vocab_size,
         "end_of_text": END_OF_TEXT,
@@ -86,9 +94,7 @@ def _trained_tokenizer(config: Config, source: Source) -> Any:
     directory = config.cache_directory / f"tokenizer-{digest.hexdigest()[:16]}"
     if not (directory / "tokenizer_config.json").is_file():
         _save_atomically(train_tokenizer(texts, config.model.vocab_size), directory)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
-    tokenizer.model_max_length = config.n_positions
-    return tokenizer
+    return find_tokenizer(f"the tokenizer trained before (delete {directory})", str(directory))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from recipe.config.init_from import check_model_name
+from recipe.data.tokenizer import find_tokenizer
 from recipe.errors import RecipeError
 from recipe.run.directory import new_directory
 
@@ -80,20 +81,51 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     """(GPT2LMHeadModel in float32, tokenizer) of a local directory or a Hub repository.
 
     Raises:
+        RecipeError: there is none, it is not a GPT-2, or they do not belong together.
+    """
+    gpt2, tokenizer = load_model(name), find_tokenizer(f"the tokenizer of {name!r}", name)
+    if tokenizer is None:
+        raise RecipeError(f"{name!r} has no tokenizer: copy tokenizer.json and tokenizer_config.json into it")
+    check_vocabulary(len(tokenizer), gpt2, name)
+    return gpt2, tokenizer
+
+
+def load_model(name: str) -> Any:
+    """The GPT2LMHeadModel in float32 of a local directory or a Hub repository, which decides nothing about how it generates.
+
+    Raises:
         RecipeError: there is none, or it is not a GPT-2.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what is wrong is in our one line
     check_model_name(name)
+    options = {"generation_config": transformers.GenerationConfig(), "trust_remote_code": False}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
     except Exception as error:
         raise RecipeError(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}") from error
     if model.config.model_type != "gpt2":
         raise RecipeError(f"{name!r} is a {model.config.model_type} model; this command reads GPT-2 models")
     if info["missing_keys"]:  # drawn at random, with a warning
         raise RecipeError(f"the model {name!r} is incomplete: it lacks {', '.join(sorted(info['missing_keys']))}")
-    return model, tokenizer
+    if any(key.endswith("mlp.c_fc.weight") for key in info["unexpected_keys"]):  # left out, with a warning
+        raise RecipeError(f"the model {name!r} has more layers in its weights than n_layer = {model.config.n_layer}")
+    return model
+
+
+def check_vocabulary(tokens: int, gpt2: Any, name: str) -> None:
+    """Check that a tokenizer with so many tokens can be that of a model, whose embedding may be padded.
+
+    Raises:
+        RecipeError: it has more tokens than there are embeddings, or less than half as many.
+    """
+    rows = gpt2.config.vocab_size
+    if not tokens <= rows <= 2 * tokens:
+        raise RecipeError(
+            f"the tokenizer has {tokens:,} tokens but {name} has embeddings of {rows:,}: it needs the one that it was trained "
+            "with, in its directory or as --data.tokenizer of a training"
+        )

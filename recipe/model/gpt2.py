@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
-from recipe.model.export import load_pretrained, load_weights
+from recipe.model.export import check_vocabulary, load_model, load_weights
 from recipe.model.kernels import compile_model
 from recipe.model.loss import Matmul, summed_token_loss
 from recipe.model.onednn import use_onednn
@@ -114,12 +114,8 @@ def build_gpt2(config: Config, vocabulary: int, end_of_text: int, init_from: str
     gpt2 = GPT2LMHeadModel(gpt2_config(config, end_of_text))
     gpt2.set_attn_implementation(CAUSAL_ATTENTION)
     if init_from is not None:
-        initial, _ = load_pretrained(init_from)
-        if vocabulary > initial.config.vocab_size:
-            raise RecipeError(
-                f"the tokenizer has {vocabulary:,} tokens but {init_from} has embeddings of {initial.config.vocab_size:,}: "
-                "set --data.tokenizer to the one that it was trained with"
-            )
+        initial = load_model(init_from)
+        check_vocabulary(vocabulary, initial, init_from)
         load_weights(gpt2, initial.state_dict(), init_from)
     checkpoint_activations(gpt2, config.performance.activation_checkpointing)
     expected = torch.bfloat16 if config.optimizer.state == "bf16" else torch.float32

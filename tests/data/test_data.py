@@ -451,3 +451,6 @@ def test_a_trained_tokenizer_is_cached_and_does_not_depend_on_chance(tmp_path: P
     assert len(first) == 400
     larger = replace(config, model=ModelConfig(vocab_size=500))
     assert len(load_tokenizer(larger, source)) == 500, "other settings, another tokenizer"
+    (saved / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"cannot load the tokenizer trained before \(delete {saved}\): "):
+        load_tokenizer(config, source)
