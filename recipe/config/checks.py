@@ -8,6 +8,13 @@ from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config, flat_fiel
 from recipe.config.text_files import expand_text_files
 from recipe.errors import RecipeError
 
+# transformers' ACT2FN, whose module imports torch; tests/model/test_gpt2.py compares them.
+ACTIVATION_FUNCTIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
+    *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu"),
+    *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
+)
+
 
 def check_values(config: Any) -> None:
     """Check each value of a configuration class against its field: null only if the type has it, numbers within the bounds.
@@ -37,6 +44,11 @@ def validate(config: Config) -> None:
         raise RecipeError(
             f"model.n_head = {model.n_head} does not divide model.n_embd = {model.n_embd}: choose n_head among "
             f"{[h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]}"
+        )
+    if model.activation_function not in ACTIVATION_FUNCTIONS:
+        raise RecipeError(
+            f"model.activation_function = {model.activation_function!r} is unknown: choose among "
+            f"{', '.join(ACTIVATION_FUNCTIONS)}"
         )
     if data.sequence_length > config.n_positions:
         ways = [f"--data.sequence_length {model.n_positions} or less"]

@@ -98,16 +98,11 @@ def build_gpt2(config: Config, vocabulary: int, end_of_text: int, init_from: str
     """
     from accelerate.utils import set_seed
     from transformers import AttentionInterface, GPT2LMHeadModel
-    from transformers.activations import ACT2FN
 
     if vocabulary > config.model.vocab_size:
         raise RecipeError(
             f"the tokenizer has {vocabulary:,} tokens but model.vocab_size = {config.model.vocab_size:,}: "
             f"set --model.vocab_size {-(-vocabulary // 64) * 64}"
-        )
-    if config.model.activation_function not in ACT2FN:
-        raise RecipeError(
-            f"model.activation_function = {config.model.activation_function!r} is unknown: choose among {sorted(ACT2FN)}"
         )
     AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
     set_seed(config.run.seed)

@@ -36,6 +36,10 @@ SETTINGS = {
     "empty files": (["--data.text_files", "EMPTY/*.txt"], ["empty"]),
     "longer than positions": (["--model.n_positions", "32"], ["sequence_length = 64", "n_positions = 32"]),
     "heads do not divide": (["--model.n_head", "5"], ["n_head = 5", "n_embd = 32", "[1, 2, 4, 8, 16, 32]"]),
+    "unknown activation": (
+        ["--model.activation_function", "glu"],
+        ["'glu' is unknown", "gelu_pytorch_tanh, hardswish"],
+    ),
     "below its bound": (["--batch.micro_batch_size", "0"], ["batch.micro_batch_size = 0", "at least 1"]),
     "waiting too long": (
         ["--data.retry_seconds", "3600"],

@@ -95,6 +95,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(tmp_path: Path) -> No
         ({"add_cross_attention": True}, "has add_cross_attention = true"),
         ({"n_layer": "twelve"}, 'has n_layer = "twelve"'),
         ({"n_head": 0}, "model.n_head = 0: must be at least 1"),
+        ({"activation_function": "geglu"}, "model.activation_function = 'geglu' is unknown: choose among gelu,"),
         ({"n_positions": 32}, "longer than model.n_positions = 32 of"),
     ],
 )

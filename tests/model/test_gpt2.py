@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from recipe.config.checks import ACTIVATION_FUNCTIONS
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, ModelConfig, OptimizerConfig
 from recipe.errors import RecipeError
@@ -120,6 +121,12 @@ def test_padded_rows_get_no_probability_and_no_gradient() -> None:
 def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"50,257 tokens .* --model\.vocab_size 50304"):
         build_gpt2(small(), 50_257, 0)
+
+
+def test_the_names_of_activation_functions_are_those_of_transformers() -> None:
+    from transformers.activations import ACT2FN
+
+    assert sorted(ACTIVATION_FUNCTIONS) == sorted(ACT2FN)
 
 
 def test_only_matrices_and_embeddings_decay() -> None:
