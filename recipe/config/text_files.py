@@ -1,6 +1,7 @@
 """The files that text is read from. Imports no torch."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
         if is_remote(pattern):
             paths.append(pattern)
             continue
-        found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not found:
             raise RecipeError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
         paths += found
@@ -45,6 +46,6 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
     kinds = {text_file_format(path): path for path in paths}
     if len(kinds) > 1:
         raise RecipeError(f"{setting}: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}")
-    if not any(is_remote(path) or Path(path).stat().st_size for path in paths):
+    if not any(is_remote(path) or os.path.getsize(path) for path in paths):
         raise RecipeError(f"{setting}: no text, all {len(paths)} files that match are empty")
     return paths

@@ -7,6 +7,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+from recipe.data.shards import StreamedShards, TextShards
 from recipe.errors import DATA_EXIT_CODE, RecipeError
 from recipe.retry import growing_pauses
 
@@ -19,21 +20,21 @@ class Source:
     """Documents in shards, some of them held out for validation."""
 
     name: str  # what the user called it
-    training: Any  # streaming dataset with at least as many shards as lanes
+    training: StreamedShards | TextShards  # at least as many shards as lanes
     text_column: str  # the column that holds the document
     # Documents of `training` held out by hash of their text, one in this many; None: none
     validation_one_in: int | None = None
-    validation: Any = None  # streaming dataset of held-out documents, if they are not in `training`
+    validation: TextShards | None = None  # held-out documents, if they are not in `training`
     retry_seconds: float = 0.0  # how long to try again if reading fails; 0 for local files
 
     @property
     def num_shards(self) -> int:
         """Shards of the training documents."""
-        return int(self.training.num_shards)
+        return self.training.num_shards
 
     def shard(self, index: int) -> Any:
-        """One shard as a streaming dataset of its own, with its own `state_dict()`."""
-        return self.training.shard(num_shards=self.num_shards, index=index)
+        """A reader of one shard, with its own `state_dict()`."""
+        return self.training.shard(index)
 
     def text(self, row: dict[str, Any]) -> str:
         """The document of a row; an empty string if it is null.
@@ -85,11 +86,10 @@ class Source:
             error.on_this_rank_only = True  # the others read other shards
             raise
 
-    def _read_all(self, documents: Any) -> Iterator[str]:
-        shards = documents.num_shards
-        for index in range(shards):
-            reader = documents.shard(num_shards=shards, index=index)
-            for text, _ in self._read(reader, self.name if shards == 1 else f"shard {index} of {self.name}"):
+    def _read_all(self, shards: StreamedShards | TextShards) -> Iterator[str]:
+        for index in range(shards.num_shards):
+            name = self.name if shards.num_shards == 1 else f"shard {index} of {self.name}"
+            for text, _ in self._read(shards.shard(index), name):
                 yield text
 
     def _read(

@@ -9,6 +9,7 @@ from typing import Any
 from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
 from recipe.config.text_files import expand_text_files, is_remote, text_file_format
 from recipe.data.documents import Source, hash_number, reason_of
+from recipe.data.shards import StreamedShards, TextShards
 from recipe.errors import RecipeError
 
 # A local file that cannot be split is copied into this many shards per lane, so that shard order shuffles something.
@@ -25,15 +26,6 @@ def open_source(config: Config) -> Source:
         RecipeError: a source that cannot be opened, or has fewer shards or documents than lanes.
     """
     data = config.data
-    if data.text_files or data.dataset == STANDARD_LIBRARY:
-        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: nothing is counted for local files
-    import datasets
-
-    from recipe.data.remote_files import use_checked_files
-
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it has to say is in our one line
-    use_checked_files()
     if data.text_files:
         paths = expand_text_files(data.text_files)
         name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
@@ -43,8 +35,8 @@ def open_source(config: Config) -> Source:
     elif data.dataset == STANDARD_LIBRARY:
         root, files = standard_library_files()
         held_out = {f for f in files if hash_number(f.as_posix().encode()) % STANDARD_LIBRARY_VALIDATION_ONE_IN == 0}
-        training = _load("text", [str(root / f) for f in files if f not in held_out], config)
-        validation = _load("text", [str(root / f) for f in files if f in held_out], config)
+        training = TextShards([str(root / f) for f in files if f not in held_out])
+        validation = TextShards([str(root / f) for f in files if f in held_out])
         source = Source(STANDARD_LIBRARY, training, "text", validation=validation)
     else:
         training = _hub_dataset(config)
@@ -70,35 +62,48 @@ def standard_library_files() -> tuple[Path, list[Path]]:
     return root, sorted(files)
 
 
-def _files(paths: list[str], config: Config) -> Any:
+def _files(paths: list[str], config: Config) -> StreamedShards | TextShards:
     """Streamed in place if the files have shards enough for the lanes, and lanes would get about as much text each.
 
     Otherwise a memory-mapped copy is split by rows: each lane gives the same number of blocks to an update, so the text of a
     lane that holds little would be repeated as often as the others hold more. No file is downloaded for that alone.
     """
-    kind = text_file_format(paths[0])
+    kind, lanes, is_local = text_file_format(paths[0]), config.batch.lanes, not any(map(is_remote, paths))
     assert kind is not None, paths[0]
-    streamed, lanes = _load(kind, paths, config), config.batch.lanes
     is_even = True
-    if not any(map(is_remote, paths)):
-        streamed = streamed.reshard()
-        lane_bytes = [sum(Path(path).stat().st_size for path in paths[lane::lanes]) for lane in range(lanes)]
+    if is_local:
+        lane_bytes = [sum(map(os.path.getsize, paths[lane::lanes])) for lane in range(lanes)]
         is_even = len(paths) < lanes or max(lane_bytes) <= LARGEST_LANE_RATIO * min(lane_bytes)
-    elif streamed.num_shards < lanes:
+        if kind == "text":
+            return TextShards(paths, None if is_even else min(len(paths), lanes * SHARDS_PER_LANE))
+    streamed = _load(kind, paths, config)
+    if is_local or streamed.num_shards < lanes:
         streamed = streamed.reshard()  # asks for the row groups of every file
-    if streamed.num_shards >= lanes and is_even:
-        return streamed
-    rows = _load(kind, paths, config, streaming=False)
-    return rows.to_iterable_dataset(num_shards=min(len(rows), lanes * SHARDS_PER_LANE)) if len(rows) else streamed
+    if streamed.num_shards < lanes or not is_even:
+        rows = _load(kind, paths, config, streaming=False)
+        if len(rows):
+            streamed = rows.to_iterable_dataset(num_shards=min(len(rows), lanes * SHARDS_PER_LANE))
+    return StreamedShards(streamed)
+
+
+def _quiet_datasets() -> Any:
+    """The library, which opens remote files through `recipe.data.remote_files`. To import it takes seconds."""
+    import datasets
+
+    from recipe.data.remote_files import use_checked_files
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it has to say is in our one line
+    use_checked_files()
+    return datasets
 
 
 def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True) -> Any:
-    import datasets
-
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: nothing is counted for these files
     # A .txt file is one document; bytes that are not UTF-8 become U+FFFD.
     options = {"text": {"sample_by": "document", "encoding_errors": "replace"}, "json": {"encoding_errors": "replace"}}
     try:
-        return datasets.load_dataset(
+        return _quiet_datasets().load_dataset(
             kind,
             # Each is taken for a pattern; of an address `recipe.data.remote_files` takes none.
             data_files=[path if is_remote(path) else glob.escape(path) for path in paths],
@@ -112,15 +117,13 @@ def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True
         raise RecipeError(f"cannot read {reason if 'http' in reason else f'{name}: {reason}'}") from error
 
 
-def _hub_dataset(config: Config) -> Any:
-    import datasets
-
-    data = config.data
+def _hub_dataset(config: Config) -> StreamedShards:
+    data, datasets = config.data, _quiet_datasets()
     try:
         documents = datasets.load_dataset(
             data.repository, data.configuration, split=data.split, revision=data.revision, streaming=True
         )
-        return documents if documents.num_shards >= config.batch.lanes else documents.reshard()
+        return StreamedShards(documents if documents.num_shards >= config.batch.lanes else documents.reshard())
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(
