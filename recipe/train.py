@@ -30,8 +30,8 @@ def train(config: Config) -> None:
 
     # ---- 1. The run: what can be refused is refused here -----------------------------------------------------------------
     run = start_run(config)
-    from recipe.checkpoint import CheckpointSaver, find_resume_point, restore, roll_back
-    from recipe.data import UpdateReader, load_tokenizer, make_lanes, next_update, open_source
+    from recipe.checkpoint import CheckpointSaver, find_resume_point, open_text, restore, roll_back
+    from recipe.data import UpdateReader, load_tokenizer, make_lanes, next_update
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
     from recipe.finish import end_stopped_run, finish_run, usage
     from recipe.hub import Pusher, check_hub
@@ -48,7 +48,7 @@ def train(config: Config) -> None:
     check_hub(run)
 
     # ---- 2. Data: documents -> tokenizer -> lanes; each rank opens only its own lanes ------------------------------------
-    source, init_from = open_source(config), config.model.init_from
+    source, init_from = open_text(run, point), config.model.init_from
     if init_from and point.checkpoint:
         init_from = str(point.checkpoint)  # it has weights and tokenizer
     with run.accelerator.main_process_first():

@@ -49,6 +49,8 @@ class TrainingState:
     skipped_batches: list[int] = field(default_factory=list)
     # [loss, gradient norm] of the updates that a spike is compared with
     recent: list[list[float]] = field(default_factory=list)
+    # Which text it is (see `recipe.data.record`); of earlier versions nothing is known
+    text: str = ""
     format: int = FORMAT  # version of this layout
 
 

@@ -11,7 +11,10 @@ from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, 
 from recipe.config.command_line import read_config
 from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks, batch_index, next_update
+from recipe.data.documents import Source
 from recipe.data.lanes import Lane
+from recipe.data.record import pack_record, record_text, touched, unpack_record, what_changed
+from recipe.data.sources import open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
@@ -28,6 +31,9 @@ MAY_CHANGE_ON_RESUME = (
     *("data.cache_directory", "data.retry_seconds", "schedule.total_tokens", "schedule.tokens_per_parameter"),
     *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
 )
+
+# Where the text is; that it is the same text is checked once it has been read for its record.
+TEXT_MAY_MOVE = ("data.text_files", "data.revision")
 
 VERIFICATION_TOKENS = 64  # training waits for them at every checkpoint, and another function shows in any token
 
@@ -61,7 +67,7 @@ class ResumePoint:
 
     def __str__(self) -> str:
         lines = [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        lines += [f"{name} was {old!r}, is {new!r}" for name, (old, new) in self.changes.items()]
+        lines += [f"{name} was {_shown(old)}, is {_shown(new)}" for name, (old, new) in self.changes.items()]
         return "\n".join([f"going on from {self.checkpoint}, after {self.update:,} updates", *lines])
 
 
@@ -90,7 +96,8 @@ def find_resume_point(config: Config) -> ResumePoint:
         reason = why_invalid(candidate)
         if reason is None:
             state = read_state(candidate)
-            changes = _check_same_run(state.config, config, f"{candidate} is of another run")
+            may_move = TEXT_MAY_MOVE if state.text else ()
+            changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
             rollbacks = read_events(candidate.resolve().parent.parent / EVENTS, "rollback", state.update)  # of its run
             batches = {*state.skipped_batches, *(batch for event in rollbacks for batch in event["skipped_batches"])}
             return ResumePoint(candidate, state, skipped, changes, tuple(sorted(batches)))
@@ -104,17 +111,50 @@ def _earlier_config(directory: Path) -> dict[str, Any] | None:
     return flat_settings(read_config(path)) if path.exists() and (directory / LEDGER).exists() else None
 
 
-def _check_same_run(earlier: dict[str, Any] | None, config: Config, what: str) -> dict[str, list[Any]]:
+def _check_same_run(
+    earlier: dict[str, Any] | None, config: Config, what: str, may_change: tuple[str, ...] = ()
+) -> dict[str, list[Any]]:
     """Changes from `earlier` to `config` that may be; a change of the run itself is refused."""
     if earlier is None:
         return {}
     now = flat_settings(config)
     changes = {name: [earlier.get(name), value] for name, value in now.items() if earlier.get(name) != value}
-    fatal = {name: values for name, values in changes.items() if not name.startswith(MAY_CHANGE_ON_RESUME)}
+    allowed = (*MAY_CHANGE_ON_RESUME, *may_change)
+    fatal = {name: values for name, values in changes.items() if not name.startswith(allowed)}
     if fatal:
-        shown = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in fatal.items())
+        shown = ", ".join(f"{name} was {_shown(old)} and is {_shown(new)}" for name, (old, new) in fatal.items())
         raise RecipeError(f"{what}: {shown}; use another --run.directory, or --resume fresh to move it aside")
     return changes
+
+
+def _shown(value: Any) -> str:
+    """A value of a setting; of a list of many files the beginning."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def open_text(run: Run, point: ResumePoint) -> Source:
+    """Open the text of the run, if it is still that of the checkpoint of `point`. Collective.
+
+    Raises:
+        RecipeError: it cannot be read, or has changed.
+    """
+    run.text_record = run.on_main(lambda: _record_same_text(run, point))
+    return open_source(run.config)
+
+
+def _record_same_text(run: Run, point: ResumePoint) -> str:
+    record = record_text(run.config)
+    if point.state and point.state.text:
+        earlier = unpack_record(point.state.text)
+        change = what_changed(earlier, record)
+        if change:
+            raise RecipeError(
+                f"{change}: the text is not what {point.checkpoint} was trained on; bring it back, or --resume fresh"
+            )
+        if files := touched(earlier, record):
+            run.console.say(f"written since, with the same size, head and tail: {_shown(files)}")
+    return pack_record(record)
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

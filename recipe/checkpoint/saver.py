@@ -111,6 +111,7 @@ class CheckpointSaver:
                 verification_loss=verification_loss(model, blocks),
                 skipped_batches=list(blocks.skipped_batches),
                 recent=recent,
+                text=self.run.text_record,
             )
             self._memory = take_snapshot(model, self.optimizer.optimizer, self._memory)
         self._unsaved, self._last_save = None, time.monotonic()

@@ -3,10 +3,12 @@
 import glob
 import os
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
+from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config, DataConfig
 from recipe.config.text_files import expand_text_files, is_remote, text_file_format
 from recipe.data.documents import Source, hash_number, reason_of
 from recipe.data.shards import StreamedShards, TextShards
@@ -33,10 +35,7 @@ def open_source(config: Config) -> Source:
         training = _files(paths, config)
         source = Source(name, training, data.text_column, data.validation_one_in, retry_seconds=retry_seconds)
     elif data.dataset == STANDARD_LIBRARY:
-        root, files = standard_library_files()
-        held_out = {f for f in files if hash_number(f.as_posix().encode()) % STANDARD_LIBRARY_VALIDATION_ONE_IN == 0}
-        training = TextShards([str(root / f) for f in files if f not in held_out])
-        validation = TextShards([str(root / f) for f in files if f in held_out])
+        training, validation = map(TextShards, split_standard_library())
         source = Source(STANDARD_LIBRARY, training, "text", validation=validation)
     else:
         training = _hub_dataset(config)
@@ -60,6 +59,25 @@ def standard_library_files() -> tuple[Path, list[Path]]:
         paths = (Path(directory, name) for name in names if name.endswith(".py"))
         files += [path.relative_to(root) for path in paths if path.is_file()]
     return root, sorted(files)
+
+
+def split_standard_library() -> tuple[list[str], list[str]]:
+    """Paths of its files to train on, and of those held out."""
+    root, files = standard_library_files()
+    held_out = {f for f in files if hash_number(f.as_posix().encode()) % STANDARD_LIBRARY_VALIDATION_ONE_IN == 0}
+    return [str(root / f) for f in files if f not in held_out], [str(root / f) for f in files if f in held_out]
+
+
+def dataset_files(config: Config) -> list[str]:
+    """Addresses, or local paths, of the files that `config.data.dataset` consists of; those of the Hub name their commit.
+
+    Raises:
+        RecipeError: it cannot be opened.
+    """
+    data = config.data
+    with _opening(data):
+        builder = _quiet_datasets().load_dataset_builder(data.repository, data.configuration, revision=data.revision)
+    return list((builder.config.data_files or {}).get(data.split, ()))
 
 
 def _files(paths: list[str], config: Config) -> StreamedShards | TextShards:
@@ -118,12 +136,18 @@ def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True
 
 
 def _hub_dataset(config: Config) -> StreamedShards:
-    data, datasets = config.data, _quiet_datasets()
-    try:
-        documents = datasets.load_dataset(
+    data = config.data
+    with _opening(data):
+        documents = _quiet_datasets().load_dataset(
             data.repository, data.configuration, split=data.split, revision=data.revision, streaming=True
         )
         return StreamedShards(documents if documents.num_shards >= config.batch.lanes else documents.reshard())
+
+
+@contextmanager
+def _opening(data: DataConfig) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(

@@ -32,7 +32,7 @@ from recipe.data.sources import open_source
 from recipe.errors import DATA_EXIT_CODE, RecipeError
 from recipe.run.directory import list_checkpoints
 from tests.helpers import ROOT, SCRIPT, TINY, end_of, environment, read_ledger, start_ranks, train, write_texts
-from tests.support.http_server import FAULTS, HUB_DATASET, HttpServer, for_ever
+from tests.support.http_server import FAULTS, HUB_COMMIT, HUB_DATASET, HttpServer, for_ever
 
 FORMATS = ("jsonl", "jsonl.gz", "parquet")
 EVERY_FAULT = ("404", "500", "503", "no ranges", "shrunk", *(fault for fault in FAULTS if fault != "hang"))
@@ -234,15 +234,17 @@ import json, sys
 from zlib import crc32
 import recipe.data.documents, recipe.data.remote_files
 from recipe.config.settings import BatchConfig, Config, DataConfig
+from recipe.data.record import record_text
 from recipe.data.sources import open_source
 recipe.data.documents.FIRST_PAUSE_SECONDS = 0.005
 recipe.data.remote_files.PAUSES_SECONDS = (0.001, 0.002)
 recipe.data.remote_files.HubFile.DEFAULT_BLOCK_SIZE = 1 << 16
 data = DataConfig(dataset=sys.argv[1], validation_one_in=None, retry_seconds=20)
-source = open_source(Config(batch=BatchConfig(lanes=1), data=data))
+config = Config(batch=BatchConfig(lanes=1), data=data)
+record, source = record_text(config), open_source(config)
 print("opened", flush=True)
 sys.stdin.readline()
-print(json.dumps([crc32(text.encode()) for text in source.training_documents()]))
+print(json.dumps([record, [crc32(text.encode()) for text in source.training_documents()]]))
 """
 
 
@@ -269,7 +271,9 @@ def test_documents_of_the_hub_are_those_of_a_healthy_one(
         output, errors = process.communicate("go\n", timeout=60)
         assert (process.returncode, errors) == (0, "")
         assert server.is_over("a.jsonl")
-    assert json.loads(output) == [crc32(text.encode()) for text in sources["jsonl"].training_documents()]
+    record, documents = json.loads(output)
+    assert documents == [crc32(text.encode()) for text in sources["jsonl"].training_documents()]
+    assert record == [[HUB_DATASET, None, HUB_COMMIT, 0]]
 
 
 def training(server: HttpServer, directory: Path, ending: str, *more: str) -> list[str]:
