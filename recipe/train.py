@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 # Launched as a file, Python puts recipe/ first on its path: our folders would shadow installed packages of their names.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from recipe.config.command_line import load_config
-from recipe.config.settings import Config
 from recipe.errors import run_command
 
 if TYPE_CHECKING:
     from recipe.checkpoint import ResumePoint
+    from recipe.config.settings import Config
 
 
 def main() -> None:
     """Parse the command line before anything heavy is imported, so that a mistake is answered at once."""
+    from recipe.config.command_line import load_config
+
     train(load_config(sys.argv[1:]))
 
 

@@ -59,6 +59,7 @@ def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
         run.console.say(f"what this run replaces is now in {previous}")
     start_trackers(run.config, run.accelerator, update)
     run.ledger.event("start", update, **describe_environment(run.accelerator, run.precision), **run.kernels)
+    run.stop.prepared()
 
 
 def _make_room(run: Run, update: int, checkpoint: Path | None) -> Path | None:

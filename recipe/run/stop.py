@@ -43,11 +43,12 @@ class StopRequest:
         agreements: times that the ranks have agreed.
         rank_out_of_memory: 1 + the rank that ran out of memory in this update; 0: none.
         is_agreed: whether the ranks have agreed to stop.
+        is_preparing: nothing is to be saved yet, so a signal ends this process at once.
     """
 
     def __init__(self) -> None:
         self.signal = self.received = self.agreements = self.rank_out_of_memory = 0
-        self.is_agreed = False
+        self.is_agreed = self.is_preparing = False
         self._group: Any = None
         self._ranks = 1
 
@@ -63,6 +64,17 @@ class StopRequest:
         threading.Thread(target=_leave_at_second_signal, args=[receiver], name="signals", daemon=True).start()
         for number in listened_signals():
             signal.signal(number, self._receive)
+        # Python calls a handler when the main thread comes back to it, which takes a while where that is in a library or waits
+        # for another rank. The number of the signal is written at once, for a thread that waits for it.
+        received, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        self.is_preparing = True
+        threading.Thread(target=self._end_while_preparing, args=(received,), name="signals", daemon=True).start()
+
+    def prepared(self) -> None:
+        """From here on a signal is a request, and what is done is saved."""
+        self.is_preparing = False
 
     def connect(self, ranks: int) -> None:
         """Form a group of all ranks on the CPU, so that agreeing never waits for a GPU. Collective."""
@@ -111,6 +123,14 @@ class StopRequest:
     def exit_code(self) -> int:
         """128 + the signal's number, as shells have it, or that of the error."""
         return 128 + self.signal if self.signal < _ERROR else self.signal - _ERROR
+
+    def _end_while_preparing(self, received: int) -> None:
+        while self.is_preparing:
+            number = os.read(received, 1)[0]
+            if number in _SIGNALS and self.is_preparing:
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"stopped by signal {number} before training began", file=sys.stderr, flush=True)
+                os._exit(128 + number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received += 1
