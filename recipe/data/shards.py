@@ -47,14 +47,16 @@ class TextReader:
         self.paths, self._start, self._read = paths, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How many documents have been read, as `datasets` calls it."""
-        return {"shard_example_idx": self._read}
+        """How many documents have been read."""
+        return {"documents": self._read}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin behind the documents of `state`; of a checkpoint of version 0.2.0 it is that of a streaming dataset."""
-        while "examples_iterable" in state:
-            state = state["examples_iterable"]
-        self._start = state["shard_example_idx"]
+        """Begin behind the documents of `state`."""
+        if "documents" in state:
+            self._start = state["documents"]
+        else:  # in a checkpoint of 0.2.0 `datasets` has counted them
+            counts = state["examples_iterable"]
+            self._start = counts["batch_idx"] or counts["examples_iterable"]["shard_example_idx"]
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         """Bytes that are not UTF-8 become U+FFFD, line ends become `\\n`."""
