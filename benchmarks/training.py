@@ -62,6 +62,7 @@ def start_quietly(config: Config) -> Run:
     GradientState._reset_state()
     with redirect_stdout(io.StringIO()):
         run = start_run(config)
+    run.stop.prepared()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     return run

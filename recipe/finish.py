@@ -19,8 +19,9 @@ def end_stopped_run(run: Run, pusher: Any) -> None:
     """Say how to go on, wait for the pushes, and exit with the code of what stopped the run. Collective."""
     same = "the same command" if run.config.resume == "auto" else "the same command with --resume auto"
     run.console.say(f"stopped by {run.stop.reason}; {same} goes on from here")
-    run.on_main(pusher.finish)  # a launcher ends the others when it sees one rank leave
-    run.accelerator.end_training()  # trackers send what they hold
+    # A launcher ends the others when it sees one rank leave.
+    run.on_main(lambda: (pusher.finish(), run.ledger.trackers.finish()))
+    run.accelerator.end_training()
     sys.exit(run.stop.exit_code)
 
 
@@ -61,6 +62,7 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
         "python -m recipe --help    # all commands",
     )
     run.console.section("finished model", usage(directory / "final"))
+    run.ledger.trackers.finish()
 
 
 def _before_training(run: Run, name: str, after: Evaluation) -> Evaluation | None:

@@ -12,13 +12,14 @@ from filelock import FileLock, Timeout
 from recipe.config.command_line import write_config
 from recipe.errors import RecipeError
 from recipe.run.environment import describe_environment
-from recipe.run.ledger import EVENTS, LEDGER, TRACKER_PROJECT, read_updates, start_trackers
+from recipe.run.ledger import EVENTS, LEDGER, read_updates
 from recipe.run.run import Run
+from recipe.run.trackers import TRACKER_DIRECTORIES
 
 FORMAT = 3  # of a run directory and its checkpoints
 _FILES_OF_A_RUN = (
     *("config.yaml", LEDGER, EVENTS, "summary.json", "final", "checkpoints", "report.html"),
-    TRACKER_PROJECT,
+    *TRACKER_DIRECTORIES,
 )
 
 
@@ -57,8 +58,9 @@ def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
     previous = run.on_main(lambda: _make_room(run, update, checkpoint))
     if previous:
         run.console.say(f"what this run replaces is now in {previous}")
-    start_trackers(run.config, run.accelerator, update)
     run.ledger.event("start", update, **describe_environment(run.accelerator, run.precision), **run.kernels)
+    if run.is_main:
+        run.ledger.trackers.start(update)
     run.stop.prepared()
 
 

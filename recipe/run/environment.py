@@ -1,6 +1,5 @@
 """The launch and the machine: start accelerate, refuse a launch that cannot work, and describe what the run is computed on."""
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -11,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from recipe.config.settings import Config
 from recipe.errors import RecipeError
 from recipe.plan.devices import bf16_peak_flops
 from recipe.plan.run_plan import world_size_of_launcher
@@ -19,15 +17,12 @@ from recipe.plan.run_plan import world_size_of_launcher
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
-def start_accelerator(config: Config, precision: str) -> Any:
+def start_accelerator(precision: str) -> Any:
     """An Accelerator on the device at hand, whose accumulation steps `recipe.step.update` sets.
 
     Raises:
-        RecipeError: the ranks do not see each other, or a tracker is not installed.
+        RecipeError: the ranks do not see each other.
     """
-    missing = [tracker for tracker in config.log.trackers if importlib.util.find_spec(tracker) is None]
-    if missing:
-        raise RecipeError(f"log.trackers: {missing[0]} is not installed: pip install {missing[0]}, or leave it out")
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
@@ -40,8 +35,6 @@ def start_accelerator(config: Config, precision: str) -> Any:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             # As long as gloo waits: NCCL's 10 minutes would be over while one rank tries again to read (data.retry_seconds).
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
-            log_with=list(config.log.trackers) or None,
-            project_dir=config.run.directory,
         )
     except Exception as error:  # of accelerate, or of one of the libraries that ranks talk through
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,20 +1,19 @@
 """The ledger: one JSON line per update in ledger.jsonl, everything else in events.jsonl, and the numbers to the trackers."""
 
-import io
 import json
 import math
 import os
-from contextlib import redirect_stdout
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from recipe.config.settings import Config, flat_settings
+from recipe.config.settings import Config
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
+from recipe.run.trackers import Trackers
 
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
-TRACKER_PROJECT = "token-budget-recipe"  # also TensorBoard's folder in the run directory
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,12 @@ class LedgerEntry:
 
 
 class Ledger:
-    """Appends lines on rank 0, and gives the numbers to accelerate's trackers. Nothing is opened before the first line."""
+    """Appends lines on rank 0, and gives the numbers to the trackers. Nothing is opened before the first line."""
 
-    def __init__(self, config: Config, accelerator: Any) -> None:
+    def __init__(self, config: Config, accelerator: Any, say: Callable[[str], None]) -> None:
         self.directory = Path(config.run.directory)
-        self.accelerator = accelerator
+        self.accelerator, self.say = accelerator, say
+        self.trackers = Trackers(config, self._tracker_failed)
         self.max_skipped_updates = config.stability.max_skipped_updates
         self._skipped_in_a_row = 0
         self._files: dict[str, IO[str]] = {}
@@ -74,7 +74,7 @@ class Ledger:
         self._skipped_in_a_row = 0
         values = entry.as_dictionary()
         self._append(LEDGER, values)
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=entry.update)
+        self.trackers.log({k: v for k, v in values.items() if isinstance(v, int | float)}, entry.update)
 
     def _skipped(self, entry: LedgerEntry) -> None:
         self._skipped_in_a_row += 1
@@ -88,6 +88,10 @@ class Ledger:
                 "blocks in the ledger",
                 exit_code=DIVERGED_EXIT_CODE,
             )
+
+    def _tracker_failed(self, tracker: str, reason: str, update: int, is_left_out: bool) -> None:
+        self.say(f"tracker {tracker} failed: {reason}; training goes on{' without it' if is_left_out else ''}")
+        self.event("tracker_failed", update, tracker=tracker, reason=reason)
 
     def event(self, event: str, update: int, **values: Any) -> None:
         """Write down something else that happened after `update` updates: a resume, a sample, a skipped update, ..."""
@@ -122,18 +126,6 @@ class Ledger:
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-
-def start_trackers(config: Config, accelerator: Any, update: int) -> None:
-    """Start `log.trackers` for a run that goes on after `update` updates; 0 for a new one.
-
-    TensorBoard and trackio go on with the run's curves, and W&B begins another run of the same name.
-    """
-    name = {"name": Path(config.run.directory).resolve().name}
-    options = {"trackio": {**name, "resume": "allow" if update else "never"}, "wandb": name}
-    with redirect_stdout(io.StringIO()):  # trackio's words, in colours even in a pipe
-        plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in flat_settings(config).items()}
-        accelerator.init_trackers(TRACKER_PROJECT, config=plain, init_kwargs=options)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

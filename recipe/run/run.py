@@ -16,6 +16,7 @@ from recipe.run.environment import available_bytes, choose_precision, device_typ
 from recipe.run.launch import check_launch, ignored_settings, stop_with_launcher
 from recipe.run.ledger import Ledger
 from recipe.run.stop import StopRequest
+from recipe.run.trackers import check_trackers
 from recipe.streams import Unbreakable
 
 Result = TypeVar("Result")
@@ -77,7 +78,7 @@ def start_run(config: Config) -> Run:
     """Start accelerate, take signals as requests to stop, and print the plan. Writes nothing.
 
     Raises:
-        RecipeError: a launch, a precision or a budget that cannot work.
+        RecipeError: a launch, a precision, a budget or a tracker that cannot work.
     """
     sys.stdout = Unbreakable(sys.stdout)
     check_launch()
@@ -86,7 +87,7 @@ def start_run(config: Config) -> Run:
     stop_with_launcher()
     plan = make_plan(config, world_size_of_launcher())
     precision, reason = choose_precision(config.precision, device_type())
-    accelerator = start_accelerator(config, precision)
+    accelerator = start_accelerator(precision)
     stop.connect(accelerator.num_processes)
     if plan.micro_batch_is_auto:
         plan = resolve_auto_micro_batch(config, accelerator, precision)
@@ -94,7 +95,9 @@ def start_run(config: Config) -> Run:
     console.section("plan", aligned([*plan.rows(), ("precision", f"{precision}: {reason}")]))
     for line in ignored_settings(precision):
         console.say(line)
-    return Run(config, plan, accelerator, precision, stop, console, Ledger(config, accelerator))
+    run = Run(config, plan, accelerator, precision, stop, console, Ledger(config, accelerator, console.say))
+    run.on_main(lambda: check_trackers(config))
+    return run
 
 
 def resolve_auto_micro_batch(config: Config, accelerator: Any, precision: str) -> RunPlan:

@@ -58,19 +58,15 @@ class StopRequest:
         Launchers follow a Ctrl-C with a SIGTERM of their own, so another signal is not a second one; and they pass on a
         SIGTERM that the ranks may have had already, so one that follows within a second is not either.
         """
-        receiver, sender = os.pipe()
-        os.set_blocking(sender, False)
-        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-        threading.Thread(target=_leave_at_second_signal, args=[receiver], name="signals", daemon=True).start()
-        for number in listened_signals():
-            signal.signal(number, self._receive)
-        # Python calls a handler when the main thread comes back to it, which takes a while where that is in a library or waits
-        # for another rank. The number of the signal is written at once, for a thread that waits for it.
+        # Python calls a handler when the main thread comes back to it, which takes a while if that is in a library or waits for
+        # another rank. The number of the signal is written at once, for a thread that waits for it.
         received, written = os.pipe()
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(received,), name="signals", daemon=True).start()
+        for number in listened_signals():
+            signal.signal(number, self._receive)
         self.is_preparing = True
-        threading.Thread(target=self._end_while_preparing, args=(received,), name="signals", daemon=True).start()
 
     def prepared(self) -> None:
         """From here on a signal is a request, and what is done is saved."""
@@ -124,28 +120,23 @@ class StopRequest:
         """128 + the signal's number, as shells have it, or that of the error."""
         return 128 + self.signal if self.signal < _ERROR else self.signal - _ERROR
 
-    def _end_while_preparing(self, received: int) -> None:
-        while self.is_preparing:
-            number = os.read(received, 1)[0]
-            if number in _SIGNALS and self.is_preparing:
-                if os.environ.get("RANK", "0") == "0":
-                    print(f"stopped by signal {number} before training began", file=sys.stderr, flush=True)
-                os._exit(128 + number)
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received += 1
         self.signal = self.signal or number
+
+    def _watch(self, received: int) -> None:
+        """Leave at once at a signal while there is nothing to save, and at one that came more than a moment ago already."""
+        first: dict[int, float] = {}  # signal -> when it came first
+        while numbers := os.read(received, 1):
+            number = numbers[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if self.is_preparing and os.environ.get("RANK", "0") == "0":
+                print(f"stopped by signal {number} before training began", file=sys.stderr, flush=True)
+            if self.is_preparing or time.monotonic() - first.setdefault(number, time.monotonic()) > REPEAT_SECONDS:
+                os._exit(128 + number)
 
 
 def listened_signals() -> list[int]:
     """The signals that ask to stop, without a SIGHUP that `nohup` has switched off."""
     return [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN or n == signal.SIGINT]
-
-
-def _leave_at_second_signal(receiver: int) -> None:
-    """In a thread, which sees when a signal comes even if the main thread waits in a library until much later."""
-    first: dict[int, float] = {}  # signal -> when it came first
-    while numbers := os.read(receiver, 1):
-        number = numbers[0]
-        if time.monotonic() - first.setdefault(number, time.monotonic()) > REPEAT_SECONDS and number in STOP_SIGNALS:
-            os._exit(128 + number)

@@ -1,4 +1,7 @@
-"""What one can watch: the bar on a real terminal, and the run's curves in TensorBoard and trackio, asked over HTTP."""
+"""What one can watch: the bar on a real terminal, and the run's curves in TensorBoard and trackio, asked over HTTP.
+
+And that a tracker never ends a run: its faults are a line and an event, and what can be known before is refused before.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import json
 import os
 import pty
 import re
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +29,23 @@ from urllib.error import URLError
 
 import pytest
 
-from tests.helpers import ROOT, SCRIPT, TINY, environment, free_port, read_ledger, start_ranks
+from recipe.config.settings import Config, LogConfig, RunConfig
+from recipe.errors import RecipeError
+from recipe.run.trackers import TRACKER_PROJECT, Trackers, check_trackers
+from tests.helpers import (
+    ROOT,
+    SCRIPT,
+    TINY,
+    assert_one_line,
+    environment,
+    free_port,
+    read_events,
+    read_ledger,
+    start_ranks,
+    start_training,
+    train,
+    wait_for,
+)
 
 TOKEN = "hf_ThisIsNoTokenButWouldBeASecret00000"
 SEEN = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
@@ -157,3 +179,141 @@ def test_no_file_of_a_run_or_its_trackers_holds_a_token(watched: Watched) -> Non
     assert {".db", ".jsonl", ".safetensors"} <= {path.suffix for path in files}
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
     assert not any(TOKEN in screen for screen in watched.screens.values())
+
+
+# A tracker that fails.
+
+
+def plain_arguments(directory: Path, texts: Path, *more: str) -> list[str]:
+    return [*TINY, "--run.directory", str(directory), "--data.text_files", f"{texts}/*.txt", *more]
+
+
+def test_a_disk_that_is_full_for_the_trackers_only_costs_their_curves(texts: Path, tmp_path: Path) -> None:
+    """TensorBoard's file cannot grow beyond what it has after two updates; trackio's directory is none."""
+    directory, places = tmp_path / "run", {"TRACKIO_DIR": "/dev/null/trackio"}
+    more = ["--run.max_updates", "24", "--log.trackers", "tensorboard", "trackio"]
+    process = start_training(*plain_arguments(directory, texts, *more), **places)
+    wait_for(process, "update      2/")
+    (curves,) = (directory / TRACKER_PROJECT).glob("events.out.tfevents.*")
+    full = max(path.stat().st_size for path in (curves, directory / "ledger.jsonl")) + 1000
+    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
+    wait_for(process, "tracker tensorboard failed: [Errno 27] File too large; training goes on without it")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    assert [entry["update"] for entry in read_ledger(directory)] == list(range(1, 25))
+    assert "finished model" in output
+    failed = {event["tracker"]: event["reason"] for event in read_events(directory, "tracker_failed")}
+    assert failed.keys() == {"tensorboard", "trackio"}
+    assert "File too large" in failed["tensorboard"]
+    assert "Not a directory: '/dev/null/trackio'" in failed["trackio"]
+
+
+@pytest.fixture
+def told(tmp_path: Path, accelerator: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Trackers, list[Any]]:
+    """TensorBoard's and trackio's trackers, and (tracker, reason, update, whether it is left out) of each failure."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    failures: list[Any] = []
+    config = Config(run=RunConfig(directory=str(tmp_path)), log=LogConfig(trackers=("tensorboard", "trackio")))
+    return Trackers(config, lambda *failure: failures.append(failure)), failures
+
+
+@pytest.mark.parametrize("moment", ["start", "store_init_configuration", "log", "finish"])
+def test_an_exception_of_one_tracker_leaves_it_out_and_the_others_in(
+    told: tuple[Trackers, list[Any]], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise KeyError("a plugin's\nown")
+
+    trackers, failures = told
+    calls: list[str] = []
+    for name in ("start", "store_init_configuration", "log", "finish"):
+        monkeypatch.setattr(TrackioTracker, name, lambda self, *rest, _name=name, **more: calls.append(_name))
+    monkeypatch.setattr(TensorBoardTracker, moment, fail)
+    trackers.start(0)
+    for update in (1, 2):
+        trackers.log({"loss": 1.0}, update)
+    trackers.finish()
+    when = {"log": 1, "finish": 2}.get(moment, 0)
+    assert failures == [("tensorboard", '"a plugin\'s\\nown"', when, True)]
+    assert [call for call in calls if call != "store_init_configuration"] == ["start", "log", "log", "finish"]
+
+
+def test_a_thread_of_tensorboard_that_dies_prints_nothing(
+    told: tuple[Trackers, list[Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its writer raises in a thread of its own, and again at the next number."""
+    trackers, failures = told
+    trackers.config = Config(run=trackers.config.run, log=LogConfig(trackers=("tensorboard",)))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        trackers.start(0)
+        trackers.log({"loss": 1.0}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    ((name, reason, _, is_left_out),) = failures
+    assert (name, is_left_out) == ("tensorboard", True)
+    assert "File too large" in reason
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tracker_that_cannot_be_imported_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("TRACKIO_DIR", "WANDB_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    config = Config(log=LogConfig(trackers=("trackio",)))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(RecipeError, match=r"log\.trackers: trackio is not installed .*pip install trackio"):
+        check_trackers(config)
+    monkeypatch.delitem(sys.modules, "trackio")
+    (tmp_path / "trackio.py").write_text("raise OSError('a library is\\nmissing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match=r"log\.trackers: trackio cannot be used \(a library is missing\)"):
+        check_trackers(config)
+
+
+def test_a_refused_tracker_moves_nothing(finished: Path, texts: Path, tmp_path: Path) -> None:
+    try:
+        import wandb  # noqa: F401
+
+        pytest.skip("wandb is installed")
+    except ModuleNotFoundError:
+        pass
+    shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    more = ["--resume", "fresh", "--log.trackers", "tensorboard", "wandb"]
+    assert_one_line(train(*plain_arguments(tmp_path / "run", texts, *more)), ["wandb is not installed"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_wandb_is_refused_without_a_login_and_writes_into_the_run_directory_offline(
+    texts: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb", minversion="0.31")
+    home = {"HOME": str(tmp_path / "home"), "WANDB_MODE": "online"}
+    more = ["--run.max_updates", "2", "--log.trackers", "wandb"]
+    command = plain_arguments(tmp_path / "run", texts, *more)
+    assert_one_line(train(*command, **home), ["wandb has no login", "wandb login", "WANDB_MODE=offline"])
+    assert not (tmp_path / "run").exists()
+    done = train(*command, **home | {"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    assert not read_events(tmp_path / "run", "tracker_failed")
+
+
+def test_trackio_writes_into_the_run_directory(texts: Path, tmp_path: Path) -> None:
+    """If nobody has said where; and --resume fresh moves what an earlier run has left there."""
+    directory = tmp_path / "run"
+    for tracker in ("trackio", "wandb"):
+        (directory / tracker).mkdir(parents=True)
+        (directory / tracker / "earlier.db").touch()
+    more = ["--run.max_updates", "1", "--log.trackers", "trackio", "--resume", "fresh"]
+    done = train(*plain_arguments(directory, texts, *more))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (directory / "trackio").glob("*.db")] == [f"{TRACKER_PROJECT}.db"]
+    assert {path.parent.name for path in (directory / "previous/1").glob("*/earlier.db")} == {"trackio", "wandb"}

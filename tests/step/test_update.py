@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipe.config.settings import Config, Scaling
+from recipe.config.settings import Scaling
 from recipe.plan.budget import UpdatePlan
 from recipe.run.environment import start_accelerator
 from recipe.step.update import accumulate_gradient, clip_and_step, run_update
@@ -90,7 +90,7 @@ def test_steps_may_change_between_updates(accelerator: Any) -> None:
 def test_the_environment_cannot_change_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    accelerator = start_accelerator(Config(), "fp32")
+    accelerator = start_accelerator("fp32")
     assert max(differences(accelerator, torch.float64, masked=False).values()) < 1e-12
 
 

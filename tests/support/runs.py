@@ -20,12 +20,8 @@ from recipe.run.stop import StopRequest
 def stand_in(rank: int = 0, ranks: int = 1) -> Any:
     """In place of an Accelerator if nothing is computed with it."""
     return SimpleNamespace(
-        process_index=rank, num_processes=ranks, is_main_process=rank == 0, device=torch.device("cpu"), log=no_tracker
+        process_index=rank, num_processes=ranks, is_main_process=rank == 0, device=torch.device("cpu")
     )
-
-
-def no_tracker(values: dict[str, Any], step: int) -> None:
-    """Where there are none."""
 
 
 def make_run(config: Config, accelerator: Any = None, update: UpdatePlan | None = None) -> Run:
@@ -41,4 +37,5 @@ def make_run(config: Config, accelerator: Any = None, update: UpdatePlan | None 
     if update is not None:
         plan = replace(plan, update=update)
     console = Console(False, plan.planned_updates)
-    return Run(config, plan, accelerator, "fp32", StopRequest(), console, Ledger(config, accelerator))
+    ledger = Ledger(config, accelerator, console.say)
+    return Run(config, plan, accelerator, "fp32", StopRequest(), console, ledger)
