@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from recipe.streams import prepare_streams, send_nowhere
+from recipe.text import one_line, redact
 
 USER_ERROR_EXIT_CODE = 2
 DIVERGED_EXIT_CODE = 3
@@ -20,13 +21,13 @@ class RecipeError(Exception):
     """A user's mistake, or an input that cannot be used.
 
     Args:
-        message: one line: what was given, what would be valid, what to change.
+        message: one line: what was given, what would be valid, what to change. Secrets in it are left out.
         on_this_rank_only: the other ranks may not see the problem, so this one prints the line even if it is not rank 0.
         exit_code: of the command.
     """
 
     def __init__(self, message: str, *, on_this_rank_only: bool = False, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(redact(one_line(message)))
         self.on_this_rank_only = on_this_rank_only
         self.exit_code = exit_code
 

@@ -107,10 +107,10 @@ def _initial_shape(config: Config) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write every value, so that `--config path` gives the same configuration again."""
+    """Write every value, so that `--config path` gives the same configuration again; of addresses what `Config.public` has."""
     import yaml
 
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(asdict(config.public), sort_keys=False), encoding="utf-8")
 
 
 def read_config(path: Path) -> Config:

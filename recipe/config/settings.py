@@ -8,10 +8,12 @@ from __future__ import annotations  # without it, --help prints each Annotated t
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
+
+from recipe.config.text_files import public_name
 
 STANDARD_LIBRARY = "python-standard-library"
 Scaling = Literal["accumulate", "manual"]
@@ -304,6 +306,14 @@ class Config:
         return self.model.n_positions or self.data.sequence_length
 
     @property
+    def public(self) -> Config:
+        """The settings as they are written down: addresses of text without credentials, queries and fragments."""
+        files = tuple(map(public_name, self.data.text_files))
+        sets = {name: public_name(pattern) for name, pattern in self.evaluation.sets.items()}
+        data, evaluation = replace(self.data, text_files=files), replace(self.evaluation, sets=sets)
+        return replace(self, data=data, evaluation=evaluation)
+
+    @property
     def cache_directory(self) -> Path:
         """Directory of trained tokenizers and memory-mapped copies of local files."""
         return Path(self.data.cache_directory or Path(self.run.directory) / "cache")
@@ -326,7 +336,8 @@ def flat_fields(config_class: type) -> list[tuple[str, Any]]:
     return names
 
 
-def flat_settings(config: Any) -> dict[str, Any]:
-    """Dotted names to values as JSON and YAML give them back: a tuple is a list."""
-    values = {name: value_of(config, name) for name, _ in flat_fields(type(config))}
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Dotted names to the values of `config.public` as JSON and YAML give them back: a tuple is a list."""
+    public = config.public
+    values = {name: value_of(public, name) for name, _ in flat_fields(Config)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -2,10 +2,13 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from recipe.errors import RecipeError
+from recipe.text import public_address
 
 # File ending -> the `datasets` builder that reads it.
 TEXT_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
@@ -16,28 +19,36 @@ def is_remote(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
+def public_name(path: str) -> str:
+    """How a path, glob or address is written down: an address without credentials, query and fragment."""
+    return public_address(path) if is_remote(path) else path
+
+
 def text_file_format(path: str) -> str | None:
     """The `datasets` builder for a file's name or address; None if its ending is not in `TEXT_FILE_FORMATS`."""
-    name = path.partition("?")[0] if is_remote(path) else path
-    return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if name.endswith(ending)), None)
+    return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if public_name(path).endswith(ending)), None)
 
 
 def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files") -> list[str]:
-    """Sorted paths and addresses that match `patterns` (files, globs, addresses), the value of `setting`; all of one format.
+    """Paths and addresses that match `patterns` (files, globs, addresses), the value of `setting`; all of one format.
+
+    Sorted by what of them is public, so that a new signature leaves their order.
 
     Raises:
-        RecipeError: a pattern that matches nothing, a file of an unknown format, files of two formats, or only empty ones.
+        RecipeError: a pattern that matches nothing, an address or a file of an unknown format, files of two formats, or only
+            empty ones.
     """
     paths: list[str] = []
     for pattern in patterns:
         if is_remote(pattern):
+            _check_address(pattern, setting)
             paths.append(pattern)
             continue
         found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not found:
             raise RecipeError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
         paths += found
-    paths = sorted(set(paths))
+    paths = sorted(dict.fromkeys(paths), key=public_name)
     unknown = [path for path in paths if text_file_format(path) is None]
     if unknown:
         raise RecipeError(
@@ -49,3 +60,15 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
     if not any(is_remote(path) or os.path.getsize(path) for path in paths):
         raise RecipeError(f"{setting}: no text, all {len(paths)} files that match are empty")
     return paths
+
+
+def _check_address(address: str, setting: str) -> None:
+    """Answer what is no address before a library quotes it, with its query, in an error."""
+    try:
+        parts = urlsplit(address)
+        is_valid = bool(parts.hostname) and (parts.port or 1) > 0 and re.fullmatch(r"[!-~]+", address)
+    except ValueError:  # a port that is no number
+        is_valid = False
+    if not is_valid:
+        shown = public_address("".join(address.split()))
+        raise RecipeError(f"{setting}: {shown!r} is no address: give https://host/file, with %20 for a space")

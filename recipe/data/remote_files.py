@@ -4,14 +4,19 @@ The file systems that fsspec and the Hub's library bring take what a server answ
 back short, a page with status 200 or an empty answer with status 416 then shifts, replaces or ends the text without an error
 (docs/decisions.md). Here an answer is either exactly the bytes that were asked for, of a file as long as it was when this
 process first saw it, or a ConnectionError, after which `recipe.data.documents` reads on from the last document.
+
+An address may be signed, or hold a password. `datasets` writes down what it reads, so it knows files by public names.
 """
 
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from email.message import Message
 from http.client import HTTPException
 from typing import Any, ClassVar
+from urllib.error import HTTPError
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, urlopen
 
 import fsspec
@@ -20,6 +25,7 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.hf_file_system import HfFileSystemFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from recipe.config.text_files import public_name
 from recipe.retry import retry
 
 SILENCE_SECONDS = 30.0  # a server that sends nothing for so long has failed
@@ -32,6 +38,7 @@ class HttpFileSystem(AbstractFileSystem):
 
     protocol = ("http", "https")
     _first_seen: ClassVar[dict[str, dict[str, Any]]] = {}
+    addresses: ClassVar[dict[str, str]] = {}  # in full, by public name
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -112,21 +119,49 @@ def use_checked_files() -> None:
     datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
 
 
-def _get(address: str, start: int, end: int, size: int | None = None) -> tuple[Message, bytes]:
+def name_for_datasets(address: str) -> str:
+    """A public name by which `HttpFileSystem` reads an address; numbered if addresses differ only in what is not public."""
+    public = name = public_name(address)
+    number = 1
+    while HttpFileSystem.addresses.setdefault(name, address) != address:
+        number += 1
+        name = f"{public}?{number}"
+    return name
+
+
+def _request(address: str) -> Request:
+    """With the credentials in a header, where urllib looks for them, which is for this host alone."""
+    parts = urlsplit(address)
+    credentials, _, host = parts.netloc.rpartition("@")
+    request = Request(parts._replace(netloc=host, fragment="").geturl())
+    if credentials:
+        credentials += "" if ":" in credentials else ":"
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(unquote_to_bytes(credentials)).decode()}")
+    return request
+
+
+def _get(name: str, start: int, end: int, size: int | None = None) -> tuple[Message, bytes]:
     """(headers, the bytes from `start` to before `end`) of a file, which is `size` bytes long where that is known.
 
     Raises:
         ConnectionError: anything else came, or nothing.
     """
-    asked = f"bytes {start}-{end - 1}"
+    asked, address = f"bytes {start}-{end - 1}", HttpFileSystem.addresses.get(name, name)
     try:
-        with urlopen(Request(address, headers={"Range": asked.replace(" ", "=")}), timeout=SILENCE_SECONDS) as answer:
+        request = _request(address)
+        request.add_header("Range", asked.replace(" ", "="))
+        with urlopen(request, timeout=SILENCE_SECONDS) as answer:
             status, headers, data = answer.status, answer.headers, answer.read(end - start)
     except (OSError, HTTPException, ValueError) as error:
-        raise ConnectionError(f"{address}: asked for {asked}, got {error or type(error).__name__}") from None
+        got = str(error) or type(error).__name__
+        if isinstance(error, HTTPError) and error.code < 500 and address == public_name(address):
+            got += (
+                "; if it needs a query or a password, give it with them: config.yaml and cards have no address in full"
+            )
+        raise ConnectionError(f"{public_name(name)}: asked for {asked}, got {got}") from None
     given = headers["Content-Range"] or "no range"
     if status != 206 or not re.fullmatch(f"{asked}/{size or '[0-9]+'}", given) or len(data) != end - start:
         of_size = f" of {size:,}" if size else ""
         got = f"{given} ({len(data):,} bytes, status {status})"
-        raise ConnectionError(f"{address}: asked for {asked}{of_size}, got {got}")
+        raise ConnectionError(f"{public_name(name)}: asked for {asked}{of_size}, got {got}")
     return headers, data

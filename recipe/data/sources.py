@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config, DataConfig
-from recipe.config.text_files import expand_text_files, is_remote, text_file_format
+from recipe.config.text_files import expand_text_files, is_remote, public_name, text_file_format
 from recipe.data.documents import Source, hash_number, reason_of
 from recipe.data.shards import StreamedShards, TextShards
 from recipe.errors import RecipeError
@@ -30,7 +30,7 @@ def open_source(config: Config) -> Source:
     data = config.data
     if data.text_files:
         paths = expand_text_files(data.text_files)
-        name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+        name = public_name(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
         retry_seconds = data.retry_seconds if any(map(is_remote, paths)) else 0.0
         training = _files(paths, config)
         source = Source(name, training, data.text_column, data.validation_one_in, retry_seconds=retry_seconds)
@@ -117,6 +117,8 @@ def _quiet_datasets() -> Any:
 
 
 def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True) -> Any:
+    from recipe.data.remote_files import name_for_datasets
+
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: nothing is counted for these files
     # A .txt file is one document; bytes that are not UTF-8 become U+FFFD.
     options = {"text": {"sample_by": "document", "encoding_errors": "replace"}, "json": {"encoding_errors": "replace"}}
@@ -124,7 +126,7 @@ def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True
         return _quiet_datasets().load_dataset(
             kind,
             # Each is taken for a pattern; of an address `recipe.data.remote_files` takes none.
-            data_files=[path if is_remote(path) else glob.escape(path) for path in paths],
+            data_files=[name_for_datasets(path) if is_remote(path) else glob.escape(path) for path in paths],
             split="train",
             streaming=streaming,
             cache_dir=str(config.cache_directory / "datasets"),

@@ -14,9 +14,10 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
-from recipe.hub.client import explain, redact, revision_of
+from recipe.hub.client import explain, revision_of
 from recipe.plan.schedule import crosses
 from recipe.run.run import Run
+from recipe.text import one_line, redact
 
 PUSHING = ".pushing"  # in the run directory: links to what is not pushed yet, so that pruning may remove the checkpoint
 LONGEST_PUSH_SECONDS = 3600.0
@@ -105,7 +106,8 @@ class Pusher:
             output = child.communicate()[0]
             said = output or (said if given_up else f"exit code {child.returncode}")
             commit = re.search(r", commit (\w+)$", output, re.MULTILINE)
-        last = redact(said.splitlines()[-1].rpartition(f" was not pushed to {self.settings.repo_id}: ")[2])
+        last = said.splitlines()[-1].rpartition(f" was not pushed to {self.settings.repo_id}: ")[2]
+        last = redact(one_line(last))
         self._report(update, links, f"{given_up} ({last})" if given_up else last, commit[1] if commit else None)
 
     def _report(self, update: int, links: Path, reason: str, commit: str | None = None) -> None:

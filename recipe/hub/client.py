@@ -4,7 +4,6 @@ The login is huggingface_hub's own, from HF_TOKEN or `hf auth login`: no token p
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from recipe.config.settings import PushConfig
 from recipe.errors import RecipeError
 from recipe.retry import growing_pauses, retry
 from recipe.run.run import Run
+from recipe.text import one_line, public_address, redact
 
 REQUEST_SECONDS = 60.0  # without an answer; the library waits for ever (huggingface/huggingface_hub#3931)
 CHECK_SECONDS = 30.0  # the same, before a run begins
@@ -35,7 +35,7 @@ def check_hub(run: Run) -> None:
         api = _api(CHECK_SECONDS)
         _open_repository(api, settings)
         api.auth_check(settings.repo_id, write=True)
-        return f"checkpoints are pushed to {api.endpoint}/{settings.repo_id}"
+        return f"checkpoints are pushed to {public_address(api.endpoint)}/{settings.repo_id}"
 
     def check() -> str:
         try:
@@ -128,12 +128,7 @@ def explain(error: Exception) -> str:
         text = f"HTTP {response.status_code} to {response.request.method} {response.request.url.path}: {what}"
         if response.status_code in (401, 403):
             text += "; log in with HF_TOKEN or `hf auth login`, and a token that may do this"
-    return redact(" ".join(text.split())[:300])
-
-
-def redact(text: str) -> str:
-    """The text without access tokens, and without the signatures in addresses of storage."""
-    return re.sub(r"\b(hf|api_org)_\w{16,}", r"\1_...", re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text))
+    return redact(one_line(text))[:300]
 
 
 def _is_training_state(name: str) -> bool:

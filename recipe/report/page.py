@@ -48,7 +48,7 @@ def _settings_that_differ(records: Sequence[Record]) -> dict[str, list[str]]:
     """Dotted name -> its value in each run, for the settings that are not the same in all of them."""
     differences = {}
     for name, _ in flat_fields(Config):
-        values = [value_of(record.config, name) for record in records]
+        values = [value_of(record.config.public, name) for record in records]
         is_of_the_run = not name.startswith(NOT_THE_RUN)
         if is_of_the_run and any(value != values[0] for value in values):
             differences[name] = [value_text(value) for value in values]

@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
+from recipe.config.text_files import is_remote, public_name
 from recipe.format import duration, event_name, event_text, percent, short_count, size_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
 
@@ -33,10 +34,9 @@ def environment() -> Environment:
     templates.filters |= {name: _if_known(form) for name, form in (formats | {"short_count": short_count}).items()}
     templates.filters |= {
         "text": _if_known(lambda value, pattern: pattern.format(value)),
-        "file_name": lambda path: Path(path).name,
         "cell": markdown_cell,
     }
-    plain = (event_name, event_text, fenced, smoothing_window, some_of_each_kind, repeatable_config)
+    plain = (event_name, event_text, fenced, smoothing_window, some_of_each_kind, repeatable_config, names_of_files)
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
@@ -80,6 +80,13 @@ def hub_dataset(config: Config) -> str | None:
     return None if is_other or not is_hub_id(config.data.repository) else config.data.repository
 
 
+def names_of_files(text_files: Sequence[str]) -> str:
+    """What text files are called: addresses, and names without their directories, which are the author's own."""
+    where = "" if any(map(is_remote, text_files)) else "local "
+    names = [public_name(path) if is_remote(path) else Path(path).name for path in text_files[:5]]
+    return f"{where}files: {', '.join(names)}{', ...' if len(text_files) > 5 else ''}"
+
+
 def is_hub_id(name: str) -> bool:
     """Whether this can be a name on the Hub, and is nothing on this machine."""
     return re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) is not None and not Path(name).exists()
@@ -93,7 +100,7 @@ def initial_weights(config: Config) -> str | None:
 
 def repeatable_config(config: Config) -> str:
     """config.yaml without the settings that say where a run is written and who hears of it: `--config` repeats the run."""
-    sections = asdict(config)
+    sections = asdict(config.public)
     for name in NOT_THE_RUN:
         section, _, field = name.rpartition(".")
         (sections[section] if section else sections).pop(field)

@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +35,9 @@ class HttpServer(ThreadingHTTPServer):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.requests: list[str] = []  # name of the file of each request for data
+        self.paths: list[str] = []  # and its whole path, with the query
         self.closing = threading.Event()
+        self.secret = ""  # in the query or as the password of every request for data; others are answered 403
         self._plans: dict[str, Iterator[str | None]] = {}
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
@@ -88,8 +91,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer_hub(name)
         name = name.removeprefix(f"datasets/{HUB_DATASET}/resolve/{HUB_COMMIT}/")
         fault = self.server.next_fault(name) if self.command == "GET" else None
+        self.server.paths.append(self.path)
+        password = b64decode(self.headers.get("Authorization", "").removeprefix("Basic ")).decode()
+        if self.server.secret not in urlsplit(self.path).query + password:
+            fault = "403"
         path = self.server.directory / name
-        if fault in ("404", "500", "503") or not path.is_file():
+        if fault in ("403", "404", "500", "503") or not path.is_file():
             return self.answer(int(fault or 404), b"<html>no</html>", length=15)
         data = path.read_bytes()
         if fault == "shrunk":  # as if the file ended at a line end in its middle
@@ -198,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-# The names that a plan takes; "404", "500", "503", "no ranges" and "shrunk" besides.
+# The names that a plan takes; "403", "404", "500", "503", "no ranges" and "shrunk" besides.
 FAULTS: dict[str, Callable[[Handler, bytes, int, int], None]] = {
     "reset": Handler.reset,
     "cut": Handler.cut,
