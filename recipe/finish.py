@@ -19,8 +19,8 @@ def end_stopped_run(run: Run, pusher: Any) -> None:
     """Say how to go on, wait for the pushes, and exit with the code of what stopped the run. Collective."""
     same = "the same command" if run.config.resume == "auto" else "the same command with --resume auto"
     run.console.say(f"stopped by {run.stop.reason}; {same} goes on from here")
-    # A launcher ends the others when it sees one rank leave.
-    run.on_main(lambda: (pusher.finish(), run.ledger.trackers.finish()))
+    for finish in (pusher.finish, run.ledger.trackers.finish):
+        run.on_main(finish)  # a launcher ends the others when it sees one rank leave
     run.accelerator.end_training()
     sys.exit(run.stop.exit_code)
 
