@@ -10,7 +10,7 @@ from recipe.config.command_line import make_parser, parse_run
 from recipe.config.settings import Above, AtLeast, AtMost, Config
 from recipe.format import Number, aligned
 from recipe.plan import run_plan
-from recipe.plan.devices import Device, find_device
+from recipe.plan.devices import Device, device_rows, find_device
 from recipe.plan.memory import largest_micro_batch
 
 Table = dict[str, list[Number]]  # heading of a column -> its numbers; the only column has none
@@ -23,7 +23,7 @@ class PlanConfig(Config):
     world_size: Annotated[int | None, AtLeast(1)] = None
     """Ranks, one device each. Null: WORLD_SIZE, or 1."""
     device: str | None = None
-    """h100, a100, ..., cpu: its memory and its peak. An unknown name lists all. Null: no limit and no time."""
+    """h100, a100, ..., cpu: its memory and its peak; help: list them. Null: no limit and no time."""
     memory_gb: Annotated[float | None, Above(0)] = None
     """Memory of a device, 10^9 bytes. Null: that of the device; for cpu, a rank's share of this machine's."""
     mfu: Annotated[float, Above(0), AtMost(1, "a share of the peak; 0.4 is 40 %")] = 0.4
@@ -40,14 +40,18 @@ def main() -> None:
 
 
 def planned(arguments: Sequence[str]) -> str:
-    """What `python -m recipe plan ARGUMENTS` prints.
+    """What `python -m recipe plan ARGUMENTS` prints; with `--device help`, or nothing behind it, the devices alone.
 
     Raises:
         RecipeError: settings that cannot be used, an unknown device, or one that is too small for one block.
     """
     parser = make_parser(PlanConfig, "python -m recipe plan", "Print every derived number of a run before it starts.")
     parser.add_argument("--json", action="store_true", help="Print the same numbers as JSON, each with its derivation.")
+    if arguments[-1:] == ["--device"]:
+        arguments = [*arguments, "help"]
     config, rest = parse_run(parser, PlanConfig, arguments)
+    if config.device == "help":
+        return aligned(device_rows())
     tables = plan_tables(config)
     if rest["json"]:
         return json.dumps({title: as_dictionary(table) for title, table in tables.items()}, indent=2)

@@ -215,15 +215,47 @@ def test_a_preset_is_checked_without_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cuda_name", "device"),
+    ("cuda_name", "tera_flops"),
     [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("NVIDIA A100 80GB PCIe", "a100"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("Tesla T4", None),
+        *[("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989)],
+        *[("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500)],
+        *[("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-PCIE-40GB", 312)],
+        *[("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121)],
+        *[("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71)],
     ],
 )
-def test_the_peak_is_known_by_the_name_that_torch_gives(cuda_name: str, device: str | None) -> None:
-    assert bf16_peak_flops(cuda_name) == (DEVICES[device].bf16_flops if device else None)
+def test_the_peak_is_known_by_the_name_that_torch_gives(cuda_name: str, tera_flops: float) -> None:
+    assert bf16_peak_flops(cuda_name) == tera_flops * 1e12
+
+
+@pytest.mark.parametrize(
+    "cuda_name",
+    [
+        *["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA H200 MIG 1g.18gb"],
+        *[
+            "NVIDIA GeForce RTX 4090 D",
+            "NVIDIA GeForce RTX 4090 Laptop GPU",
+            "NVIDIA GeForce RTX 3090 Ti",
+            "NVIDIA A100X",
+        ],
+        *[
+            "NVIDIA H800",
+            "NVIDIA H100",
+            "GRID A100X-40C",
+            "NVIDIA B200 MIG 1g.23gb",
+            "NVIDIA L40G",
+            "Tesla T4",
+            "H100",
+            "",
+        ],
+    ],
+)
+def test_the_peak_of_a_part_or_a_variant_of_a_device_is_not_known(cuda_name: str) -> None:
+    assert bf16_peak_flops(cuda_name) is None
+
+
+@pytest.mark.parametrize("arguments", [["--device"], ["--device", "help"], [*LARGE, "--device", "help"]])
+def test_the_plan_lists_its_devices(arguments: list[str]) -> None:
+    lines = planned(arguments).splitlines()
+    assert [line.split()[0] for line in lines] == list(DEVICES)
+    assert re.search(r"h100-nvl +94 GB +835 TFLOP/s in bf16 +NVIDIA H100 NVL", "\n".join(lines))
