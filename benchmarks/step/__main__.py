@@ -230,7 +230,7 @@ def _growth(section: Result, setting: Setting) -> str:
     for size, comparison in section.items():
         point: Any = Setting(**comparison["setting"])
         ours = comparison["trainings"][OURS]
-        flops = flops_per_token(point, point.sequence_length, point.sequence_length)
+        flops = flops_per_token(point, point.sequence_length)
         row = _compared(comparison, point.tokens, "")[OURS]
         rows.append(
             {

@@ -85,7 +85,7 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
     return RunPlan(
         update=update,
         parameters=parameters,
-        flops_per_token=flops_per_token(config.model, config.n_positions, length),
+        flops_per_token=flops_per_token(config.model, length),
         state_bytes=state_bytes(config),
         total_updates=updates,
         planned_updates=min(updates, config.run.max_updates or updates),
@@ -93,9 +93,12 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
     )
 
 
-def flops_per_token(model: ModelConfig, n_positions: int, sequence_length: int) -> int:
-    """Forward and backward FLOPs of one target token: 6 N + 12 L d T (Chowdhery et al., 2022, appendix B)."""
-    return 6 * parameter_count(model, n_positions) + 12 * model.n_layer * model.n_embd * sequence_length
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Forward and backward FLOPs of one target token: 6 N + 12 L d T (Chowdhery et al., 2022, appendix B).
+
+    N leaves out the position embeddings, which are only added, as nanoGPT does; the token embedding is the output layer too.
+    """
+    return 6 * parameter_count(model, n_positions=0) + 12 * model.n_layer * model.n_embd * sequence_length
 
 
 def world_size_of_launcher() -> int:
@@ -170,7 +173,7 @@ def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_
 
 def time_numbers(plan: RunPlan, flops: float | None, mfu: float, price_per_hour: float | None) -> list[Number]:
     """How long the updates of a run take at a share `mfu` of a peak of `flops` FLOP/s per device, and what they cost."""
-    work = Number("flops_per_token", plan.flops_per_token, "FLOP", "6 N + 12 L d T = {}")
+    work = Number("flops_per_token", plan.flops_per_token, "FLOP", "6 N + 12 L d T = {}, N without position embeddings")
     if flops is None:
         text = "give --flops, or a --device whose peak in this precision is known"
         return [work, Number("hours", None, "hours", text)]

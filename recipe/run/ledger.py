@@ -34,7 +34,8 @@ class LedgerEntry:
     update_seconds: float | None = None  # wall time of the update, waiting for data included, evaluation not
     data_wait_seconds: float | None = None  # the part of it spent waiting for data; the longest wait of any rank
     tokens_per_second: float | None = None  # target_tokens / update_seconds
-    mfu: float | None = None  # model FLOPs utilisation, (6 N + 12 L d T) x tokens_per_second / (peak of all devices)
+    # Model FLOPs utilisation, (6 N + 12 L d T) x tokens_per_second / (peak of all devices); N without position embeddings
+    mfu: float | None = None
     # Allocator peak of a GPU, or resident set of the process; the largest of any rank
     peak_memory_bytes: int | None = None
     checkpoint_stall_seconds: float | None = None  # time training stood still to copy its state for a checkpoint

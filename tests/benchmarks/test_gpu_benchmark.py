@@ -76,7 +76,7 @@ def test_dry_run_measures_every_row_without_datasets_or_jsonargparse(tmp_path: P
     too_large = [name for name, row in rows.items() if row["micro_batch_size"] > 32]
     cannot |= dict.fromkeys(too_large, "only 32 blocks are compared with the baseline")
     assert unmeasured == cannot
-    parameters = 512 * 64 + 32 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64  # of 2 layers, 64 wide
+    parameters = 512 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64  # of 2 layers, 64 wide, without positions
     flops_per_token = 6 * parameters + 12 * 2 * 64 * 32
     for name, row in rows.items():
         if row["status"] == "measured":

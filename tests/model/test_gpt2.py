@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,7 +142,15 @@ def test_only_matrices_and_embeddings_decay() -> None:
 
 def test_flops_formula() -> None:
     model = ModelConfig(n_layer=24, n_embd=2048, n_head=16)
-    assert flops_per_token(model, 2048, 2048) == 6 * 1_315_819_520 + 12 * 24 * 2048 * 2048
+    assert flops_per_token(model, 2048) == 6 * (1_315_819_520 - 2048 * 2048) + 12 * 24 * 2048 * 2048
+
+
+def test_flops_are_those_of_nanogpt() -> None:
+    """Its estimate_mfu for its own GPT-2, of which get_num_params() counts 123.69M, all but wpe: 6 N + 12 L H Q T."""
+    model = ModelConfig(n_layer=12, n_embd=768, n_head=12, vocab_size=50_304, n_positions=1024)
+    expected = 6 * 123_689_472 + 12 * 12 * 12 * 64 * 1024
+    assert flops_per_token(model, 1024) == expected
+    assert flops_per_token(replace(model, n_positions=4096), 1024) == expected, "more positions are no work"
 
 
 def test_dropout_is_a_function_of_seed_update_and_rank() -> None:
