@@ -16,6 +16,19 @@ from recipe.config.init_from import SHAPE, shape_of
 from recipe.config.settings import Config, flat_fields
 from recipe.errors import RecipeError
 
+# Settings that may hold a path, of the run and of commands.
+_PATHS = (
+    *(
+        "run.directory",
+        "data.text_files",
+        "data.tokenizer",
+        "data.cache_directory",
+        "model.init_from",
+        "evaluation.sets",
+    ),
+    *("resume", "output", "task_directory"),
+)
+
 
 def load_config(arguments: Sequence[str]) -> Config:
     """Defaults, then `--config FILE`, then `--section.field value` flags.
@@ -69,8 +82,10 @@ def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[An
     except UnicodeDecodeError as error:
         raise RecipeError(f"--config: not a text file ({error.reason} at byte {error.start})") from None
     try:
+        for name in (name for name in _PATHS if name in types):
+            namespace[name] = _expand_home(namespace[name])
         values = parser.instantiate(namespace)
-    except TypeError:
+    except (KeyError, TypeError):
         sections = [f.name for f in fields(config_class) if not hasattr(namespace[f.name], "keys")]
         raise RecipeError(f"--config: each section has to be a mapping of settings; look at {sections}") from None
     config = config_class(**{f.name: values.pop(f.name) for f in fields(config_class)})
@@ -124,6 +139,15 @@ def read_config(path: Path) -> Config:
     except RecipeError as error:
         raise RecipeError(f"{path} is not the configuration of a run of this version: {error}") from None
     return config
+
+
+def _expand_home(value: Any) -> Any:
+    """`~` at the start of a path is the home, also where no shell has seen it: in a YAML, in quotes, behind `=`."""
+    if isinstance(value, dict):
+        return {name: _expand_home(path) for name, path in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from recipe.config.settings import (
 )
 from recipe.errors import RecipeError
 from recipe.evaluation.sample import GenerateConfig
-from tests.helpers import TINY
+from tests.helpers import TINY, write_texts
 
 CLASSES = (Config, PlanConfig, EvaluateConfig, GenerateConfig)
 
@@ -73,6 +73,30 @@ def test_every_list_takes_words_one_after_the_other() -> None:
     parser = make_parser(EvaluateConfig, "test", "")
     evaluation, _ = parse(parser, EvaluateConfig, ["--tasks", "a", "b", "--tokens", "5"])
     assert (evaluation.tasks, evaluation.tokens) == (("a", "b"), 5)
+
+
+def test_a_tilde_is_the_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a YAML and in flags; in the run and in commands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "checkpoint").mkdir()
+    write_texts(tmp_path, count=1)
+    (tmp_path / "run.yaml").write_text(
+        "run: {directory: ~/run}\ndata: {text_files: [~/*.txt, ~/000.txt], cache_directory: ~/cache, tokenizer: ~/tokenizer}\n"
+        "evaluation: {sets: {mine: ~/0*.txt}}\n"
+    )
+    config = load_config(["--config", str(tmp_path / "run.yaml"), "--resume=~/checkpoint"])
+    assert config.run.directory == f"{tmp_path}/run"
+    assert config.data.text_files == (f"{tmp_path}/*.txt", f"{tmp_path}/000.txt")
+    assert (config.data.cache_directory, config.data.tokenizer) == (f"{tmp_path}/cache", f"{tmp_path}/tokenizer")
+    assert config.evaluation.sets == {"mine": f"{tmp_path}/0*.txt"}
+    assert config.resume == f"{tmp_path}/checkpoint"
+    with pytest.raises(RecipeError, match=f"model.init_from.*{tmp_path}/model"):
+        load_config(["--model.init_from=~/model"])
+    parser = make_parser(EvaluateConfig, "evaluate", "")
+    given = ["--output=~/a.json", "--task_directory=~/tasks", "--data.text_files", "~/a.txt"]
+    command = parse(parser, EvaluateConfig, given)[0]
+    assert (command.output, command.task_directory) == (f"{tmp_path}/a.json", f"{tmp_path}/tasks")
+    assert command.data.text_files == (f"{tmp_path}/a.txt",)
 
 
 def test_a_written_configuration_is_read_as_the_same(tmp_path: Path) -> None:
