@@ -93,7 +93,7 @@ class DataConfig:
     model.vocab_size tokens on the text."""
     shuffle_window: Annotated[int, AtLeast(1)] = 64
     """Documents that a lane shuffles among themselves, after the order of the shards."""
-    validation_one_in: Annotated[int | None, AtLeast(1)] = 100
+    validation_one_in: Annotated[int | None, AtLeast(2, "since 1 would hold out everything")] = 100
     """Hold out one document in this many for validation, chosen by a hash of its text. Null: none."""
     retry_seconds: WaitSeconds = 600.0
     """Try for this long, with growing pauses, to read streamed text again; then save the run and stop. At most 1,200."""

@@ -44,7 +44,12 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
             _check_address(pattern, setting)
             paths.append(pattern)
             continue
-        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        matches = glob.glob(pattern, recursive=True)
+        found = [path for path in matches if os.path.isfile(path)]
+        if not found and (directory := next(filter(os.path.isdir, matches), None)):
+            raise RecipeError(
+                f"{setting}: {directory!r} is a directory: give its files, such as {os.path.join(directory, '*.txt')!r}"
+            )
         if not found:
             raise RecipeError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
         paths += found

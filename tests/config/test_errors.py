@@ -31,6 +31,16 @@ SETTINGS = {
     "stray word": (["train"], ["unrecognized", "train"]),
     "lanes do not divide": (["--batch.lanes", "7"], ["batch.lanes = 7", "24 blocks", "[1, 2, 3, 4, 6, 8, 12, 24]"]),
     "missing file": (["--data.text_files", "no/such/*.txt"], ["no file matches 'no/such/*.txt'"]),
+    "a directory as a file": (
+        ["--data.text_files", "configs"],
+        ["'configs' is a directory", "such as 'configs/*.txt'"],
+    ),
+    "a glob of directories": (["--data.text_files", "recip?"], ["'recipe' is a directory", "such as 'recipe/*.txt'"]),
+    "a directory as a set": (["--evaluation.sets.mine", "configs"], ["evaluation.sets.mine: 'configs' is a directory"]),
+    "everything held out": (
+        ["--data.validation_one_in", "1"],
+        ["data.validation_one_in = 1: must be at least 2", "hold out everything"],
+    ),
     "unknown format": (["--data.text_files", "run.sh"], ["'run.sh'", ".jsonl.zst"]),
     "two formats": (["--data.text_files", "MIXED/*"], ["one format"]),
     "empty files": (["--data.text_files", "EMPTY/*.txt"], ["empty"]),
