@@ -1,0 +1,123 @@
+"""The order of the data as docs/design.md has it, written from that page alone: nothing here imports the recipe."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+Settings = dict[str, Any]  # config.yaml: section -> setting -> value
+LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+
+
+def h(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def divides(data: bytes, one_in: int | None) -> bool:
+    return one_in is not None and int.from_bytes(h(data), "big") % one_in == 0
+
+
+def read(path: str) -> str:
+    return Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def shards_of_files(settings: Settings) -> list[list[str]]:
+    """Paths of the .txt files of each shard."""
+    paths = sorted({path for pattern in settings["data"]["text_files"] for path in glob.glob(pattern, recursive=True)})
+    lanes = settings["batch"]["lanes"]
+    sizes = [sum(os.path.getsize(path) for path in paths[lane::lanes]) for lane in range(lanes)]
+    if max(sizes) <= 2 * min(sizes):
+        return [[path] for path in paths]
+    shards = min(len(paths), 16 * lanes)
+    lengths = [len(paths) // shards + (shard < len(paths) % shards) for shard in range(shards)]
+    rest = iter(paths)
+    return [list(islice(rest, length)) for length in lengths]
+
+
+def shards_of_the_standard_library() -> list[list[str]]:
+    root = sysconfig.get_path("stdlib")
+    found: list[tuple[str, ...]] = []
+    for directory, folders, names in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in LEFT_OUT]
+        parts = Path(directory).relative_to(root).parts
+        found += [(*parts, name) for name in names if name.endswith(".py")]
+    return [[os.path.join(root, *parts)] for parts in sorted(found) if not divides("/".join(parts).encode(), 50)]
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    chosen: list[str] = []
+    size = 0
+    for text in texts:
+        chosen.append(text)
+        size += len(text.encode())
+        if size >= 64_000_000:
+            break
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(chosen, trainer)
+    return tokenizer
+
+
+class Order:
+    """The data of a run with these settings; `tokenizer` is that of `data.tokenizer`, None: to be trained."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer | None = None) -> None:
+        self.settings, self.epochs_begun = settings, 0
+        is_library = not settings["data"]["text_files"]
+        self.shards = shards_of_the_standard_library() if is_library else shards_of_files(settings)
+        self.one_in = None if is_library else settings["data"]["validation_one_in"]
+        every = (text for shard in range(len(self.shards)) for text in self.documents(shard))
+        self.tokenizer = tokenizer or train_tokenizer(every, settings["model"]["vocab_size"])
+        self.tokenizer.encode_special_tokens = True
+
+    def documents(self, shard: int) -> Iterator[str]:
+        return (text for text in map(read, self.shards[shard]) if not divides(text.encode(), self.one_in))
+
+    def tokens(self, lane: int) -> Iterator[int]:
+        """The endless stream of a lane."""
+        data, seed = self.settings["data"], self.settings["run"]["seed"]
+        end = self.tokenizer.token_to_id("<|endoftext|>")
+        for epoch in count():
+            self.epochs_begun = max(self.epochs_begun, epoch + 1)
+            own = range(lane, len(self.shards), self.settings["batch"]["lanes"])
+            order = sorted(own, key=lambda shard: h(repr((seed, lane, epoch, "shard", shard)).encode()))
+            texts = (text for shard in order for text in self.documents(shard))
+            for window in count():
+                held = list(islice(texts, data["shuffle_window"]))
+                if not held:
+                    break
+                for j in sorted(range(len(held)), key=lambda j: h(repr((seed, lane, epoch, window, j)).encode())):
+                    yield from self.tokenizer.encode(held[j], add_special_tokens=False).ids
+                    yield end
+
+    def hashes(self) -> Iterator[str]:
+        """blocks_sha256 of each update, for ever."""
+        length, batch = self.settings["data"]["sequence_length"], self.settings["batch"]
+        streams = [self.tokens(lane) for lane in range(batch["lanes"])]
+        last = [next(stream) for stream in streams]  # the next block's first token
+        blocks_per_lane = batch["tokens_per_update"] // (length * batch["lanes"])
+        while True:
+            digests = []
+            for lane, stream in enumerate(streams):
+                for _ in range(blocks_per_lane):
+                    block = [last[lane], *islice(stream, length)]
+                    digests.append(hashlib.sha256(as_bytes(block)).digest())
+                    last[lane] = block[-1]
+            yield hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def as_bytes(tokens: Sequence[int]) -> bytes:
+    return b"".join(token.to_bytes(4, "little") for token in tokens)
