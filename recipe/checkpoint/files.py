@@ -11,7 +11,6 @@ Written into a temporary directory, synced, renamed; only then is an older one p
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
-from recipe.run.directory import FORMAT, list_checkpoints, new_directory
+from recipe.run.directory import FORMAT, list_checkpoints
+from recipe.run.files import new_directory, sync, where_supported
 
 MANIFEST = "manifest.json"
 STATE = "training/state.json"
@@ -89,11 +89,11 @@ def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_
         files = {}
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            _sync(path)
+            sync(path)
         (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
         for path in (temporary / MANIFEST, temporary / "training", temporary):
-            _sync(path)
-    _sync(root)
+            sync(path)
+    sync(root)
     return final
 
 
@@ -185,7 +185,8 @@ def _save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:
     """A plain safetensors file: torch's writer of this format copies everything twice, which takes ten times as long."""
     if tensors:
         save_file(tensors, path)
-        path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private
+        with where_supported():
+            path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private
 
 
 def _sha256(path: Path) -> str:
@@ -194,15 +195,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    is_directory = path.is_dir()
-    if is_directory and os.name == "nt":
-        return  # Windows opens no directory, and flushes a file only through a descriptor that can write
-    descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

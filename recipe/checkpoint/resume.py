@@ -1,5 +1,6 @@
 """From which checkpoint a run goes on, and the check that it is the same run."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -88,9 +89,11 @@ def find_resume_point(config: Config) -> ResumePoint:
     elif config.resume.startswith("hf://"):
         candidates = [download_checkpoint(config.resume, config.cache_directory / "hub")]
     else:
-        candidates = [Path(config.resume)]
-        if not candidates[0].is_dir():
+        given = Path(config.resume)
+        if not given.is_dir():
             raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or a checkpoint's path")
+        own = [path for path in list_checkpoints(directory / "checkpoints") if path.exists() and path.samefile(given)]
+        candidates = own or [given]
     skipped: list[tuple[str, str]] = []
     for candidate in candidates:
         reason = why_invalid(candidate)
@@ -98,12 +101,30 @@ def find_resume_point(config: Config) -> ResumePoint:
             state = read_state(candidate)
             may_move = TEXT_MAY_MOVE if state.text else ()
             changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
-            rollbacks = read_events(candidate.resolve().parent.parent / EVENTS, "rollback", state.update)  # of its run
-            batches = {*state.skipped_batches, *(batch for event in rollbacks for batch in event["skipped_batches"])}
+            batches = {*state.skipped_batches, *_left_out(_events_of(candidate), state.update)}
             return ResumePoint(candidate, state, skipped, changes, tuple(sorted(batches)))
         skipped.append((candidate.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
     raise RecipeError(f"no checkpoint of {directory} can be used ({reasons}); --resume fresh starts again from nothing")
+
+
+def _events_of(checkpoint: Path) -> Path:
+    """The events.jsonl of the run that a checkpoint belongs to, whose checkpoints may be a link that leads elsewhere."""
+    while checkpoint.is_symlink():
+        checkpoint = checkpoint.parent / checkpoint.readlink()
+    named = Path(os.path.abspath(checkpoint)).parent.parent / EVENTS
+    return named if named.exists() else checkpoint.resolve().parent.parent / EVENTS
+
+
+def _left_out(events: Path, update: int) -> set[int]:
+    """Batches that rollbacks to at most `update` updates have left out."""
+    try:
+        rollbacks = read_events(events, "rollback", update)
+        return {int(batch) for event in rollbacks for batch in event["skipped_batches"]}
+    except (KeyError, TypeError, ValueError):
+        raise RecipeError(
+            f"{events} has a rollback that does not say which batches it left out: bring the file back, or --resume fresh"
+        ) from None
 
 
 def _earlier_config(directory: Path) -> dict[str, Any] | None:
@@ -179,9 +200,9 @@ def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
     first = max(point.update, update - settings.rollback_updates) + 1
     guilty = {batch_index(number, blocks.skipped_batches) for number in range(first, update + 1)}
     left_out = sorted({*blocks.skipped_batches, *guilty} - {*point.skipped_batches})
-    run.ledger.truncate(point.update)
     run.ledger.event("rollback", point.update, spike_update=update, skipped_batches=left_out, **asdict(spike))
-    run.ledger.sync()
+    run.ledger.sync()  # before the updates that led to it are forgotten
+    run.ledger.truncate(point.update)
     return replace(point, skipped_batches=tuple(sorted({*point.skipped_batches, *left_out})))
 
 
@@ -199,9 +220,14 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
     run.console.say(f"\n{point}")
     state, plain = point.state, run.accelerator.unwrap_model(model)
     load_checkpoint(point.checkpoint, plain, optimizer.optimizer)
-    for lane in lanes:
-        lane.load_state_dict(state.lane_states[lane.index])
-    blocks = next_update(lanes, run.plan.update.blocks_per_lane, run.device)
+    try:
+        for lane in lanes:
+            lane.load_state_dict(state.lane_states[lane.index])
+        blocks = next_update(lanes, run.plan.update.blocks_per_lane, run.device)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"the text cannot be read from where {point.checkpoint} left it: {error}", on_this_rank_only=True
+        ) from error
     if gather_hash(run, blocks) != state.blocks_sha256:
         raise RecipeError(
             f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
@@ -209,7 +235,7 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
         )
     if run.is_main:
         loss = verification_loss(plain, blocks)
-        tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config["precision"]) else "fp32"]
+        tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config.get("precision")) else "fp32"]
         if not abs(loss / state.verification_loss - 1) <= tolerance:
             raise RecipeError(
                 f"the model of {point.checkpoint} gives a loss of {loss:.6f}, and {state.verification_loss:.6f} was recorded "

@@ -69,7 +69,8 @@ def push_directory(directory: Path, settings: PushConfig, more: dict[str, bytes]
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files: dict[str, Any] = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
+    paths = (p for p in directory.rglob("*") if p.is_file() and p.relative_to(directory).parts[0] != "previous")
+    files: dict[str, Any] = {p.relative_to(directory).as_posix(): p for p in paths}
     if not settings.training_state:
         files = {name: path for name, path in files.items() if not _is_training_state(name)}
     files |= more

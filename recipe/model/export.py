@@ -4,28 +4,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from recipe.config.init_from import check_model_name
 from recipe.data.tokenizer import find_tokenizer
 from recipe.errors import RecipeError
-from recipe.run.directory import new_directory
+from recipe.run.files import new_directory, sync, where_supported
 
 PADDED = ("transformer.wte.weight", "lm_head.weight")  # tied: rows beyond the tokenizer's are padding
 
 
 def export_model(gpt2: Any, tokenizer: Any, directory: Path) -> None:
-    """Write a finished model; the directory appears whole or not at all.
+    """Write a finished model; the directory appears whole or not at all. One that is a link or a mount stays one.
 
     Raises:
         RecipeError: the directory cannot be written.
     """
     try:
-        with new_directory(directory) as temporary:
+        with new_directory(directory, may_be_place=True) as temporary:
             write_model(gpt2.state_dict(), gpt2.config, tokenizer, temporary)
-    except OSError as error:
-        reason = error.strerror or error
-        raise RecipeError(f"cannot write the model to {directory}: {reason}; nothing was changed") from error
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+        sync(directory.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(
+            f"cannot write the model to {directory}: {reason}; once it can be, the same command goes on and writes it"
+        ) from error
 
 
 def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, directory: Path) -> None:
@@ -51,7 +57,8 @@ def write_model(state: dict[str, Tensor], gpt2_config: Any, tokenizer: Any, dire
     exported.generation_config = GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50)
     exported.save_pretrained(directory)
     for path in directory.glob("*.safetensors"):  # which safetensors makes private; config.json is not
-        path.chmod((directory / "config.json").stat().st_mode & 0o777)
+        with where_supported():
+            path.chmod((directory / "config.json").stat().st_mode & 0o777)
     tokenizer.save_pretrained(directory)
 
 
@@ -67,12 +74,12 @@ def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
         for parameter_name, parameter in gpt2.named_parameters():
             source = tensors.get(parameter_name)
             rows = len(source) if source is not None and parameter_name in PADDED else len(parameter)
-            if source is None or source.shape != parameter[:rows].shape:
-                found = "missing" if source is None else tuple(source.shape)
+            if source is None or (source.shape, source.dtype) != (parameter[:rows].shape, parameter.dtype):
+                found = "missing" if source is None else f"{source.dtype} {tuple(source.shape)}"
                 raise RecipeError(
-                    f"{name} does not fit this model: {parameter_name} is {found}, not {tuple(parameter.shape)}"
+                    f"{name} does not fit this model: {parameter_name} is {found}, not {parameter.dtype} "
+                    f"{tuple(parameter.shape)}"
                 )
-            assert source.dtype == parameter.dtype, f"{parameter_name} is {source.dtype}"
             parameter[rows:] = 0
             parameter[:rows] = source
 

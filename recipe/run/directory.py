@@ -1,52 +1,118 @@
 """The directory of a run: locked, checked to be writable, and never written over."""
 
+import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import IO
 
 from recipe.config.command_line import write_config
 from recipe.errors import RecipeError
 from recipe.run.environment import describe_environment
+from recipe.run.files import (
+    LOCK,
+    is_place,
+    missing_abilities,
+    move,
+    move_aside,
+    new_file,
+    open_to_append,
+    remove_leftovers,
+)
 from recipe.run.ledger import EVENTS, LEDGER, read_updates
 from recipe.run.run import Run
 from recipe.run.trackers import TRACKER_DIRECTORIES
 
 FORMAT = 3  # of a run directory and its checkpoints
-_FILES_OF_A_RUN = (
-    *("config.yaml", LEDGER, EVENTS, "summary.json", "final", "checkpoints", "report.html"),
-    *TRACKER_DIRECTORIES,
-)
+# What makes up a run. Checkpoints are moved aside first: those without a ledger would be gone on from, not the other way round.
+_DIRECTORIES = ("checkpoints", "final", *TRACKER_DIRECTORIES)
+_FILES = ("config.yaml", LEDGER, EVENTS, "summary.json", "report.html")
+_WITHOUT = {
+    "fsync": "a power cut can cost the newest checkpoint",
+    "chmod": "files keep the permissions that they are made with",
+    "rename of directories": "a checkpoint appears file by file, and counts once it is whole",
+    "locks": "nothing keeps a second training out of it",
+}
 
 
 def claim_run_directory(run: Run) -> None:
-    """Make `run.directory`, check that it can be written before anything expensive is done for it, and lock it. On rank 0.
+    """Make `run.directory`, check what is written there before anything expensive is done for it, and lock it. On rank 0.
 
-    The lock is the operating system's: it ends with the process, however that ends.
+    The lock is the operating system's: it ends with the process, however that ends. What the file system cannot do is said,
+    and done without.
 
     Raises:
         RecipeError: it cannot be made or written, another process trains in it, or an earlier version has written it.
     """
     directory = run.directory
+    missing: dict[str, Path] = {}
     try:
+        _check_directory(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.write_text("yes", encoding="utf-8")
-        probe.unlink()
-        run.lock = FileLock(directory / ".lock")
-        run.lock.acquire(timeout=0)
-    except Timeout:
-        raise RecipeError(
-            f"another process is training in run.directory = {str(directory)!r}: wait for it, or set --run.directory"
-        ) from None
+        _check_places(directory)
+        places = [path for path in (directory, directory / "checkpoints", directory / "final") if path.is_dir()]
+        run.lock = [_lock(place, run) for place in places[:2] if place == directory or is_place(place)]
+        if None in run.lock:
+            missing["locks"] = directory
+        for place in places:
+            remove_leftovers(place)
+            for name in missing_abilities(place):
+                missing.setdefault(name, place)
     except OSError as error:
         raise _cannot_write(run, error) from None
+    for name, place in missing.items():
+        run.console.say(f"the file system of {place} has no {name}: {_WITHOUT[name]}")
     if run.config.resume != "fresh":
         read_updates(directory)  # of an earlier version it is refused
+
+
+def _check_places(directory: Path) -> None:
+    """Refuse what would be written through a link, or never: of a run only whole directories may be elsewhere.
+
+    Raises:
+        RecipeError: a file is a link or no file, or a directory is none.
+    """
+    for name in (*_DIRECTORIES, "previous"):
+        _check_directory(directory / name)
+    for path in (directory / name for name in (*_FILES, LOCK)):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no file"
+            raise RecipeError(
+                f"{path} is {what}: put the file itself there, or remove it; links may be the run directory, and checkpoints, "
+                "final and previous in it"
+            )
+
+
+def _check_directory(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        what = f"is a link to {os.readlink(path)}, which is" if path.is_symlink() else "is"
+        raise RecipeError(f"{path} {what} no directory: make it one, or remove it")
+
+
+def _lock(place: Path, run: Run) -> IO[str] | None:
+    """Lock the run directory, or the one that its checkpoints lead to, until the process ends; None where there are no locks.
+
+    Raises:
+        RecipeError: another process has locked it.
+    """
+    file = open_to_append(place / LOCK)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return None
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):  # but ENOLCK, EOPNOTSUPP, ENOSYS
+            return None
+        where = "" if place == run.directory else f", whose {place.name} lead to {place.resolve()}"
+        raise RecipeError(
+            f"another process is training in run.directory = {str(run.directory)!r}{where}: wait for it, or set "
+            "--run.directory"
+        ) from None
+    return file
 
 
 def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
@@ -57,56 +123,51 @@ def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
     """
     previous = run.on_main(lambda: _make_room(run, update, checkpoint))
     if previous:
-        run.console.say(f"what this run replaces is now in {previous}")
+        run.console.say(f"what this run replaces is now in {' and '.join(map(str, previous))}")
     run.ledger.event("start", update, **describe_environment(run.accelerator, run.precision), **run.kernels)
     if run.is_main:
         run.ledger.trackers.start(update)
     run.stop.prepared()
 
 
-def _make_room(run: Run, update: int, checkpoint: Path | None) -> Path | None:
+def _make_room(run: Run, update: int, checkpoint: Path | None) -> list[Path]:
     """Cut the ledger back to a checkpoint of this directory, or move an earlier run out of the way.
 
-    What this run replaces, an earlier run or checkpoints newer than where it goes on, moves to previous/N.
+    What this run replaces, an earlier run, or checkpoints newer than where it goes on and an earlier end, moves to
+    previous/N. The ledger is cut last, when nothing else can fail; what was moved before a failure moves back.
 
-    Returns: the directory that it moved to, or None.
+    Returns: the directories that it moved to.
     Raises:
-        RecipeError: the directory cannot be written.
+        RecipeError: the directory cannot be written, and is as it was.
     """
     directory = run.directory
+    newest_first = list_checkpoints(directory / "checkpoints")
+    is_own = checkpoint in newest_first
+    earlier = [directory / name for name in (*_DIRECTORIES, *_FILES)]
+    if checkpoint and is_own:  # newer ones would be taken for this run's
+        earlier = [*newest_first[: newest_first.index(checkpoint)], directory / "final", directory / "summary.json"]
+    taken = [path.name for place in ("", *_DIRECTORIES) for path in (directory / place).glob("previous/*")]
+    number = max((int(name) for name in taken if name.isdigit()), default=0) + 1
+    moved: list[tuple[Path, Path]] = []
     try:
-        earlier = [directory / name for name in _FILES_OF_A_RUN if (directory / name).exists()]
-        previous = None
-        if checkpoint and checkpoint.parent.resolve() == (directory / "checkpoints").resolve():
+        for path in filter(os.path.lexists, earlier):
+            moved.extend(move_aside(path, directory, number))
+        if moved and is_own:  # with the lines that will be cut
+            for path in filter(Path.exists, (directory / LEDGER, directory / EVENTS)):
+                copy = directory / "previous" / str(number) / path.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+                moved.append((path, copy))
+        with new_file(directory / "config.yaml") as file:
+            write_config(run.config, file)
+        if is_own:
             run.ledger.truncate(update)
-            newest_first = list_checkpoints(directory / "checkpoints")  # newer ones would be taken for this run's
-            earlier = newest_first[: [path.name for path in newest_first].index(checkpoint.name)]
-        if earlier:
-            taken = [int(path.name) for path in directory.glob("previous/*") if path.name.isdigit()]
-            previous = directory / "previous" / str(max(taken, default=0) + 1)
-            for path in earlier:
-                target = previous / path.relative_to(directory)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-        write_config(run.config, directory / "config.yaml")
     except OSError as error:
+        for old, new in reversed(moved):
+            with suppress(OSError):
+                move(new, old)
         raise _cannot_write(run, error) from None
-    return previous
-
-
-@contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill, which appears as `final` at the end of the block, or not at all. It replaces an earlier one."""
-    temporary = final.with_name(f".tmp-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted({next(p for p in new.parents if p.parent.name == "previous") for _, new in moved})
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -116,6 +177,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def _cannot_write(run: Run, error: OSError) -> RecipeError:
+    where = f" ({error.filename})" if error.filename else ""
     return RecipeError(
-        f"cannot write run.directory = {str(run.directory)!r}: {error.strerror or error}; set --run.directory"
+        f"cannot write run.directory = {str(run.directory)!r}: {error.strerror or error}{where}; set --run.directory"
     )

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from recipe.config.settings import Config
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
+from recipe.run.files import new_file, open_to_append, where_supported
 from recipe.run.trackers import Trackers
 
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
@@ -108,7 +109,8 @@ class Ledger:
     def sync(self) -> None:
         """Force what was written to the disk, before a checkpoint that follows it."""
         for file in self._files.values():
-            os.fsync(file.fileno())
+            with where_supported():
+                os.fsync(file.fileno())
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -116,7 +118,7 @@ class Ledger:
         path = self.directory / name
         try:
             if name not in self._files:
-                self._files[name] = path.open("a", encoding="utf-8")
+                self._files[name] = open_to_append(path)
             self._files[name].write(json.dumps(values, allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:
@@ -177,9 +179,5 @@ def _truncate(path: Path, update: int) -> None:
     if not path.exists():
         return
     kept = [line for line, values in _parsed_lines(path) if values["update"] <= update]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with new_file(path) as file:
+        file.write_bytes(b"".join(line + b"\n" for line in kept))

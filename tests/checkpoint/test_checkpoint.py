@@ -128,7 +128,7 @@ def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
 
         return call
 
-    for name in ("_sync", "_sha256", "_save_optimizer", "write_model"):
+    for name in ("sync", "_sha256", "_save_optimizer", "write_model"):
         monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
     monkeypatch.setattr(os, "replace", failing(os.replace))
 

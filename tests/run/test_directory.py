@@ -68,7 +68,7 @@ def test_a_directory_has_one_owner_and_is_tried_first(tmp_path: Path) -> None:
     claim_run_directory(first)
     with pytest.raises(RecipeError, match=r"another process is training in run\.directory"):
         claim_run_directory(second)
-    first.lock.release()
+    first.lock[0].close()
     claim_run_directory(second)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RecipeError, match=r"cannot write run\.directory = .*Not a directory"):

@@ -234,8 +234,8 @@ def prune_before_writing() -> None:
 
 def forget_the_manifests_sync() -> None:
     """The directory gets its name while the manifest may still be in memory only."""
-    original = recipe.checkpoint.files._sync
-    recipe.checkpoint.files._sync = lambda path: (
+    original = recipe.checkpoint.files.sync
+    recipe.checkpoint.files.sync = lambda path: (
         None if path.name == recipe.checkpoint.files.MANIFEST else original(path)
     )
 
@@ -270,13 +270,13 @@ def slow_checkpoint_writer() -> None:
     """No fault, but it takes a while: so that a kill at random often hits a checkpoint that is being written."""
     import time
 
-    original = recipe.checkpoint.files._sync
+    original = recipe.checkpoint.files.sync
 
     def sync(path: Path) -> None:
         time.sleep(0.02)
         original(path)
 
-    recipe.checkpoint.files._sync = sync
+    recipe.checkpoint.files.sync = sync
 
 
 def miscounting_accelerator() -> None:
@@ -300,6 +300,31 @@ def full_disk() -> None:
             self._files["events.jsonl"] = Path("/dev/full").open("w")  # noqa: SIM115
 
     setattr(recipe.run.run, "Ledger", Full)  # noqa: B010
+
+
+def poor_file_system() -> None:
+    """No fault of the recipe: in FAULTY_DIRECTORY, as on CIFS or a mounted bucket, directories are not synced or renamed, and
+    there are no permissions and no locks."""
+    import errno
+    import fcntl
+    import os
+
+    def plant(module: Any, name: str, error: int, directories_only: bool) -> None:
+        original = getattr(module, name)
+
+        def call(what: Any, *arguments: Any, **options: Any) -> Any:
+            what_file = what if isinstance(what, int) or not hasattr(what, "fileno") else what.fileno()
+            path = Path(os.readlink(f"/proc/self/fd/{what_file}") if isinstance(what_file, int) else what_file)
+            if path.is_relative_to(os.environ["FAULTY_DIRECTORY"]) and (path.is_dir() or not directories_only):
+                raise OSError(error, os.strerror(error))
+            return original(what, *arguments, **options)
+
+        setattr(module, name, call)
+
+    plant(os, "fsync", errno.EINVAL, directories_only=True)
+    plant(os, "replace", errno.ENOSYS, directories_only=True)
+    plant(os, "chmod", errno.ENOTSUP, directories_only=False)
+    plant(fcntl, "flock", errno.ENOLCK, directories_only=False)
 
 
 def impatient_with_the_hub() -> None:
@@ -328,6 +353,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         slow_checkpoint_writer,
         miscounting_accelerator,
         full_disk,
+        poor_file_system,
         impatient_with_the_hub,
     )
 }
