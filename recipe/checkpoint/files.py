@@ -11,25 +11,31 @@ Written into a temporary directory, synced, renamed; only then is an older one p
 
 import hashlib
 import json
+import math
+import os
 import shutil
-import warnings
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from recipe.data.lanes import Position
+from recipe.errors import RecipeError
 from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
 from recipe.run.directory import FORMAT, list_checkpoints
 from recipe.run.files import new_directory, sync, where_supported
 
 MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
 STATE = "training/state.json"
 OPTIMIZER = "training/optimizer.safetensors"
+LARGEST_JSON_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -98,31 +104,62 @@ def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_
 
 
 def why_invalid(directory: Path) -> str | None:
-    """None if every file is what the manifest says, else the reason."""
+    """None if every file is what the manifest says and the training state is one, else the reason."""
+    if not os.path.lexists(directory / MANIFEST):
+        return "it has no manifest, so it was never finished"
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _read_json(directory / MANIFEST)
         if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, of another version of this recipe; this one reads {FORMAT}"
-        for name, expected in manifest["files"].items():
-            path = directory / name
-            if not path.is_file():
+            return (
+                f"its format is {manifest['format']!r:.50}, of another version of this recipe; this one reads {FORMAT}"
+            )
+        files = manifest["files"]
+        for name, expected in files.items():
+            path, parts = directory / name, PurePath(name)
+            if parts.is_absolute() or ".." in parts.parts or not name.isprintable():
+                return f"its manifest names {name!r}, which is not in it"
+            if not path.is_file():  # a pipe would be waited for
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} has changed since it was written"
-        if STATE not in manifest["files"]:
-            return "it has no training state"
-    except FileNotFoundError:
-        return "it has no manifest, so it was never finished"
+        for name in (WEIGHTS, OPTIMIZER, STATE):
+            if name not in files:
+                return f"its manifest has no {name}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
+    try:
+        read_state(directory)
+    except (OSError, ValueError) as error:
+        return f"its training state cannot be used ({error})"
     return None
 
 
 def read_state(directory: Path) -> TrainingState:
-    """The training state of a verified checkpoint."""
-    return TrainingState(**json.loads((directory / STATE).read_text(encoding="utf-8")))
+    """The training state of a checkpoint.
+
+    Raises:
+        ValueError: it is none.
+    """
+    values = _read_json(directory / STATE)
+    try:
+        state = TrainingState(**values)
+        places = [replace(Position(**lane), reader=None) for lane in state.lane_states]
+        counts = [state.update, state.tokens, *state.skipped_batches]
+        counts += [count for place in places for count in asdict(place).values() if count is not None]
+        numbers = [state.verification_loss, *(number for pair in state.recent for number in pair)]
+        fits = (
+            all(type(count) is int and count >= 0 for count in counts)
+            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            and all(len(pair) == 2 for pair in state.recent)
+            and (type(state.config), type(state.blocks_sha256)) == (dict, str)
+        )
+    except TypeError as error:
+        raise ValueError(error) from None
+    if not fits:
+        raise ValueError("a value is not of its kind")
+    return state
 
 
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -131,19 +168,25 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     Raises:
         RecipeError: other tensors than this model and optimizer have.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    load_weights(model.gpt2, load_file(directory / "model.safetensors"), str(directory))
-    if not (directory / OPTIMIZER).exists():  # it has no state, or had not stepped yet
+    try:
+        weights, saved = load_file(directory / WEIGHTS), load_file(directory / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{directory} cannot be loaded: {error}") from None
+    load_weights(model.gpt2, weights, str(directory))
+    if not saved:  # the optimizer has no state, or had not stepped yet
         optimizer.state.clear()
         return
-    everything = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is one process: this rank reads for itself
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory / "training")), no_dist=True)
-    set_optimizer_state_dict(model, optimizer, everything | tensors, options=_FLAT)
+    everything: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    found, expected = (
+        {(name, f"{value.dtype} {tuple(value.shape)}") for name, value in tensors.items() if isinstance(value, Tensor)}
+        for tensors in (saved, everything)
+    )
+    if found != expected:
+        name, kind = min(found ^ expected)
+        raise RecipeError(f"{directory} does not fit this optimizer: one of them has no {name}, {kind}")
+    for name, tensor in saved.items():
+        everything[name].copy_(tensor)  # in place: a second state would not fit everywhere
+    set_optimizer_state_dict(model, optimizer, everything, options=_FLAT)
 
 
 def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:
@@ -183,10 +226,25 @@ def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Te
 
 def _save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:
     """A plain safetensors file: torch's writer of this format copies everything twice, which takes ten times as long."""
-    if tensors:
-        save_file(tensors, path)
-        with where_supported():
-            path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private
+    save_file(tensors, path)
+    with where_supported():
+        path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private
+
+
+def _read_json(path: Path) -> Any:
+    """The value of a file; ValueError if it has none, or one that JSON does not have."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file")
+    if path.stat().st_size > LARGEST_JSON_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import recipe.checkpoint.files as checkpoint
-from recipe.checkpoint.files import MANIFEST, STATE, load_checkpoint, read_state, take_snapshot, why_invalid
+from recipe.checkpoint.files import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    load_checkpoint,
+    read_state,
+    take_snapshot,
+    why_invalid,
+)
+from recipe.checkpoint.resume import find_resume_point
 from recipe.checkpoint.saver import CheckpointSaver
 from recipe.config.settings import (
     BatchConfig,
@@ -26,6 +38,7 @@ from recipe.config.settings import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    flat_settings,
 )
 from recipe.data.blocks import UpdateBlocks, hash_blocks, to_tensors
 from recipe.errors import RecipeError
@@ -163,22 +176,135 @@ def test_the_manifest_is_written_last_and_synced_before_the_name_appears(
     check_order_of_syncs(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("harm", "reason"),
-    [
-        (lambda path: (path / MANIFEST).unlink(), "never finished"),
-        (lambda path: (path / MANIFEST).write_text("{"), "cannot be read"),
-        (lambda path: (path / MANIFEST).write_text("[]"), "cannot be read"),
-        (lambda path: (path / MANIFEST).write_text(json.dumps({"format": 2})), "format is 2, of another version"),
-        (lambda path: (path / STATE).unlink(), "training/state.json is missing"),
-        (lambda path: os.truncate(path / "model.safetensors", 99), "has 99 bytes instead of"),
-        (lambda path: (path / "config.json").write_bytes((path / "config.json").read_bytes()[::-1]), "has changed"),
-    ],
-)
-def test_a_damaged_checkpoint_is_known(harm: Any, reason: str, tmp_path: Path) -> None:
-    path = write(tmp_path, 5, trained())
+def harm_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change what the manifest says of the files."""
+
+    def harm(path: Path) -> None:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        change(manifest["files"])
+        (path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+    return harm
+
+
+def harm_state(text: str = "", **values: Any) -> Callable[[Path], None]:
+    """Change the training state, in a checkpoint that verifies."""
+
+    def harm(path: Path) -> None:
+        state = json.loads((path / STATE).read_text(encoding="utf-8")) | values
+        (path / STATE).write_text(text or json.dumps(state), encoding="utf-8")
+        listed(path)
+
+    return harm
+
+
+def listed(path: Path) -> None:
+    """Give the manifest the sizes and hashes that its files have now."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    for name in manifest["files"]:
+        manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoint._sha256(path / name)}
+    (path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def pipe(path: Path) -> None:
+    """A pipe that nobody writes to, in a file's place."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+HARMS: list[tuple[Any, str]] = [
+    (lambda path: (path / MANIFEST).unlink(), "never finished"),
+    (lambda path: (path / MANIFEST).write_text("{"), "cannot be read"),
+    (lambda path: (path / MANIFEST).write_text("[]"), "cannot be read"),
+    (lambda path: (path / MANIFEST).write_text("[" * 100_000), "nested too deeply"),
+    (lambda path: (path / MANIFEST).write_text('{"format": Infinity}'), "Infinity is no number of JSON"),
+    (lambda path: (path / MANIFEST).write_text(json.dumps({"format": 2})), "format is 2, of another version"),
+    (lambda path: os.truncate(path / MANIFEST, 1 << 40), "manifest.json has 1,099,511,627,776 bytes"),
+    (lambda path: pipe(path / MANIFEST), "manifest.json is no file"),
+    (lambda path: (path / STATE).unlink(), "training/state.json is missing"),
+    (lambda path: pipe(path / STATE), "training/state.json is missing"),
+    (lambda path: os.truncate(path / "model.safetensors", 99), "has 99 bytes instead of"),
+    (lambda path: (path / "config.json").write_bytes((path / "config.json").read_bytes()[::-1]), "has changed"),
+    (harm_manifest(lambda files: files.pop(OPTIMIZER)), f"has no {OPTIMIZER}"),
+    (harm_manifest(lambda files: files.pop(WEIGHTS)), f"has no {WEIGHTS}"),
+    (harm_manifest(lambda files: files.pop(STATE)), f"has no {STATE}"),
+    (harm_manifest(lambda files: files.update({"/etc/hostname": {}})), "names '/etc/hostname', which is not in it"),
+    (harm_manifest(lambda files: files.update({"../a": {}})), "names '../a', which is not in it"),
+    (harm_manifest(lambda files: files.update({"a\nb": {}})), r"names 'a\nb', which is not in it"),
+    (harm_manifest(lambda files: files.update({WEIGHTS: []})), "manifest cannot be read"),
+    (harm_state(more=1), "unexpected keyword argument 'more'"),
+    (harm_state(update=1e999), "Infinity is no number of JSON"),
+    (harm_state('{"update": 1e999}'), "missing 5 required positional arguments"),
+    (harm_state("[1]"), "training state cannot be used"),
+    (harm_state(update="5"), "a value is not of its kind"),
+    (harm_state(update=True), "a value is not of its kind"),
+    (harm_state(config=[]), "a value is not of its kind"),
+    (harm_state(lane_states=[{"epoch": -1}]), "a value is not of its kind"),
+    (harm_state(lane_states=[{"era": 1}]), "unexpected keyword argument 'era'"),
+    (harm_state(verification_loss=None), "a value is not of its kind"),
+    (harm_state(recent=[[1.0]]), "a value is not of its kind"),
+    (harm_state(skipped_batches=[1.5]), "a value is not of its kind"),
+]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after 5 updates."""
+    return write(tmp_path_factory.mktemp("sound"), 5, trained())
+
+
+@pytest.mark.parametrize(("harm", "reason"), HARMS)
+def test_a_damaged_checkpoint_is_known(harm: Any, reason: str, sound: Path, tmp_path: Path) -> None:
+    """Also one that verifies and is none; and what never ends is not waited for."""
+    path = shutil.copytree(sound, tmp_path / "step-000005")
     harm(path)
     assert reason in str(why_invalid(path))
+    assert "\n" not in str(why_invalid(path))
+
+
+def test_the_older_checkpoint_is_taken_if_the_newest_verifies_but_does_not_fit(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(directory=str(tmp_path)))
+    for update in (5, 10):
+        harm_state(config=flat_settings(config))(write(tmp_path / "checkpoints", update, trained()))
+    harm_state(update="10")(tmp_path / "checkpoints/step-000010")
+    point = find_resume_point(config)
+    assert point.update == 5
+    assert point.skipped == [("step-000010", "its training state cannot be used (a value is not of its kind)")]
+
+
+def test_only_what_the_manifest_lists_is_read(tmp_path: Path) -> None:
+    """Not the copy of another file, and not what macOS leaves."""
+    saved = trained()
+    path = write(tmp_path, 7, saved)
+    other = write(tmp_path / "other", 7, trained(seed=3))
+    shutil.copy(other / OPTIMIZER, path / "training/optimizer copy.safetensors")
+    shutil.copy(other / OPTIMIZER, path / "training/aaa.safetensors")
+    (path / "training/._optimizer.safetensors").write_bytes(b"\x00\x05\x16\x07" * 30)
+    model, optimizer, _ = trained(seed=2)
+    load_checkpoint(path, model, optimizer)
+    expected, found = everything(*saved[:2]), everything(model, optimizer)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_tensors_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    def change(name: str, file: str, to: Callable[[Tensor], Tensor]) -> RecipeError:
+        path = write(tmp_path / name, 5, trained())
+        tensors = load_file(path / file)
+        first = next(key for key, tensor in tensors.items() if tensor.ndim == 2)
+        save_file(tensors | {first: to(tensors[first])}, path / file)
+        with pytest.raises(RecipeError, match=r"does not fit this (model|optimizer)") as refused:
+            load_checkpoint(path, *trained()[:2])
+        assert first in str(refused.value)
+        return refused.value
+
+    change("shape", OPTIMIZER, lambda tensor: tensor[:-1].clone())
+    change("type", OPTIMIZER, lambda tensor: tensor.double())
+    change("weights", WEIGHTS, lambda tensor: tensor.double())
+    path = write(tmp_path, 5, trained())
+    for file in (WEIGHTS, OPTIMIZER):
+        (path / file).write_bytes(b"\xff" * 100)
+        with pytest.raises(RecipeError, match=r"step-000005 cannot be loaded: .*header"):
+            load_checkpoint(path, *trained()[:2])
 
 
 def test_a_checkpoint_of_another_shape_is_one_line(tmp_path: Path) -> None:
