@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.settings import HELD_OUT
+from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import Evaluation
 from recipe.evaluation.in_run import RunEvaluation
 from recipe.model.export import export_model
+from recipe.run.files import new_file
 from recipe.run.ledger import LEDGER, read_lines, utc_now
 from recipe.run.run import Run
 from recipe.step.parity import ParityCheck
 
 
-def end_stopped_run(run: Run, pusher: Any) -> None:
-    """Say how to go on, wait for the pushes, and exit with the code of what stopped the run. Collective."""
+def end_stopped_run(run: Run, pusher: Any, saver: Any) -> None:
+    """Say how to go on, wait for the pushes, and exit with the code of what stopped the run. Collective.
+
+    Raises:
+        RecipeError: the last update is not saved.
+    """
     same = "the same command" if run.config.resume == "auto" else "the same command with --resume auto"
     run.console.say(f"stopped by {run.stop.reason}; {same} goes on from here")
     for finish in (pusher.finish, run.ledger.trackers.finish):
         run.on_main(finish)  # a launcher ends the others when it sees one rank leave
     run.accelerator.end_training()
+    saver.raise_failure()
     sys.exit(run.stop.exit_code)
 
 
@@ -29,7 +36,7 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
     """Write final/ and summary.json, and print what a person wants to see first. Rank 0 does it; the others return.
 
     Raises:
-        RecipeError: the model cannot be written.
+        RecipeError: the model or the summary cannot be written.
     """
     if not run.is_main:
         return
@@ -47,7 +54,11 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
         "parity_check": asdict(parity) if parity else None,
         "finished_utc": utc_now(),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    try:
+        with new_file(directory / "summary.json") as file:
+            file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot write {directory}/summary.json: {error.strerror}") from None
     for name, after in evaluation.latest.items():
         title = "validation" if name == HELD_OUT else f"validation, {name}"
         run.console.section(title, f"  before  {before[name] or 'not measured'}\n  after   {after}")

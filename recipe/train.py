@@ -43,7 +43,7 @@ def train(config: Config) -> None:
     run.on_main(lambda: claim_run_directory(run))
     point = run.on_main(lambda: find_resume_point(config))
     final, planned_updates = run.directory / "final", run.plan.planned_updates
-    if point.update >= planned_updates and final.is_dir():
+    if point.update >= planned_updates and any(final.glob("*.safetensors")):
         run.console.section("this run is complete; --resume fresh trains it again", usage(final))
         return run.accelerator.end_training()
     check_hub(run)
@@ -108,11 +108,12 @@ def train(config: Config) -> None:
     run.console.finish()
     saver.finish()
     if run.stop.is_agreed:
-        end_stopped_run(run, pusher)
+        end_stopped_run(run, pusher, saver)
     finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation, parity)
     run.accelerator.end_training()
     pusher.push(planned_updates, final)
     pusher.finish()  # no rank waits for this one any more
+    saver.raise_failure()
 
 
 if __name__ == "__main__":

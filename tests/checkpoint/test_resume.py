@@ -218,6 +218,42 @@ def test_a_disk_that_stays_full_is_one_line_at_the_end_and_keeps_the_good_checkp
     assert_same_run(root / "whole", directory)
 
 
+def test_the_model_is_written_though_the_last_checkpoint_cannot_be(root: Path) -> None:
+    """A disk with room for the weights, but not for the optimizer's state."""
+    directory, sizes = (
+        root / "no-optimizer",
+        [p.stat().st_size for p in (root / "whole/checkpoints").rglob("*.safetensors")],
+    )
+    limit = (min(sizes) + max(sizes)) // 2
+    process = start_training(*arguments(directory))
+    wait_for(process, "step-000004")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = errors.splitlines()
+    assert f"the last checkpoint could not be written to {directory}/checkpoints: " in line
+    assert "File too large" in line
+    assert "the same command goes on from the checkpoint before it" in line
+    model = "final/model.safetensors"
+    assert (directory / model).read_bytes() == (root / "whole" / model).read_bytes()
+    assert list_checkpoints(directory / "checkpoints")[0].name == "step-000004"
+
+
+def test_a_file_system_that_can_do_less_is_named_once_and_trained_on(root: Path) -> None:
+    directory = root / "poor"
+    done = train("poor_file_system", *arguments(directory), script=[FAULTY], FAULTY_DIRECTORY=str(directory))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(f"the file system of {directory} has no ")]
+    assert [line.partition(" has no ")[2].partition(":")[0] for line in said] == [
+        *("locks", "fsync", "chmod", "rename of directories"),
+    ]
+    assert done.stdout.count("the file system") == 4
+    assert_same_run(root / "whole", directory)
+    assert all(why_invalid(path) is None for path in list_checkpoints(directory / "checkpoints"))
+    assert not list(directory.rglob(".tmp-*"))
+
+
 def test_a_non_finite_update_is_skipped_on_all_ranks(root: Path) -> None:
     """One rank's gradient becomes infinite in updates 3 and 4: no rank steps, and the run goes on; five in a row end it."""
     directory = root / "skipped"

@@ -34,8 +34,10 @@ def check_full_disk(directory: Path, script: tuple[str, ...] = (SCRIPT,)) -> Non
     process = start_training(*arguments(directory, "--run.max_updates", "14", "--checkpoint.keep", "1"), script=script)
     wait_for(process, "step-000004")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL_DISK_BYTES, SMALL_DISK_BYTES))
-    _, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 2
+    assert "checkpoint after update 14 failed" in output
     (line,) = errors.splitlines()
-    assert "the last checkpoint could not be written" in line
+    assert f"cannot write the model to {directory}/final: " in line
+    assert "File too large" in line
     assert why_invalid(list_checkpoints(directory / "checkpoints")[0]) is None
