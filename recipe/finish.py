@@ -2,17 +2,16 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from recipe.config.settings import HELD_OUT
 from recipe.errors import RecipeError
-from recipe.evaluation.evaluate import Evaluation
 from recipe.evaluation.in_run import RunEvaluation
 from recipe.model.export import export_model
 from recipe.run.files import new_file
-from recipe.run.ledger import LEDGER, read_lines, utc_now
+from recipe.run.ledger import EVENTS, LEDGER, read_events, read_lines, utc_now
 from recipe.run.run import Run
 from recipe.step.parity import ParityCheck
 
@@ -32,7 +31,25 @@ def end_stopped_run(run: Run, pusher: Any, saver: Any) -> None:
     sys.exit(run.stop.exit_code)
 
 
-def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, parity: ParityCheck | None) -> None:
+def has_nothing_left(run: Run, update: int) -> bool:
+    """Whether a run that has done `update` updates has nothing left to do; says so."""
+    plan, final = run.plan, run.directory / "final"
+    if update > plan.planned_updates:
+        tokens = update * plan.update.tokens_per_update
+        is_early = plan.planned_updates < plan.total_updates
+        setting = f"--run.max_updates {update}" if is_early else f"--schedule.total_tokens {tokens}"
+        run.console.say(
+            f"\nthis run has done {update:,} updates, and {plan.planned_updates:,} are planned: nothing is trained; {setting} "
+            "finishes it as it is, and a larger number goes on"
+        )
+        return True
+    if update == plan.planned_updates and any(final.glob("*.safetensors")):
+        run.console.section("this run is complete; --resume fresh trains it again", usage(final))
+        return True
+    return False
+
+
+def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation) -> None:
     """Write final/ and summary.json, and print what a person wants to see first. Rank 0 does it; the others return.
 
     Raises:
@@ -42,13 +59,15 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
         return
     directory = run.directory
     export_model(model.gpt2, tokenizer, directory / "final")
-    before = {name: _before_training(run, name, after) for name, after in evaluation.latest.items()}
+    # As the record has it: this process may be a later start of the run.
+    before = evaluation.of_line(next((line for line in read_lines(directory / LEDGER) if line["update"] == 0), {}))
+    parity = _parity_check(run)
     summary = {
         "plan": dict(run.plan.rows()),
         "parameters": run.plan.parameters,
         "precision": run.precision,
         "validation": {
-            name: {"before": (old := before[name]) and asdict(old), "after": asdict(after)}
+            name: {"before": asdict(before[name]) if name in before else None, "after": asdict(after)}
             for name, after in evaluation.latest.items()
         },
         "parity_check": asdict(parity) if parity else None,
@@ -61,7 +80,7 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
         raise RecipeError(f"cannot write {directory}/summary.json: {error.strerror}") from None
     for name, after in evaluation.latest.items():
         title = "validation" if name == HELD_OUT else f"validation, {name}"
-        run.console.section(title, f"  before  {before[name] or 'not measured'}\n  after   {after}")
+        run.console.section(title, f"  before  {before.get(name, 'not measured')}\n  after   {after}")
     for text in evaluation.samples.values():
         run.console.section("sample", text)
     if parity:
@@ -76,13 +95,10 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation, 
     run.ledger.trackers.finish()
 
 
-def _before_training(run: Run, name: str, after: Evaluation) -> Evaluation | None:
-    """What the ledger's line of update 0 says of the set `name`; None if a run went on from elsewhere and has no such line."""
-    for line in read_lines(run.directory / LEDGER)[:1]:
-        loss, bits = (line.get(f"validation/{name}/{value}") for value in ("loss", "bits_per_byte"))
-        if line["update"] == 0 and loss is not None and bits is not None:
-            return replace(after, loss=loss, bits_per_byte=bits)
-    return None
+def _parity_check(run: Run) -> ParityCheck | None:
+    """That of the first start; None if there was none."""
+    events = read_events(run.directory / EVENTS, "parity_check", 0)
+    return ParityCheck(**{f.name: events[-1][f.name] for f in fields(ParityCheck)}) if events else None
 
 
 def usage(model_directory: Path) -> str:

@@ -34,7 +34,7 @@ def train(config: Config) -> None:
     from recipe.checkpoint import CheckpointSaver, find_resume_point, open_text, restore, roll_back
     from recipe.data import UpdateReader, load_tokenizer, make_lanes, next_update
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
-    from recipe.finish import end_stopped_run, finish_run, usage
+    from recipe.finish import end_stopped_run, finish_run, has_nothing_left
     from recipe.hub import Pusher, check_hub
     from recipe.model import build_model, build_optimizer, choose_kernels, set_learning_rate
     from recipe.step import MicroBatches, SpikeDetector, check_parity, measure_update
@@ -42,9 +42,8 @@ def train(config: Config) -> None:
     choose_kernels(run)
     run.on_main(lambda: claim_run_directory(run))
     point = run.on_main(lambda: find_resume_point(config))
-    final, planned_updates = run.directory / "final", run.plan.planned_updates
-    if point.update >= planned_updates and any(final.glob("*.safetensors")):
-        run.console.section("this run is complete; --resume fresh trains it again", usage(final))
+    planned_updates = run.plan.planned_updates
+    if has_nothing_left(run, point.update):
         return run.accelerator.end_training()
     check_hub(run)
 
@@ -74,6 +73,8 @@ def train(config: Config) -> None:
         parity = check_parity(run, model, first.batch)
     (reader, spikes), update = begin(point), point.update
     begin_run(run, update, point.checkpoint)  # from here on the files in the directory are this run's
+    if parity:
+        run.ledger.event("parity_check", update, **vars(parity))
     if point.checkpoint:
         run.ledger.event("resume", update, **point.facts())
     pusher = Pusher(run, update)
@@ -109,9 +110,9 @@ def train(config: Config) -> None:
     saver.finish()
     if run.stop.is_agreed:
         end_stopped_run(run, pusher, saver)
-    finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation, parity)
+    finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation)
     run.accelerator.end_training()
-    pusher.push(planned_updates, final)
+    pusher.push(planned_updates, run.directory / "final")
     pusher.finish()  # no rank waits for this one any more
     saver.raise_failure()
 

@@ -1,6 +1,6 @@
 """Evaluation in a run: the loss on the held-out documents and on other text, and samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import Evaluation, evaluate
 from recipe.evaluation.sample import GenerateConfig, generate
 from recipe.plan.schedule import crosses
-from recipe.run.ledger import LedgerEntry
+from recipe.run.ledger import EVENTS, LEDGER, LedgerEntry, read_events, read_lines
 from recipe.run.run import Run
 from recipe.run.stop import Stopped
 
@@ -42,6 +42,11 @@ def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict
     return sets
 
 
+def _columns(name: str) -> tuple[str, str]:
+    """The ledger's columns of a validation set."""
+    return f"validation/{name}/loss", f"validation/{name}/bits_per_byte"
+
+
 class RunEvaluation:
     """Evaluates the model when it is due: before the first update, whenever enough tokens have been seen, after the last.
 
@@ -58,52 +63,80 @@ class RunEvaluation:
             run.console.say("no validation on held-out documents: there are none")
 
     def begin(self, update: int) -> None:
-        """Evaluate before training, for the ledger's line of update 0; and if no update is left. Collective.
+        """Evaluate before training, for the ledger's line of update 0; or do what was due after `update`. Collective.
+
+        If a stop has kept evaluation or samples from the record of that update, they get there now.
 
         Raises:
             Stopped: a rank was asked to stop meanwhile.
+            RecipeError: the ledger cannot be written.
         """
-        if update not in (0, self.run.plan.planned_updates):
+        run = self.run
+        if update == 0:
+            if self.sets:
+                run.ledger.write(LedgerEntry(update=0, tokens=0, validation=self._validate(0, self.sets)))
             return
-        values = self._validate(update)
-        if update == 0 and values:
-            self.run.ledger.write(LedgerEntry(update=0, tokens=0, validation=values))
+        if not self._is_due(update):
+            return
+        line, samples = run.on_main(lambda: self._record(update))
+        if line is None and update < run.plan.planned_updates:
+            return  # it goes on from the checkpoint of another directory
+        self.latest, self.samples = self.of_line(line or {}), samples
+        if missing := [name for name in self.sets if name not in self.latest]:
+            values = self._validate(update, missing)
+            if line is not None:
+                run.ledger.amend(update, values)
+        self._sample(update, [prompt for prompt in run.config.evaluation.prompts if prompt not in samples])
 
     def add_to(self, entry: LedgerEntry) -> LedgerEntry:
         """The entry with its validation columns, null if none is due now or a rank is asked to stop meanwhile. Collective."""
-        plan, every = self.run.plan, self.run.config.evaluation.every_tokens
-        before = entry.tokens - plan.update.tokens_per_update
-        values: dict[str, float | None] = dict.fromkeys(self._columns())
-        if entry.update == plan.planned_updates or crosses(before, entry.tokens, every):
+        values: dict[str, float | None] = {column: None for name in self.sets for column in _columns(name)}
+        if self._is_due(entry.update):
             with suppress(Stopped):  # this update is done and has to be written down; the next one stops
-                values = self._validate(entry.update)
-                self._sample(entry.update)
+                values = self._validate(entry.update, self.sets)
+                self._sample(entry.update, self.run.config.evaluation.prompts)
         return replace(entry, validation=values)
 
-    def _columns(self) -> list[str]:
-        return [f"validation/{name}/{value}" for name in self.sets for value in ("loss", "bits_per_byte")]
+    def of_line(self, line: dict[str, Any]) -> dict[str, Evaluation]:
+        """What a line of the ledger says of each set; it may have been evaluated by another start of the run."""
+        known = {name: [line.get(column) for column in _columns(name)] for name in self.sets}
+        return {
+            name: Evaluation(*values, tokens=self.sets[name].tokens, text_bytes=self.sets[name].text_bytes)
+            for name, values in known.items()
+            if None not in values
+        }
 
-    def _validate(self, update: int) -> dict[str, float | None]:
-        """Evaluate each set; the ledger's columns."""
-        run, values = self.run, list[float]()
-        for name, blocks in self.sets.items():
+    def _is_due(self, update: int) -> bool:
+        tokens, every = self.run.plan.update.tokens_per_update, self.run.config.evaluation.every_tokens
+        return update == self.run.plan.planned_updates or crosses((update - 1) * tokens, update * tokens, every)
+
+    def _record(self, update: int) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The ledger's line of an update, if there is one, and its samples by prompt."""
+        lines = [line for line in read_lines(self.run.directory / LEDGER) if line["update"] == update]
+        samples = read_events(self.run.directory / EVENTS, "sample", update)
+        return (lines or [None])[-1], {event["prompt"]: event["text"] for event in samples if event["update"] == update}
+
+    def _validate(self, update: int, names: Iterable[str]) -> dict[str, float | None]:
+        """Evaluate these sets; the ledger's columns."""
+        run, values = self.run, dict[str, float | None]()
+        for name in names:
             size = run.plan.update.micro_batch_size
-            evaluation = evaluate(self.model, blocks, run.accelerator, size, run.stop)
+            evaluation = evaluate(self.model, self.sets[name], run.accelerator, size, run.stop)
             on = "" if name == HELD_OUT else f", {name}"
             run.console.say(f"validation after {update:,} updates{on}: {evaluation}")
             self.latest[name] = evaluation
-            values += [evaluation.loss, evaluation.bits_per_byte]
-        return dict(zip(self._columns(), values, strict=True))
+            values |= zip(_columns(name), (evaluation.loss, evaluation.bits_per_byte), strict=True)
+        return values
 
-    def _sample(self, update: int) -> None:
-        """Continue each prompt, on rank 0 alone, and write it down. Training is not changed by it."""
+    def _sample(self, update: int, prompts: Iterable[str]) -> None:
+        """Continue these prompts, on rank 0 alone, and write it down. Training is not changed by it."""
         run, settings = self.run, self.run.config.evaluation
         if not run.is_main or settings.sample_tokens is None:
             return
         model = run.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        for prompt in settings.prompts:
+        for prompt in prompts:
             if run.stop.signal:
                 break
             sampling = GenerateConfig(prompt, settings.sample_tokens, seed=run.config.run.seed)

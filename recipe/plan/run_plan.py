@@ -44,7 +44,7 @@ class RunPlan:
         micro_batch = f"{{}} x {length:,} tokens at most" if known else "auto: as many blocks as fit into memory"
         division = update.division if known else f"1 to {update.largest_share}"
         ratio = f"{{}} = {self.total_tokens / self.parameters:.1f} per parameter"
-        stops = f", stops after {self.planned_updates:,}" if self.planned_updates < self.total_updates else ""
+        stops = f", stops after update {self.planned_updates:,}" if self.planned_updates < self.total_updates else ""
         return [
             Number("tokens_per_update", tokens, "tokens"),
             Number("blocks_per_update", update.blocks_per_update, "blocks", f"{tokens:,} / {length:,} = {{}}"),

@@ -44,7 +44,7 @@ class Record:
     @property
     def notable_events(self) -> list[dict[str, Any]]:
         """What interrupted or changed the run: every event but those of its ordinary course."""
-        return [event for event in self.events if event["event"] not in ("start", "sample", "push")]
+        return [event for event in self.events if event["event"] not in ("start", "parity_check", "sample", "push")]
 
     @property
     def updates_done(self) -> int:

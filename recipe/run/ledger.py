@@ -106,6 +106,24 @@ class Ledger:
         for name in (LEDGER, EVENTS):
             _truncate(self.directory / name, update)
 
+    def amend(self, update: int, values: dict[str, float | None]) -> None:
+        """Put what is known only now into the line of `update`, and give it to the trackers. Atomic.
+
+        Raises:
+            RecipeError: the ledger cannot be written.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        self.close()
+        path, lines = self.directory / LEDGER, []
+        for line, old in _parsed_lines(path):
+            lines.append(json.dumps(old | values, allow_nan=False).encode() if old["update"] == update else line)
+        try:
+            _write_lines(path, lines)
+        except OSError as error:
+            raise RecipeError(f"cannot write {path}: {error.strerror}", on_this_rank_only=True) from None
+        self.trackers.log({k: v for k, v in values.items() if v is not None}, update)
+
     def sync(self) -> None:
         """Force what was written to the disk, before a checkpoint that follows it."""
         for file in self._files.values():
@@ -178,6 +196,10 @@ def _truncate(path: Path, update: int) -> None:
     """Keep the lines of updates up to `update`. Atomic."""
     if not path.exists():
         return
-    kept = [line for line, values in _parsed_lines(path) if values["update"] <= update]
+    _write_lines(path, [line for line, values in _parsed_lines(path) if values["update"] <= update])
+
+
+def _write_lines(path: Path, lines: list[bytes]) -> None:
+    """Put these lines in place of a file's, all or none."""
     with new_file(path) as file:
-        file.write_bytes(b"".join(line + b"\n" for line in kept))
+        file.write_bytes(b"".join(line + b"\n" for line in lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -275,10 +276,14 @@ def test_a_non_finite_update_is_skipped_on_all_ranks(root: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, 1), (2, 2), (1, 3)])
-def test_a_signal_in_an_evaluation_stops_behind_the_update_that_is_done(root: Path, ranks: int, number: int) -> None:
-    """To the last rank, in the evaluation before training, in the next one, and in the last one. The update that it would have
-    been of is written down, without it, and saved."""
+@pytest.mark.parametrize(
+    ("ranks", "number", "done"), [pytest.param(1, 1, 0, marks=pytest.mark.slow), (2, 2, 4), (1, 3, 4), (1, 5, 6)]
+)
+def test_a_signal_in_an_evaluation_leaves_the_record_of_a_run_that_was_not_stopped(
+    root: Path, ranks: int, number: int, done: int
+) -> None:
+    """To the last rank, in the evaluation before training, in the next one, in the first of its samples, and in the last
+    evaluation. The update that it is of is written down and saved without it, and the next start does what is missing."""
     evaluated = [
         *[
             "--evaluation.sets.mine",
@@ -289,6 +294,7 @@ def test_a_signal_in_an_evaluation_stops_behind_the_update_that_is_done(root: Pa
             "0",
         ],
         *["--run.max_updates", "6", "--batch.micro_batch_size", "4", "--checkpoint.every_tokens", "null"],
+        *["--run.parity_check", "true", "--evaluation.prompts", "import", "def"],
     ]
     whole, directory = root / f"evaluated-{ranks}", root / f"signal-in-evaluation-{number}"
     if not whole.exists():
@@ -297,17 +303,38 @@ def test_a_signal_in_an_evaluation_stops_behind_the_update_that_is_done(root: Pa
     codes, output, _ = end_of(start_ranks(ranks, faulty, FAULTY_EVALUATION=str(number)))
     assert codes == [143] * ranks, output
     assert "the same command goes on from here" in output
-    done = {1: 0, 2: 4, 3: 6}[number]
     column = "validation/mine/loss"
     if done:
         assert [entry["update"] for entry in read_ledger(directory)] == list(range(1, done + 1))
-        assert read_ledger(directory)[-1][column] is None
+        assert (read_ledger(directory)[-1][column] is None) == (number != 3)
         assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [f"step-{done:06d}"]
     else:
         assert not (directory / "ledger.jsonl").exists()
     run_ranks(ranks, [SCRIPT, *arguments(directory, *evaluated)])
-    assert_same_run(whole, directory, without_validation_of=done)
+    assert_same_run(whole, directory)
+    samples, expected = (
+        [[e["update"], e["prompt"], e["text"]] for e in read_events(d, "sample")] for d in (directory, whole)
+    )
+    assert samples == expected
+    assert [sample[:2] for sample in samples] == [[update, prompt] for update in (4, 6) for prompt in ("import", "def")]
     assert [entry["update"] for entry in read_ledger(whole) if entry[column] is not None] == [4, 6]
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    assert summary["parity_check"]["differences"]
+    assert summary["validation"]["mine"]["before"]["loss"] > summary["validation"]["mine"]["after"]["loss"]
+
+
+def test_a_run_that_has_done_more_than_is_planned_trains_nothing_and_says_so(root: Path) -> None:
+    """As if it had been stopped after its last update, before final/ was written."""
+    directory = root / "more-than-planned"
+    shutil.copytree(root / "whole", directory, ignore=shutil.ignore_patterns("final", "summary.json"))
+    files = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    done = train(*arguments(directory, "--run.max_updates", "3"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "this run has done 24 updates, and 3 are planned: nothing is trained; --run.max_updates 24" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()} == files
+    done = train(*arguments(directory, "--run.max_updates", "24"))  # as it says
+    assert done.returncode == 0, done.stderr
+    assert_same_run(root / "whole", directory)
 
 
 def test_no_token_is_written_anywhere(root: Path) -> None:

@@ -241,19 +241,23 @@ def forget_the_manifests_sync() -> None:
 
 
 def signal_in_an_evaluation() -> None:
-    """No fault, but SIGTERM comes to the last rank at the start of evaluation FAULTY_EVALUATION, from 1."""
+    """No fault, but SIGTERM comes to the last rank at the start of evaluation, or sample, FAULTY_EVALUATION, from 1."""
     import os
     import signal
 
     is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    original, evaluations = recipe.evaluation.in_run.evaluate, count(1)
+    evaluations = count(1)
 
-    def evaluate(*arguments: Any) -> Any:
-        if next(evaluations) == int(os.environ["FAULTY_EVALUATION"]) and is_last_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+    def signalling(original: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(*arguments: Any) -> Any:
+            if next(evaluations) == int(os.environ["FAULTY_EVALUATION"]) and is_last_rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments)
 
-    setattr(recipe.evaluation.in_run, "evaluate", evaluate)  # noqa: B010
+        return evaluate
+
+    for name in ("evaluate", "generate"):
+        setattr(recipe.evaluation.in_run, name, signalling(getattr(recipe.evaluation.in_run, name)))
 
 
 def attention_sees_the_future() -> None:
