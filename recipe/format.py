@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ def event_text(event: dict[str, Any]) -> str:
 _NOT_SHOWN = ("event", "update", "time_utc", "blocks_sha256")
 
 
-def value_text(value: Any) -> str:
-    """A JSON value in at most 200 characters."""
+def value_text(value: Any, levels: int = 5) -> str:
+    """A JSON value in at most 200 characters; what is nested deeper than `levels` is left out."""
+    if isinstance(value, dict | list | tuple) and not levels:
+        return "…"
+    shown = partial(value_text, levels=levels - 1)
     if isinstance(value, dict):
         are_changes = all(isinstance(inner, list) and len(inner) == 2 for inner in value.values())  # [earlier, now]
-        texts = {k: " → ".join(map(value_text, v)) if are_changes else value_text(v) for k, v in value.items()}
+        texts = {k: " → ".join(map(shown, v)) if are_changes else shown(v) for k, v in value.items()}
         text = ", ".join(f"{name} {inner}" for name, inner in texts.items())
     elif isinstance(value, list | tuple):
-        text = ", ".join(value_text(inner) for inner in value)
+        text = ", ".join(map(shown, value))
     elif isinstance(value, float):
         text = f"{value:.4g}"
     elif isinstance(value, int) and not isinstance(value, bool):

@@ -32,11 +32,14 @@ def main() -> None:
     if not config.output and not output.is_dir():
         read_record(run)
         raise RecipeError(f"{run} is not finished: it has no final/; set --output to another directory")
+    if not config.output and output.is_symlink():
+        raise RecipeError(f"{output} is a symbolic link: set --output to the directory to write to")
     files = card_files(run, config.model_name or output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if not (output.samefile(run) and name == "config.yaml"):  # the run's own says where it is written
+                (output / name).unlink(missing_ok=True)  # a link may lead anywhere
                 (output / name).write_bytes(content)
     except OSError as error:
         raise RecipeError(f"cannot write the card to {output}: {error.strerror or error}; set --output") from None

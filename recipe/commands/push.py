@@ -30,8 +30,7 @@ def main() -> None:
         end_with_training(run)
     revision = None
     for directory in [Path(flags["follow"])] if flags["follow"] else _missing(run, settings.repo_id):
-        number = directory.name.removeprefix("step-")
-        more = card_files(run, settings.repo_id, update=int(number) if number.isdigit() else None)
+        more = _card(run, directory, settings)
         try:
             commit = push_directory(
                 directory, settings, more, lambda reason: print(f"{reason}; trying again", flush=True)
@@ -44,18 +43,28 @@ def main() -> None:
         print(f"{run} has nothing to push")
 
 
+def _card(run: Path, directory: Path, settings: PushConfig) -> dict[str, bytes]:
+    """What lies beside a pushed model; nothing if the run's files are too damaged for that."""
+    number = directory.name.removeprefix("step-")
+    try:
+        return card_files(run, settings.repo_id, update=int(number) if number.isdigit() else None)
+    except Exception as error:  # the model is worth more
+        print(f"{directory.name} is pushed without a card: {explain(error)}", flush=True)
+        return {}
+
+
 def _missing(run: Path, repo_id: str | None) -> Iterator[Path]:
     """What the run has not pushed: its finished checkpoints, oldest first, and the finished model."""
     from recipe.checkpoint.files import why_invalid
 
     events = read_lines(run / EVENTS)
-    pushed = {event["revision"] for event in events if event.get("event") == "push" and event["repo"] == repo_id}
-    for directory in list_checkpoints(run / "checkpoints")[::-1]:
+    pushed = [e.get("revision") for e in events if e.get("event") == "push" and e.get("repo") == repo_id]
+    final = run / "final"
+    for directory in [*list_checkpoints(run / "checkpoints")[::-1], *([final] if final.is_dir() else [])]:
         if directory.name in pushed:
             continue
-        if reason := why_invalid(directory):
+        reason = "it is a symbolic link" if directory.is_symlink() else None
+        if reason or (directory != final and (reason := why_invalid(directory))):
             print(f"{directory} is left out: {reason}")
         else:
             yield directory
-    if (run / "final").is_dir():
-        yield run / "final"

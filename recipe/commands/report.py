@@ -27,6 +27,8 @@ def main() -> None:
     page = report_page([read_record(directory) for directory in directories], names_of(directories))
     output = Path(config.output) if config.output else directories[0] / "report.html"
     try:
+        if not config.output:
+            output.unlink(missing_ok=True)  # a link may lead anywhere
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot write {output}: {error.strerror or error}; set --output") from None

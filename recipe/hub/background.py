@@ -14,7 +14,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
-from recipe.hub.client import explain, revision_of
+from recipe.hub.client import explain, files_of, revision_of
 from recipe.plan.schedule import crosses
 from recipe.run.run import Run
 from recipe.text import one_line, redact
@@ -38,6 +38,8 @@ class Pusher:
         self._started = 0.0
         if run.is_main:
             shutil.rmtree(self.links, ignore_errors=True)  # of a run that was killed
+            if self.links.is_symlink():  # which would lead what is linked here to another place
+                self.links.unlink()
 
     def push(self, update: int, directory: Path) -> None:
         """Push a checkpoint if one is due, or the finished model. A checkpoint takes the place of one that waits."""
@@ -51,7 +53,9 @@ class Pusher:
                 self._report(*self._queue.pop(), f"{directory.name} took its place in the queue")
         links = self.links / str(time.time_ns()) / directory.name
         try:
-            shutil.copytree(directory, links, copy_function=_link)
+            for name, path in files_of(directory).items():
+                (links / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(path, links / name)
         except OSError as error:
             return self._report(update, links, explain(error))
         self._queue.append((update, links))
@@ -84,8 +88,15 @@ class Pusher:
         """Start the process that pushes the first of the queue."""
         root = str(Path(__file__).resolve().parents[2])  # so that it finds the recipe, installed or not
         path = os.pathsep.join([root, os.environ.get("PYTHONPATH", root)])
-        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}  # what it prints waits in a pipe
-        pipes: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": STDOUT, "text": True, "errors": "replace"}
+        # What it prints waits in a pipe, whatever this console's encoding is.
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "PYTHONIOENCODING": "utf-8:replace"}
+        pipes: dict[str, Any] = {
+            "stdin": PIPE,
+            "stdout": PIPE,
+            "stderr": STDOUT,
+            "encoding": "utf-8",
+            "errors": "replace",
+        }
         self._started = time.monotonic()
         try:
             self._child = Popen(
@@ -135,7 +146,7 @@ def end_with_training(run_directory: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """A hard link, or a copy on a file system that has none."""
     try:
         os.link(source, target)

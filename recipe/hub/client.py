@@ -4,6 +4,7 @@ The login is huggingface_hub's own, from HF_TOKEN or `hf auth login`: no token p
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,11 +55,26 @@ def revision_of(directory: Path, settings: PushConfig) -> str:
     return directory.name if settings.revisions and directory.name.startswith("step-") else "main"
 
 
+def files_of(directory: Path) -> dict[str, Path]:
+    """Name -> path of each plain file in a directory. What a symbolic link leads to is not in it, nor what previous/ keeps.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    paths = [Path(root, name) for root, _, names in os.walk(directory, onerror=fail) for name in names]
+    files = {p.relative_to(directory).as_posix(): p for p in paths if p.is_file() and not p.is_symlink()}
+    return {name: path for name, path in files.items() if not name.startswith("previous/")}
+
+
 def push_directory(directory: Path, settings: PushConfig, more: dict[str, bytes], report: Callable[[str], None]) -> str:
     """Make main hold a checkpoint or finished model in one commit, and tag a checkpoint.
 
     Args:
-        directory: `step-N` or `final`; nobody may change or remove it meanwhile.
+        directory: `step-N` or `final`, of which `files_of` is pushed; nobody may change or remove it meanwhile.
         settings: what is pushed where.
         more: name -> content of files that go along, in place of those of the same name in `directory`.
         report: called with the reason why an attempt failed, before the next.
@@ -69,8 +85,7 @@ def push_directory(directory: Path, settings: PushConfig, more: dict[str, bytes]
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    paths = (p for p in directory.rglob("*") if p.is_file() and p.relative_to(directory).parts[0] != "previous")
-    files: dict[str, Any] = {p.relative_to(directory).as_posix(): p for p in paths}
+    files: dict[str, Any] = files_of(directory)
     if not settings.training_state:
         files = {name: path for name, path in files.items() if not _is_training_state(name)}
     files |= more

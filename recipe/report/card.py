@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.config.settings import HELD_OUT
-from recipe.errors import RecipeError
 from recipe.report.charts import curves_png
 from recipe.report.record import Record, read_record
-from recipe.report.summary import environment, hub_dataset, initial_weights, is_hub_id, repeatable_config, rows_of
+from recipe.report.summary import (
+    environment,
+    hub_dataset,
+    initial_weights,
+    is_hub_id,
+    markdown,
+    repeatable_config,
+    rows_of,
+)
+from recipe.text import one_line, printable, redact
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -29,11 +38,13 @@ def card_files(run_directory: Path, model: str | Path | None = None, *, update: 
     Raises:
         RecipeError: it is no run, or has done no update.
     """
-    record = read_record(run_directory, update)
+    record, files = read_record(run_directory, update), {}
     try:
-        files = {IMAGE: curves_png(record)}
-    except RecipeError:
-        files = {}
+        files[IMAGE] = curves_png(record)
+    except BaseException as error:  # also the panic of a library in Rust, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        print(f"{IMAGE} is left out: {redact(one_line(str(error)))[:300] or type(error).__name__}", file=sys.stderr)
     card = model_card(record, model or run_directory / "final", has_image=bool(files))
     return {"README.md": card.content.encode(), "config.yaml": repeatable_config(record.config).encode(), **files}
 
@@ -45,7 +56,7 @@ def model_card(record: Record, model: str | Path, *, has_image: bool = True) -> 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    name = record.directory.resolve().name if isinstance(model, Path) else model.rpartition("/")[2]
+    name = one_line(record.directory.resolve().name if isinstance(model, Path) else model.rpartition("/")[2])
     config = record.config
     dataset, base, rows = hub_dataset(config), initial_weights(config), rows_of(record, ())
     results = _results(record, rows.held_out)
@@ -59,19 +70,18 @@ def model_card(record: Record, model: str | Path, *, has_image: bool = True) -> 
         model_name=name if results else None,
         eval_results=results or None,
     )
-    text = environment().get_template("model_card.md.jinja")
-    return ModelCard(
-        text.render(
-            metadata=data.to_yaml(),
-            name=name,
-            record=record,
-            rows=rows,
-            base=base,
-            model=str(model),
-            image=IMAGE if has_image else None,
-            evaluations=_evaluations(record),
-        )
+    text = environment(markdown).get_template("model_card.md.jinja")
+    content = text.render(
+        metadata=data.to_yaml(),
+        name=name,
+        record=record,
+        rows=rows,
+        base=base,
+        model=str(model),
+        image=IMAGE if has_image else None,
+        evaluations=_evaluations(record),
     )
+    return ModelCard(printable(content))  # what is in code and metadata too
 
 
 def _evaluations(record: Record) -> list[tuple[str, dict[str, Any]]]:
@@ -93,7 +103,7 @@ def _results(record: Record, held_out: str) -> list[EvalResult]:
     for name, evaluation in dict(_evaluations(record)).items():  # the last of each set
         about: dict[str, Any] = {"dataset_type": name, "dataset_name": name}
         if name == HELD_OUT:
-            source = "local-text-files" if data.text_files else data.repository
+            source = "local-text-files" if data.text_files else one_line(data.repository)
             about = {"dataset_type": source, "dataset_name": f"{source}, held out"}
             about["dataset_args"] = {"held_out": held_out}
             if hub_dataset(record.config):

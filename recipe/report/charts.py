@@ -11,6 +11,7 @@ from recipe.config.settings import HELD_OUT
 from recipe.errors import RecipeError
 from recipe.report.curves import LOSS, VALIDATION, Curves, Metric, bits_per_byte, median_of
 from recipe.report.record import Record
+from recipe.text import one_line
 
 if TYPE_CHECKING:
     import altair as alt
@@ -158,7 +159,7 @@ def curves_png(record: Record) -> bytes:
     library()
     import altair as alt
 
-    curves = Curves([record], [record.directory.name])
+    curves = Curves([record], [one_line(record.directory.resolve().name)])
     panels = [
         chart(curves, metric, "tokens").properties(
             title=alt.Title(metric.title, subtitle=metric.unit), width=420, height=260

@@ -10,14 +10,15 @@ from recipe.format import value_text
 from recipe.report.charts import EVENT_COLORS, PALETTE, chart, library, theme
 from recipe.report.curves import Curves
 from recipe.report.record import Record
-from recipe.report.summary import NOT_THE_RUN, environment, rows_of
+from recipe.report.summary import NOT_THE_RUN, environment, html, rows_of
+from recipe.text import one_line
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
     """What to call runs: their directories, without what all of them begin with."""
     resolved = [directory.resolve() for directory in directories]
     common = os.path.commonpath([directory.parent for directory in resolved])
-    return [directory.relative_to(common).as_posix() for directory in resolved]
+    return [one_line(directory.relative_to(common).as_posix()) for directory in resolved]
 
 
 def report_page(records: Sequence[Record], names: Sequence[str]) -> str:
@@ -30,7 +31,7 @@ def report_page(records: Sequence[Record], names: Sequence[str]) -> str:
     curves = Curves(records, names)
     validation_sets = list(dict.fromkeys(name for record in records for name in record.validation_sets))
     charts = {axis: {m.column: chart(curves, m, axis).to_dict() for m in curves.metrics} for axis in ("tokens", "time")}
-    template = environment().get_template("report.html.jinja")
+    template = environment(html).get_template("report.html.jinja")
     return template.render(
         javascript=javascript,
         palette=PALETTE,

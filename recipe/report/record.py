@@ -1,6 +1,7 @@
 """What a run has left, read back: settings, ledger, events and summary. Imports no torch, so it reads a running one too."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.run_plan import RunPlan, make_plan
 from recipe.run.ledger import EVENTS, LEDGER, read_lines, read_updates
+from recipe.text import all_printable
 
 DIVISION = ["world_size", "micro_batch_size", "gradient_accumulation_steps"]
 SPEED = ["tokens_per_second", "mfu"]
@@ -21,6 +23,29 @@ COLUMNS = (
     *("update", "tokens", "loss", "grad_norm", "learning_rate", *DIVISION, *SPEED),
     *("update_seconds", "data_wait_seconds", "peak_memory_bytes"),
 )
+COUNTS = ["update", "tokens", *DIVISION]
+LARGEST_COUNT, LARGEST_NUMBER = 2**53, 3e38  # what float64 counts exactly, and what float32 holds
+
+# The shapes of what is read of events and summary, as `_fits` has them. What has another is damaged, and left out.
+_MACHINE = {
+    "device": str,
+    "device_type": str,
+    "world_size": int,
+    "precision": str,
+    "time_utc": str,
+    "recipe_commit": str,
+}
+_EVENTS: dict[str, Any] = {
+    "start": {f"{name}?": kind for name, kind in _MACHINE.items()} | {"versions?": {str: str}},
+    "sample": {"prompt": str, "text": str},
+    "resume": {"changes": dict},
+}
+_SUMMARY: dict[str, Any] = {
+    "precision": str,
+    "finished_utc": str,
+    "validation": {str: {"after": {"tokens": int, "text_bytes": int}}},
+    "parity_check": {"reference": str, "tolerance": float, "differences": [(str, float)]},
+}
 
 
 @dataclass(frozen=True)
@@ -125,26 +150,71 @@ def read_record(directory: Path, update: int | None = None) -> Record:
         raise RecipeError(
             f"{directory} is no run: it has no {LEDGER} and config.yaml; give a directory such as runs/NAME"
         )
-    last = np.inf if update is None else update
-    updates = _numbers(pd.DataFrame([line for line in read_updates(directory) if line["update"] <= last]))
+    last = LARGEST_COUNT if update is None else update
+    try:
+        lines, events = read_updates(directory), read_lines(directory / EVENTS)
+    except OSError as error:
+        raise RecipeError(f"cannot read {error.filename}: {error.strerror}") from None
+    updates = _numbers(pd.DataFrame([line for line in lines if 0 <= line["update"] <= last]))
     if not (updates["update"] > 0).any():
         raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
     config = read_config(directory / "config.yaml")
+    updates["tokens"] = updates["tokens"].fillna(updates["update"] * config.batch.tokens_per_update)
     numbers = updates[["world_size", "micro_batch_size"]].iloc[-1].fillna(1).clip(lower=1).astype(int)
-    events = [e for e in read_lines(directory / EVENTS) if isinstance(e.get("event"), str) and e["update"] <= last]
+    events = [event for event in map(_read_event, events) if event and 0 <= event["update"] <= last]
     record = Record(directory, config, make_plan(config, *numbers.tolist()), updates, events, {})
-    summary = directory / "summary.json"
-    if record.is_finished and summary.is_file():
-        record.summary.update(json.loads(summary.read_text(encoding="utf-8")))
+    if record.is_finished:
+        record.summary.update(_read_summary(directory / "summary.json"))
     return record
+
+
+def _read_event(event: dict[str, Any]) -> dict[str, Any] | None:
+    """An event whose texts can be shown; None for a damaged one."""
+    try:
+        kind, shown = event.get("event"), all_printable(event)
+    except RecursionError:
+        return None
+    return shown if isinstance(kind, str) and _fits(event, _EVENTS.get(kind, {})) else None
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """Those parts of a summary that are as `recipe.finish` writes them; none if there is no such file."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return {name: all_printable(summary[name]) for name, shape in _SUMMARY.items() if _fits(summary[name], shape)}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape: a type, [of each], (of the first, ...), {name: of its value} or {str: of each}.
+
+    The value of `name?` may be missing or null.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict) or str in shape:
+            return isinstance(value, dict) and all(_fits(inner, shape[str]) for inner in value.values())
+        return all(
+            (name.endswith("?") and value.get(name[:-1]) is None) or _fits(value.get(name.rstrip("?")), inner)
+            for name, inner in shape.items()
+        )
+    if isinstance(shape, list | tuple):
+        shapes = shape * len(value) if isinstance(value, list) and isinstance(shape, list) else shape
+        return isinstance(value, list) and len(value) == len(shapes) and all(map(_fits, value, shapes))
+    return type(value) is shape and (shape is not int or abs(value) < LARGEST_COUNT)
 
 
 def _numbers(ledger: pd.DataFrame) -> pd.DataFrame:
     """The columns of a ledger that are numbers, and the two that `Record.updates` adds."""
-    columns = [*COLUMNS, *(name for name in ledger.columns if name.startswith("validation/"))]
-    numbers = ledger.reindex(columns=columns).map(lambda value: value if isinstance(value, int | float) else np.nan)
-    numbers = numbers.astype(float).replace([np.inf, -np.inf], np.nan)
-    seconds = numbers["update_seconds"]
+
+    def number(value: Any) -> float:
+        return float(value) if type(value) in (int, float) and abs(value) <= LARGEST_NUMBER else np.nan
+
+    sets = [match[1] for name in ledger.columns if (match := re.fullmatch(r"validation/([\w-]+)/loss", name))]
+    validation = [f"validation/{name}/{value}" for name in sets for value in ("loss", "bits_per_byte")]
+    numbers = ledger.reindex(columns=[*COLUMNS, *validation]).map(number).astype(float)
+    numbers[COUNTS] = numbers[COUNTS].where(lambda counts: (counts >= 0) & (counts <= LARGEST_COUNT))
+    seconds = numbers["update_seconds"].where(lambda values: values > 0)
     return numbers.assign(hours=seconds.fillna(0).cumsum() / 3600, data_wait=numbers["data_wait_seconds"] / seconds)
 
 

@@ -1,6 +1,7 @@
 """A run in words, for the page and the card: the words are in templates/, here are their formats and what they look up."""
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -9,21 +10,24 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
 from recipe.config.text_files import is_remote, public_name
 from recipe.format import duration, event_name, event_text, percent, short_count, size_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
+from recipe.text import one_line, printable
 
 NOT_THE_RUN = ("run.directory", "resume", "log", "hub", "data.cache_directory")
 
 
 @cache
-def environment() -> Environment:
-    """The templates of page and card. Only the page escapes what it shows: samples hold any text."""
+def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
+    """The templates of page and card, which `finalize` all that they show: names and samples hold any text."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: (name or "").endswith(".html.jinja"),
+        finalize=finalize,
         undefined=StrictUndefined,
         extensions=["jinja2.ext.do"],
         trim_blocks=True,
@@ -34,9 +38,9 @@ def environment() -> Environment:
     templates.filters |= {name: _if_known(form) for name, form in (formats | {"short_count": short_count}).items()}
     templates.filters |= {
         "text": _if_known(lambda value, pattern: pattern.format(value)),
-        "cell": markdown_cell,
     }
-    plain = (event_name, event_text, fenced, smoothing_window, some_of_each_kind, repeatable_config, names_of_files)
+    plain = (event_name, event_text, fenced, quoted, markdown, smoothing_window, some_of_each_kind)
+    plain += (repeatable_config, names_of_files, parity_rows)
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
@@ -54,16 +58,38 @@ def _if_known(form: Callable[..., str]) -> Callable[..., str]:
     return lambda value, *more: "" if value is None or value != value else form(value, *more)
 
 
-def markdown_cell(value: str) -> str:
-    """Text that a Markdown table shows as it is, in one line."""
-    text = re.sub(r"([\\|*`\[\]])", r"\\\1", value.replace("\n", " "))
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def html(value: Any) -> Any:
+    """What the page shows, before it is escaped."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def fenced(text: str) -> str:
+def markdown(value: Any) -> str:
+    """Text that Markdown shows as it is, in one line; what is marked as safe is Markdown already."""
+    if isinstance(value, Markup):
+        return value
+    text = re.sub(r"\s*\n\s*", " ", printable(str(value))).replace("&", "&amp;").replace("<", "&lt;")
+    return Markup(re.sub(r"([\\|*`\[\]~$#]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text))
+
+
+def fenced(text: str) -> Markup:
     """A Markdown code block, whatever the text holds."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
+    return Markup(f"{fence}text\n{printable(text)}\n{fence}")
+
+
+def quoted(word: str) -> Markup:
+    """A word of a shell's command in a Markdown code block."""
+    return Markup(shlex.quote(one_line(word)))
+
+
+def parity_rows(check: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A table of the ways in which the parity check computed the gradient, the configured one first."""
+    rows = [("scaling", "micro-batch", "accumulation steps", "relative difference")]
+    for way, difference in [(check["reference"], None), *check["differences"]]:
+        parts = re.fullmatch(r"(\w+), micro-batch (\d+) x (\d+) steps", way)
+        shown = "the run's own way" if difference is None else f"{difference:.1e}"
+        rows.append((*(parts.groups() if parts else (way, "", "")), shown))
+    return rows
 
 
 def rows_of(record: Record, validation_sets: Sequence[str]) -> Any:

@@ -186,7 +186,7 @@ def _parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         try:
             values = json.loads(line)
             values["update"] = int(values["update"])
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         found.append((line, values))
     return found
