@@ -50,13 +50,13 @@ def has_nothing_left(run: Run, update: int) -> bool:
 
 
 def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation) -> None:
-    """Write final/ and summary.json, and print what a person wants to see first. Rank 0 does it; the others return.
+    """Write final/ and summary.json, and print what a person wants to see first. Rank 0 does it; the others end.
 
     Raises:
         RecipeError: the model or the summary cannot be written.
     """
     if not run.is_main:
-        return
+        return run.accelerator.end_training()
     directory = run.directory
     export_model(model.gpt2, tokenizer, directory / "final")
     # As the record has it: this process may be a later start of the run.
@@ -93,6 +93,7 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation) 
     )
     run.console.section("finished model", usage(directory / "final"))
     run.ledger.trackers.finish()
+    run.accelerator.end_training()
 
 
 def _parity_check(run: Run) -> ParityCheck | None:

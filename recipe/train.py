@@ -41,8 +41,7 @@ def train(config: Config) -> None:
 
     choose_kernels(run)
     run.on_main(lambda: claim_run_directory(run))
-    point = run.on_main(lambda: find_resume_point(config))
-    planned_updates = run.plan.planned_updates
+    point, planned_updates = run.on_main(lambda: find_resume_point(config)), run.plan.planned_updates
     if has_nothing_left(run, point.update):
         return run.accelerator.end_training()
     check_hub(run)
@@ -111,7 +110,6 @@ def train(config: Config) -> None:
     if run.stop.is_agreed:
         end_stopped_run(run, pusher, saver)
     finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation)
-    run.accelerator.end_training()
     pusher.push(planned_updates, run.directory / "final")
     pusher.finish()  # no rank waits for this one any more
     saver.raise_failure()

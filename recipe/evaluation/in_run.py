@@ -99,12 +99,12 @@ class RunEvaluation:
 
     def of_line(self, line: dict[str, Any]) -> dict[str, Evaluation]:
         """What a line of the ledger says of each set; it may have been evaluated by another start of the run."""
-        known = {name: [line.get(column) for column in _columns(name)] for name in self.sets}
-        return {
-            name: Evaluation(*values, tokens=self.sets[name].tokens, text_bytes=self.sets[name].text_bytes)
-            for name, values in known.items()
-            if None not in values
-        }
+        found = {}
+        for name, blocks in self.sets.items():
+            loss, bits_per_byte = (line.get(column) for column in _columns(name))
+            if loss is not None and bits_per_byte is not None:
+                found[name] = Evaluation(loss, bits_per_byte, blocks.tokens, blocks.text_bytes)
+        return found
 
     def _is_due(self, update: int) -> bool:
         tokens, every = self.run.plan.update.tokens_per_update, self.run.config.evaluation.every_tokens
@@ -112,9 +112,9 @@ class RunEvaluation:
 
     def _record(self, update: int) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """The ledger's line of an update, if there is one, and its samples by prompt."""
-        lines = [line for line in read_lines(self.run.directory / LEDGER) if line["update"] == update]
+        lines = (line for line in read_lines(self.run.directory / LEDGER) if line["update"] == update)
         samples = read_events(self.run.directory / EVENTS, "sample", update)
-        return (lines or [None])[-1], {event["prompt"]: event["text"] for event in samples if event["update"] == update}
+        return next(lines, None), {event["prompt"]: event["text"] for event in samples if event["update"] == update}
 
     def _validate(self, update: int, names: Iterable[str]) -> dict[str, float | None]:
         """Evaluate these sets; the ledger's columns."""

@@ -283,6 +283,20 @@ def slow_checkpoint_writer() -> None:
     recipe.checkpoint.files.sync = sync
 
 
+def full_disk_under_tensorboard() -> None:
+    """No fault of the recipe, but TensorBoard cannot write; and checkpoints take a while."""
+    import errno
+    import os
+
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    def write(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    LocalFileSystem._write = write
+    slow_checkpoint_writer()
+
+
 def miscounting_accelerator() -> None:
     """An Accelerator that counts other ranks than the launcher started: one more."""
     import accelerate
@@ -355,6 +369,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         signal_in_an_evaluation,
         attention_sees_the_future,
         slow_checkpoint_writer,
+        full_disk_under_tensorboard,
         miscounting_accelerator,
         full_disk,
         poor_file_system,
