@@ -23,7 +23,7 @@ def end_stopped_run(run: Run, pusher: Any, saver: Any) -> None:
         RecipeError: the last update is not saved.
     """
     same = "the same command" if run.config.resume == "auto" else "the same command with --resume auto"
-    run.console.say(f"stopped by {run.stop.reason}; {same} goes on from here")
+    run.console.say(f"stopped by {run.stop.reason}" + ("" if saver.failure else f"; {same} goes on from here"))
     for finish in (pusher.finish, run.ledger.trackers.finish):
         run.on_main(finish)  # a launcher ends the others when it sees one rank leave
     run.accelerator.end_training()

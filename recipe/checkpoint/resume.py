@@ -101,7 +101,9 @@ def find_resume_point(config: Config) -> ResumePoint:
             state = read_state(candidate)
             may_move = TEXT_MAY_MOVE if state.text else ()
             changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
-            batches = {*state.skipped_batches, *_left_out(_events_of(candidate), state.update)}
+            is_own = candidate.parent == directory / "checkpoints"
+            events = directory / EVENTS if is_own else _events_of(candidate)
+            batches = {*state.skipped_batches, *_left_out(events, state.update)}
             return ResumePoint(candidate, state, skipped, changes, tuple(sorted(batches)))
         skipped.append((candidate.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)

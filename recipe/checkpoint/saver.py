@@ -36,7 +36,7 @@ class CheckpointSaver:
         self._memory: Snapshot | None = None  # of the last snapshot, for the next one
         self._unsaved: tuple[LedgerEntry, UpdateBlocks, list[list[float]]] | None = None
         self._last_save = time.monotonic()
-        self._failure: str | None = None  # why the last update is not saved
+        self.failure: str | None = None  # why the last update is not saved
 
     def finish_update(self, entry: LedgerEntry, blocks: UpdateBlocks, recent: Iterable[list[float]]) -> None:
         """Write the update's line; if a checkpoint is due, copy the state before, and write it in the background. Collective.
@@ -65,7 +65,7 @@ class CheckpointSaver:
         if self._unsaved is not None:
             self._write(self._copy())
         # All ranks wait: a launcher ends the others when it sees the first one leave with an exit code.
-        self._failure = self.run.on_main(lambda: self.report(wait=True))
+        self.failure = self.run.on_main(lambda: self.report(wait=True))
 
     def raise_failure(self) -> None:
         """End rank 0, once everything else is done, if the last update could not be saved.
@@ -73,9 +73,9 @@ class CheckpointSaver:
         Raises:
             RecipeError: the reason, and how to go on.
         """
-        if self._failure and self.run.is_main:
+        if self.failure and self.run.is_main:
             raise RecipeError(
-                f"the last checkpoint could not be written to {self.root}: {self._failure}; once it can be, the same command "
+                f"the last checkpoint could not be written to {self.root}: {self.failure}; once it can be, the same command "
                 "goes on from the checkpoint before it"
             )
 

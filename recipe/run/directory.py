@@ -52,11 +52,11 @@ def claim_run_directory(run: Run) -> None:
         _check_directory(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _check_places(directory)
-        places = [path for path in (directory, directory / "checkpoints", directory / "final") if path.is_dir()]
-        run.lock = [_lock(place, run) for place in places[:2] if place == directory or is_place(place)]
+        checkpoints, final = directory / "checkpoints", directory / "final"
+        run.lock = [_lock(place, run) for place in (directory, checkpoints) if place == directory or is_place(place)]
         if None in run.lock:
             missing["locks"] = directory
-        for place in places:
+        for place in filter(Path.is_dir, (directory, checkpoints, final)):
             remove_leftovers(place)
             for name in missing_abilities(place):
                 missing.setdefault(name, place)

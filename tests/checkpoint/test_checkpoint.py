@@ -187,12 +187,12 @@ def harm_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path]
     return harm
 
 
-def harm_state(text: str = "", **values: Any) -> Callable[[Path], None]:
-    """Change the training state, in a checkpoint that verifies."""
+def harm_state(old: str = "", new: str = "", **values: Any) -> Callable[[Path], None]:
+    """Change the training state, by its values or as text, in a checkpoint that verifies."""
 
     def harm(path: Path) -> None:
-        state = json.loads((path / STATE).read_text(encoding="utf-8")) | values
-        (path / STATE).write_text(text or json.dumps(state), encoding="utf-8")
+        state = json.dumps(json.loads((path / STATE).read_text(encoding="utf-8")) | values)
+        (path / STATE).write_text(state.replace(old, new) if old else state, encoding="utf-8")
         listed(path)
 
     return harm
@@ -234,8 +234,9 @@ HARMS: list[tuple[Any, str]] = [
     (harm_manifest(lambda files: files.update({WEIGHTS: []})), "manifest cannot be read"),
     (harm_state(more=1), "unexpected keyword argument 'more'"),
     (harm_state(update=1e999), "Infinity is no number of JSON"),
-    (harm_state('{"update": 1e999}'), "missing 5 required positional arguments"),
-    (harm_state("[1]"), "training state cannot be used"),
+    (harm_state('"update": 5', '"update": 1e999'), "a value is not of its kind"),
+    (harm_state('"update": 5, ', ""), "missing 1 required positional argument: 'update'"),
+    (harm_state('{"update"', '[{"update"'), "training state cannot be used"),
     (harm_state(update="5"), "a value is not of its kind"),
     (harm_state(update=True), "a value is not of its kind"),
     (harm_state(config=[]), "a value is not of its kind"),

@@ -106,6 +106,13 @@ def test_a_rollback_is_known_wherever_the_checkpoints_are(
         assert (foreign.update, foreign.skipped_batches) == (10, (6, 7))
 
 
+def test_a_rollback_is_known_to_a_checkpoint_that_is_a_link(original: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(original, tmp_path / "run")
+    move_and_link(directory / "checkpoints/step-000015", tmp_path / "elsewhere")
+    point = find_resume_point(configured(directory))
+    assert (point.update, point.skipped_batches) == (15, (6, 7))
+
+
 def test_a_rollback_that_cannot_be_read_is_not_forgotten(original: Path, tmp_path: Path) -> None:
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     write_lines(tmp_path / "events.jsonl", [{"event": "rollback", "update": 5}])
@@ -339,6 +346,11 @@ def test_two_runs_do_not_share_their_checkpoints(tmp_path: Path) -> None:
         RecipeError, match=r"another process is training in .*two', whose checkpoints lead to .*/shared"
     ):
         claim_run_directory(runs[1])
+    for name in ("three", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "three/final").symlink_to(tmp_path / "model")
+    claim_run_directory(make_run(configured(tmp_path / "three")))
+    assert list((tmp_path / "model").iterdir()) == [], "a finished model has no lock"
 
 
 def test_what_was_being_written_when_a_run_was_killed_is_removed_at_the_next_start(tmp_path: Path) -> None:
