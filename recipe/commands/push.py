@@ -14,6 +14,7 @@ from recipe.hub.client import explain, push_directory, revision_of
 from recipe.report.card import card_files
 from recipe.run.directory import list_checkpoints
 from recipe.run.ledger import EVENTS, read_lines
+from recipe.text import one_line
 
 
 def main() -> None:
@@ -65,6 +66,6 @@ def _missing(run: Path, repo_id: str | None) -> Iterator[Path]:
             continue
         reason = "it is a symbolic link" if directory.is_symlink() else None
         if reason or (directory != final and (reason := why_invalid(directory))):
-            print(f"{directory} is left out: {reason}")
+            print(one_line(f"{directory} is left out: {reason}"), flush=True)
         else:
             yield directory

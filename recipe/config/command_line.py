@@ -136,7 +136,7 @@ def read_config(path: Path) -> Config:
     """
     try:
         config: Config = parse(run_parser(), Config, ["--config", str(path)])[0]
-    except RecipeError as error:
+    except Exception as error:  # a damaged file gets any out of the libraries under this
         raise RecipeError(f"{path} is not the configuration of a run of this version: {error}") from None
     return config
 

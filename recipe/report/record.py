@@ -155,7 +155,7 @@ def read_record(directory: Path, update: int | None = None) -> Record:
         lines, events = read_updates(directory), read_lines(directory / EVENTS)
     except OSError as error:
         raise RecipeError(f"cannot read {error.filename}: {error.strerror}") from None
-    updates = _numbers(pd.DataFrame([line for line in lines if 0 <= line["update"] <= last]))
+    updates = _numbers([line for line in lines if 0 <= line["update"] <= last])
     if not (updates["update"] > 0).any():
         raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
     config = read_config(directory / "config.yaml")
@@ -204,15 +204,18 @@ def _fits(value: Any, shape: Any) -> bool:
     return type(value) is shape and (shape is not int or abs(value) < LARGEST_COUNT)
 
 
-def _numbers(ledger: pd.DataFrame) -> pd.DataFrame:
+def _numbers(ledger: list[dict[str, Any]]) -> pd.DataFrame:
     """The columns of a ledger that are numbers, and the two that `Record.updates` adds."""
 
     def number(value: Any) -> float:
         return float(value) if type(value) in (int, float) and abs(value) <= LARGEST_NUMBER else np.nan
 
-    sets = [match[1] for name in ledger.columns if (match := re.fullmatch(r"validation/([\w-]+)/loss", name))]
-    validation = [f"validation/{name}/{value}" for name in sets for value in ("loss", "bits_per_byte")]
-    numbers = ledger.reindex(columns=[*COLUMNS, *validation]).map(number).astype(float)
+    names = dict.fromkeys(name for line in ledger for name in line)
+    sets = [match[1] for name in names if (match := re.fullmatch(r"validation/([\w-]+)/loss", name))]
+    columns = [*COLUMNS, *(f"validation/{name}/{value}" for name in sets for value in ("loss", "bits_per_byte"))]
+    numbers = pd.DataFrame(
+        [[number(line.get(name)) for name in columns] for line in ledger], columns=columns, dtype=float
+    )
     numbers[COUNTS] = numbers[COUNTS].where(lambda counts: (counts >= 0) & (counts <= LARGEST_COUNT))
     seconds = numbers["update_seconds"].where(lambda values: values > 0)
     return numbers.assign(hours=seconds.fillna(0).cumsum() / 3600, data_wait=numbers["data_wait_seconds"] / seconds)

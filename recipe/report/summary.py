@@ -39,8 +39,8 @@ def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
     templates.filters |= {
         "text": _if_known(lambda value, pattern: pattern.format(value)),
     }
-    plain = (event_name, event_text, fenced, quoted, markdown, smoothing_window, some_of_each_kind)
-    plain += (repeatable_config, names_of_files, parity_rows)
+    plain: list[Callable[..., Any]] = [event_name, event_text, fenced, quoted, markdown, smoothing_window]
+    plain += [some_of_each_kind, repeatable_config, names_of_files, parity_rows]
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
@@ -84,7 +84,7 @@ def quoted(word: str) -> Markup:
 
 def parity_rows(check: dict[str, Any]) -> list[tuple[str, ...]]:
     """A table of the ways in which the parity check computed the gradient, the configured one first."""
-    rows = [("scaling", "micro-batch", "accumulation steps", "relative difference")]
+    rows: list[tuple[str, ...]] = [("scaling", "micro-batch", "accumulation steps", "relative difference")]
     for way, difference in [(check["reference"], None), *check["differences"]]:
         parts = re.fullmatch(r"(\w+), micro-batch (\d+) x (\d+) steps", way)
         shown = "the run's own way" if difference is None else f"{difference:.1e}"

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import sys
 import threading
 import warnings
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 
 from recipe.config.settings import Config, flat_settings
 from recipe.errors import RecipeError
+from recipe.text import redact
 
 TRACKER_PROJECT = "token-budget-recipe"
 TRACKER_DIRECTORIES = (TRACKER_PROJECT, "trackio", "wandb")  # of TensorBoard and the others, in the run directory
@@ -76,6 +78,7 @@ class Trackers:
             "wandb": lambda: WandBTracker(TRACKER_PROJECT, settings=limit, **called),
         }
         self._update = update
+        sys.argv[1:] = map(redact, sys.argv[1:])  # W&B sends them, and they may hold the whole address of a text
         self._hear_threads()
         for name in dict.fromkeys(self.config.log.trackers):
             with self._wall(name), redirect_stdout(io.StringIO()):  # trackio's words, in colours even in a pipe
@@ -124,7 +127,7 @@ class Trackers:
                 hook(arguments)
 
         if self.config.log.trackers:
-            warnings.showwarning, threading.excepthook = showwarning, excepthook
+            warnings.showwarning, threading.excepthook = showwarning, excepthook  # type: ignore[assignment]
 
 
 def _one_line(error: Exception) -> str:

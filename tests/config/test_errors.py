@@ -57,7 +57,7 @@ SETTINGS = {
     ),
     "unknown format of an address": (
         ["--data.text_files", "http://host/a.csv?b=.jsonl"],
-        ["a.csv?b=.jsonl", ".parquet"],
+        ["a.csv'", ".parquet"],
     ),
     "negative rate": (["--optimizer.learning_rate", "-1"], ["optimizer.learning_rate", "greater than 0"]),
     "warm-up too long": (["--schedule.warmup_tokens", "61440"], ["warmup_tokens = 61,440", "leaves nothing"]),

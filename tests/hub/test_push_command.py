@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 
 from recipe.commands import push as command
+from recipe.config.command_line import read_config, write_config
 from recipe.config.settings import Config, HubConfig, PushConfig, RunConfig
 from recipe.hub.background import PUSHING, Pusher
 from recipe.hub.client import push_directory
 from recipe.run.directory import FORMAT
 from recipe.run.ledger import EVENTS, LEDGER
 from recipe.run.run import Run
+from tests.helpers import read_events, skip_if_quick
 from tests.support.hub_server import HubServer
 from tests.support.run_files import write_run
+from tests.support.runs import make_run
 
 SECRET = b"a private key"
 
@@ -122,3 +126,24 @@ def test_damaged_records_stop_no_push(
     assert "final is pushed without a card: " in output
     assert "has done no update yet" in output
     assert online.repositories["user/model"].messages[-1] == "Push final"
+
+
+def test_a_push_beside_a_training_needs_no_encoding_of_the_console(
+    online: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its process prints the run's name, which cp1252 does not have, after the commit."""
+    skip_if_quick()
+    directory = write_run(tmp_path / "läuft-日本")
+    (directory / "final/model.safetensors").write_bytes(b"finished")
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    config = replace(read_config(directory / "config.yaml"), hub=HubConfig(repo_id="user/model"))
+    write_config(config, directory / "config.yaml")
+    run = make_run(config)
+    run.console.enabled = True
+    pusher = Pusher(run)
+    pusher.push(12, directory / "final")
+    pusher.finish()
+    run.ledger.close()
+    assert "pushed final to user/model@main\n" in capsys.readouterr().out
+    (event,) = read_events(directory, "push")
+    assert event["commit"] == online.repositories["user/model"].branches["main"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from recipe.report.card import card_files
+from recipe.errors import RecipeError
+from recipe.report.card import card_files, model_card
+from recipe.report.curves import Curves
 from recipe.report.page import names_of, report_page
 from recipe.report.record import read_record
 from recipe.run.ledger import EVENTS, LEDGER
@@ -92,8 +96,8 @@ class Tags(HTMLParser):
         self.count.update(f"{tag} {name}" for name, _ in attrs if name.startswith("on") or name in ("href", "src"))
 
 
-def test_no_character_stops_a_card_or_a_page_or_its_picture(directory: Path) -> None:
-    spoiled = spoil(directory, f"a{CONTROL}b{BIDIRECTIONAL}c")
+def test_no_text_stops_a_card_or_a_page_or_its_picture_or_becomes_html(directory: Path) -> None:
+    spoiled = spoil(directory, f"a{CONTROL}b{BIDIRECTIONAL}c{''.join(IN_LINES)}")
     files, page = card_files(spoiled, "me/model"), page_of(spoiled)
     assert files["curves.png"].startswith(b"\x89PNG")
     card = files["README.md"].decode()
@@ -102,6 +106,9 @@ def test_no_character_stops_a_card_or_a_page_or_its_picture(directory: Path) -> 
         assert "\N{REPLACEMENT CHARACTER}" in text
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
     json.loads(page.partition('id="page">')[2].partition("</script>")[0])
+    tags = Tags(page).count
+    assert tags["script"] == 3, "the data, the libraries, and what draws"
+    assert {name for name in tags if " " in name or name == "img"} == {"a href"}
     settings = [yaml.safe_load(text) for text in (files["config.yaml"], (spoiled / "config.yaml").read_bytes())]
     assert settings[0]["evaluation"]["prompts"] == settings[1]["evaluation"]["prompts"], "as they were"
 
@@ -144,16 +151,13 @@ def structure(card: str) -> Counter[str]:
 @pytest.mark.parametrize(
     "text", ["\n".join(IN_LINES), *(pytest.param(text, marks=pytest.mark.slow) for text in IN_LINES)]
 )
-def test_no_text_changes_the_structure_of_a_card_or_a_page(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_text_changes_the_structure_of_a_card(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what it is with a harmless word in its place; and a table shows a text as it is."""
     monkeypatch.setattr("recipe.report.card.curves_png", lambda _: b"")  # which takes long, and has no structure
     harmless, spoiled = (spoil(write_run(tmp_path / name / "run"), word) for name, word in (("a", "word"), ("b", text)))
     ours, theirs = (card_files(path)["README.md"].decode() for path in (harmless, spoiled))
     assert structure(theirs) == structure(ours)
     assert yaml.safe_load(theirs.split("---\n")[1]).keys() == yaml.safe_load(ours.split("---\n")[1]).keys()
-    assert Tags(page_of(spoiled)).count == Tags(page_of(harmless)).count
     from markdown_it import MarkdownIt
 
     shown = [
@@ -162,3 +166,73 @@ def test_no_text_changes_the_structure_of_a_card_or_a_page(
         if token.type == "inline"
     ]
     assert re.sub(r"\s*[\r\n]+\s*", " ", text.strip()) in [line.strip() for line in shown]
+
+
+NAMES = ("config.yaml", LEDGER, EVENTS, "summary.json")
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    10**17,
+    10**400,
+    1.5,
+    1e308,
+    -1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    CONTROL,
+]
+WRONG += [[], [1], [[]], {}, {"a": {"b": [None]}}, "validation/it's/loss", [["a", "b"], ["c"]]]
+
+
+def mistaken(rng: random.Random, value: Any) -> Any:
+    """A JSON value in which one value, somewhere, is another, or has another name, or is gone."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.25:
+        return rng.choice(WRONG)
+    place = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    changed = mistaken(rng, value.pop(place))
+    if isinstance(value, list):
+        value.insert(place, changed)
+    elif (chance := rng.random()) > 0.1:
+        value["validation/it's/loss" if chance < 0.15 else place] = changed
+    return value
+
+
+def damage(rng: random.Random, path: Path) -> None:
+    """Truncate a file, change its bytes, put something else in its place, or wrong values of any type into it."""
+    content, way = path.read_bytes(), rng.random()
+    if way < 0.1:
+        content = content[: rng.randrange(len(content))]
+    elif way < 0.2:
+        content = bytes(rng.randrange(256) if rng.random() < 0.01 else byte for byte in content)
+    elif way < 0.3:
+        content = rng.choice([b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, rng.randbytes(300)])
+    elif path.suffix == ".yaml":
+        content = yaml.dump(mistaken(rng, yaml.safe_load(content))).encode()
+    elif path.suffix == ".json":
+        content = json.dumps(mistaken(rng, json.loads(content))).encode()
+    else:
+        lines = [json.loads(line) for line in content.splitlines()]
+        content = b"\n".join(json.dumps(line if rng.random() < 0.6 else mistaken(rng, line)).encode() for line in lines)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 500), marks=pytest.mark.slow)])
+def test_damaged_files_are_one_line_or_left_out(seeds: range, directory: Path, tmp_path: Path) -> None:
+    told = Counter[str]()
+    for seed in seeds:
+        rng, run = random.Random(seed), tmp_path / str(seed)
+        shutil.copytree(directory, run)
+        for name in rng.sample(NAMES, rng.choice([1, 1, 2])):
+            damage(rng, run / name)
+        try:
+            record = read_record(run)
+            yaml.safe_load(model_card(record, "me/model").content.split("---\n")[1])
+            json.dumps(Curves([record], ["run"]).datasets, allow_nan=False)  # a browser reads no NaN
+            told["a card"] += 1
+        except RecipeError:
+            told["a line"] += 1
+    assert min(told["a card"], told["a line"]) > 1
