@@ -1,6 +1,7 @@
 """What a run leaves when it is complete: the model, the summary, and what is printed of them."""
 
 import json
+import shlex
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -85,12 +86,7 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation) 
         run.console.section("sample", text)
     if parity:
         run.console.section("parity check", parity)
-    run.console.section(
-        "what next",
-        f"python -m recipe report {directory}    # a page with its curves\n"
-        f"python -m recipe card {directory}      # a model card\n"
-        "python -m recipe --help    # all commands",
-    )
+    run.console.section("what next", what_next(directory))
     run.console.section("finished model", usage(directory / "final"))
     run.ledger.trackers.finish()
     run.accelerator.end_training()
@@ -102,11 +98,21 @@ def _parity_check(run: Run) -> ParityCheck | None:
     return ParityCheck(**{f.name: events[-1][f.name] for f in fields(ParityCheck)}) if events else None
 
 
+def what_next(directory: Path) -> str:
+    """Commands for a complete run, to be copied into a shell."""
+    quoted = shlex.quote(str(directory))
+    return (
+        f"python -m recipe report {quoted}    # a page with its curves\n"
+        f"python -m recipe card {quoted}      # a model card\n"
+        "python -m recipe --help    # all commands"
+    )
+
+
 def usage(model_directory: Path) -> str:
     """Where the model is, and the Python that loads it."""
-    name = model_directory.as_posix()  # in Python's quotes a backslash would mean something else
-    return f"""{name}
+    name = repr(model_directory.as_posix())
+    return f"""{model_directory}
 
 from transformers import AutoTokenizer, GPT2LMHeadModel
-model, tokenizer = GPT2LMHeadModel.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+model, tokenizer = GPT2LMHeadModel.from_pretrained({name}), AutoTokenizer.from_pretrained({name})
 print(tokenizer.decode(model.generate(**tokenizer("def __init__(self", return_tensors="pt"), max_new_tokens=50)[0]))"""

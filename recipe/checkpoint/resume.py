@@ -192,13 +192,22 @@ def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
     """
     update, settings = blocks.update, run.config.stability
     if not list_checkpoints(run.directory / "checkpoints"):
-        why = "this run has no checkpoint of its own to return to yet: lower --checkpoint.every_tokens, or"
-        raise spike_error(update, spike, why)
+        tokens = update // 2 * run.plan.update.tokens_per_update
+        ways = (
+            f"this run has no checkpoint of its own to return to yet: begin again by the same command with "
+            f"--checkpoint.every_tokens {tokens}, or go past it with --stability.on_spike continue"
+        )
+        raise spike_error(run, update, spike, ways)
     point = find_resume_point(replace(run.config, resume="auto"))
     events = read_events(run.directory / EVENTS, "rollback", point.update)
     earlier = [event for event in events if event["update"] == point.update]
     if len(earlier) >= settings.max_rollbacks:
-        raise spike_error(update, spike, f"{len(earlier)} returns to {point.checkpoint} have not helped:")
+        ways = (
+            f"{len(earlier)} returns to {point.checkpoint} have not helped: the same command with --stability.max_rollbacks "
+            f"{2 * len(earlier)} --stability.rollback_updates {2 * settings.rollback_updates} leaves out more, with "
+            "--stability.on_spike continue it goes on regardless"
+        )
+        raise spike_error(run, update, spike, ways)
     first = max(point.update, update - settings.rollback_updates) + 1
     guilty = {batch_index(number, blocks.skipped_batches) for number in range(first, update + 1)}
     left_out = sorted({*blocks.skipped_batches, *guilty} - {*point.skipped_batches})

@@ -79,12 +79,12 @@ class RunEvaluation:
         if not self._is_due(update):
             return
         line, samples = run.on_main(lambda: self._record(update))
-        if line is None and update < run.plan.planned_updates:
+        if not line and update < run.plan.planned_updates:
             return  # it goes on from the checkpoint of another directory
-        self.latest, self.samples = self.of_line(line or {}), samples
+        self.latest, self.samples = self.of_line(line), samples
         if missing := [name for name in self.sets if name not in self.latest]:
             values = self._validate(update, missing)
-            if line is not None:
+            if line:
                 run.ledger.amend(update, values)
         self._sample(update, [prompt for prompt in run.config.evaluation.prompts if prompt not in samples])
 
@@ -110,11 +110,11 @@ class RunEvaluation:
         tokens, every = self.run.plan.update.tokens_per_update, self.run.config.evaluation.every_tokens
         return update == self.run.plan.planned_updates or crosses((update - 1) * tokens, update * tokens, every)
 
-    def _record(self, update: int) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """The ledger's line of an update, if there is one, and its samples by prompt."""
-        lines = (line for line in read_lines(self.run.directory / LEDGER) if line["update"] == update)
+    def _record(self, update: int) -> tuple[dict[str, Any], dict[str, str]]:
+        """The ledger's line of an update, empty if there is none, and its samples by prompt."""
+        lines = [line for line in read_lines(self.run.directory / LEDGER) if line["update"] == update]
         samples = read_events(self.run.directory / EVENTS, "sample", update)
-        return next(lines, None), {event["prompt"]: event["text"] for event in samples if event["update"] == update}
+        return (lines or [{}])[-1], {event["prompt"]: event["text"] for event in samples if event["update"] == update}
 
     def _validate(self, update: int, names: Iterable[str]) -> dict[str, float | None]:
         """Evaluate these sets; the ledger's columns."""
@@ -129,17 +129,22 @@ class RunEvaluation:
         return values
 
     def _sample(self, update: int, prompts: Iterable[str]) -> None:
-        """Continue these prompts, on rank 0 alone, and write it down. Training is not changed by it."""
+        """Continue these prompts, on rank 0 alone, and write it down. Training is not changed by it. Collective.
+
+        Raises:
+            Stopped: a rank was asked to stop meanwhile; samples may be missing, also behind the last update.
+        """
         run, settings = self.run, self.run.config.evaluation
-        if not run.is_main or settings.sample_tokens is None:
+        if settings.sample_tokens is None:
             return
         model = run.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        for prompt in prompts:
+        for prompt in prompts if run.is_main else ():
             if run.stop.signal:
                 break
             sampling = GenerateConfig(prompt, settings.sample_tokens, seed=run.config.run.seed)
             self.samples[prompt] = generate(model.gpt2, self.tokenizer, sampling)
             run.ledger.event("sample", update, prompt=prompt, text=self.samples[prompt])
         model.train(was_training)
+        run.stop.agree()

@@ -6,6 +6,7 @@ the interpreter would wait for it at the end. Its standard input stays open as l
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -130,7 +131,7 @@ class Pusher:
             self.run.console.say(f"pushed {links.name} to {repo_id}@{revision}")
             self.run.ledger.event("push", update, repo=repo_id, revision=revision, commit=commit, seconds=seconds)
         else:
-            later = f"`python -m recipe push {self.run.directory}` pushes what is missing"
+            later = f"`python -m recipe push {shlex.quote(str(self.run.directory))}` pushes what is missing"
             self.run.console.say(f"{links.name} was not pushed to {repo_id}: {reason}; {later}")
             self.run.ledger.event("push_failed", update, repo=repo_id, revision=revision, reason=reason)
 

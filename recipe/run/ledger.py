@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -49,9 +50,10 @@ class LedgerEntry:
         return all(value is None or math.isfinite(value) for value in (self.loss, self.grad_norm))
 
     def as_dictionary(self) -> dict[str, Any]:
-        """What is written: every column, in every line."""
+        """What is written: every column, in every line; null for a validation loss that is not finite."""
         values = asdict(self)
-        return values | values.pop("validation")
+        values |= values.pop("validation")
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class Ledger:
@@ -61,7 +63,7 @@ class Ledger:
         self.directory = Path(config.run.directory)
         self.accelerator, self.say = accelerator, say
         self.trackers = Trackers(config, self._tracker_failed)
-        self.max_skipped_updates = config.stability.max_skipped_updates
+        self.config = config
         self._skipped_in_a_row = 0
         self._files: dict[str, IO[str]] = {}
 
@@ -82,12 +84,13 @@ class Ledger:
         self._skipped_in_a_row += 1
         values = {"loss": str(entry.loss), "grad_norm": str(entry.grad_norm), "learning_rate": entry.learning_rate}
         self.event("skipped_update", entry.update, **values, blocks_sha256=entry.blocks_sha256)
-        if self._skipped_in_a_row >= self.max_skipped_updates:
+        limit = self.config.stability.max_skipped_updates
+        if self._skipped_in_a_row >= limit:
             raise RecipeError(
                 f"updates {entry.update - self._skipped_in_a_row + 1} to {entry.update} were not finite (loss {entry.loss}, "
-                f"gradient norm {entry.grad_norm}) and were skipped; parameters and checkpoints are those before them. Lower "
-                f"--optimizer.learning_rate ({entry.learning_rate:.2e} in this update), lengthen the warm-up, or look at the "
-                "blocks in the ledger",
+                f"gradient norm {entry.grad_norm}) and were skipped; parameters and checkpoints are those before them, the "
+                f"blocks are in {EVENTS}. If only these are broken, the same command with --stability.max_skipped_updates "
+                f"{2 * limit} goes on behind them; {with_lower_rate(self.config)}",
                 exit_code=DIVERGED_EXIT_CODE,
             )
 
@@ -147,6 +150,16 @@ class Ledger:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def with_lower_rate(config: Config) -> str:
+    """How to train again with half the learning rate: that is another run, which a resume refuses."""
+    lower = f"--optimizer.learning_rate {config.optimizer.learning_rate / 2:g} --resume fresh"
+    other = shlex.quote(f"{config.run.directory.rstrip('/')}-lower-rate")
+    return (
+        f"for a lower rate begin again, by the same command with {lower}, which moves this run to previous/, or with "
+        f"{lower} --run.directory {other}, which leaves it"
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

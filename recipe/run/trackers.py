@@ -116,11 +116,13 @@ class Trackers:
         """What trackers say in threads of their own: trackio warns, and TensorBoard's writer raises again what it printed."""
         show, hook = warnings.showwarning, threading.excepthook
 
-        def showwarning(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        def showwarning(
+            message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any
+        ) -> None:
             if Path(filename).parent.name == "trackio":
                 self._warnings.append(_one_line(message))
             else:
-                show(message, category, filename, *rest)
+                show(message, category, filename, *rest, **more)
 
         def excepthook(arguments: Any) -> None:
             if not type(arguments.thread).__module__.startswith("tensorboard."):
@@ -130,5 +132,5 @@ class Trackers:
             warnings.showwarning, threading.excepthook = showwarning, excepthook  # type: ignore[assignment]
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join((str(error) or type(error).__name__).split())

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
-from recipe.run.ledger import LedgerEntry
+from recipe.run.ledger import LedgerEntry, with_lower_rate
 from recipe.run.run import Run
 
 # The median absolute deviation of a normal distribution times this is its standard deviation.
@@ -57,7 +57,11 @@ class SpikeDetector:
             self.run.console.say(f"update {entry.update:,}: {spike}")
             self.run.ledger.event("spike", entry.update, **asdict(spike))
             if self.settings.on_spike == "stop":
-                raise spike_error(entry.update, spike, "stability.on_spike = stop:")
+                ways = (
+                    "stability.on_spike = stop: the same command with --stability.on_spike rollback leaves out the blocks that "
+                    "led to it, with continue it goes on regardless, both from the last checkpoint"
+                )
+                raise spike_error(self.run, entry.update, spike, ways)
         return spike
 
     def find(self, loss: float | None, grad_norm: float | None) -> Spike | None:
@@ -73,14 +77,9 @@ class SpikeDetector:
         return spike if max(spike.loss_score, spike.grad_norm_score) >= self.settings.spike_score else None
 
 
-def spike_error(update: int, spike: Spike, why: str) -> RecipeError:
-    """The error that ends a run at a spike."""
-    return RecipeError(
-        f"update {update}: {spike}; {why} the same command with --stability.on_spike rollback leaves out the blocks that led "
-        "to it, with continue it goes on from the last checkpoint regardless; or lower --optimizer.learning_rate in another "
-        "--run.directory",
-        exit_code=DIVERGED_EXIT_CODE,
-    )
+def spike_error(run: Run, update: int, spike: Spike, ways: str) -> RecipeError:
+    """The error that ends a run at a spike: why it does, and the ways on."""
+    return RecipeError(f"update {update}: {spike}; {ways}; {with_lower_rate(run.config)}", exit_code=DIVERGED_EXIT_CODE)
 
 
 def robust_score(value: float, window: Sequence[float]) -> float:

@@ -33,7 +33,8 @@ def test_pandas_reads_the_ledger_as_one_table_of_numbers(finished: Path) -> None
 
 def test_every_event_says_what_when_and_after_which_update(finished: Path) -> None:
     events = read_events(finished)
-    assert [(event["event"], event["update"]) for event in events] == [("start", 0), ("sample", 4), ("sample", 8)]
+    names = [("start", 0), ("parity_check", 0), ("sample", 4), ("sample", 8)]
+    assert [(event["event"], event["update"]) for event in events] == names
     for event in events:
         assert list(event)[:3] == ["event", "update", "time_utc"]
         assert pandas.Timestamp(event["time_utc"]).tzname() == "UTC"
@@ -49,7 +50,10 @@ def test_an_update_that_is_not_finite_is_an_event_and_too_many_in_a_row_are_an_e
     ledger.write(broken)
     ledger.write(replace(fine, update=3))
     ledger.write(replace(broken, update=4))
-    with pytest.raises(RecipeError, match="updates 4 to 5 were not finite"):
+    advice = (
+        r"updates 4 to 5 were not finite .* --stability\.max_skipped_updates 4 .* --resume fresh, which moves this run"
+    )
+    with pytest.raises(RecipeError, match=advice):
         ledger.write(replace(broken, update=5, loss=1.0, grad_norm=float("inf")))
     assert [entry["update"] for entry in read_ledger(tmp_path)] == [1, 3]
     skipped = [

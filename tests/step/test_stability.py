@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
+from recipe.checkpoint import find_resume_point
+from recipe.config.command_line import load_config
 from recipe.config.settings import Config, StabilityConfig
 from recipe.data.blocks import batch_index
+from recipe.errors import RecipeError
 from recipe.step.spikes import SpikeDetector, robust_score
 from tests.helpers import (
     FAULTY,
@@ -146,9 +152,73 @@ def test_stop_leaves_the_checkpoint_before_the_spike_and_says_what_to_do(spiky: 
     (line,) = done.stderr.splitlines()
     assert "robust standard deviations above the median" in line
     assert "--stability.on_spike rollback" in line
+    lower = commands_with_lower_rate(line)
+    assert len(lower) == 2
+    for more in lower:
+        config = load_config(spiky_arguments(directory, *more))
+        assert config.optimizer.learning_rate == 0.0025
+        assert find_resume_point(config).checkpoint is None
+    with pytest.raises(RecipeError, match=r"is of another run: optimizer\.learning_rate was 0\.005 and is 0\.0025"):
+        find_resume_point(load_config(spiky_arguments(directory, *lower[0][:2])))
     first = read_events(spiky / "continued", "spike")[0]["update"]
     checkpoints = sorted(path.name for path in (directory / "checkpoints").iterdir())
     assert checkpoints == [f"step-{update:06d}" for update in range(5, first, 5)]
+
+
+def commands_with_lower_rate(line: str) -> list[list[str]]:
+    """What the error of a divergence adds to the command that led to it."""
+    return [shlex.split(words) for words in re.findall(r"with (--optimizer\.learning_rate [^,]*), which", line)]
+
+
+@pytest.mark.slow
+def test_what_the_errors_of_a_divergence_say_works_when_it_is_run(spiky: Path) -> None:
+    """Each as it is printed, behind the command that failed; a path with a space and a quote in it."""
+    (spiky / "Bob's runs").mkdir()
+    for name in ("spiky", "cache"):
+        (spiky / "Bob's runs" / name).symlink_to(spiky / name)
+    often = ["--checkpoint.every_tokens", "1536"]
+
+    def fails(name: str, *more: str, faulty: bool = False) -> tuple[list[str], str]:
+        command = spiky_arguments(spiky / "Bob's runs" / name, *more)
+        script = [FAULTY, "infinite_gradient_on_rank_1"] if faulty else [SCRIPT]
+        done = train(*command, script=script, FAULTY_UPDATES="5,6,7,8,9")
+        assert done.returncode == 3, done.stderr
+        return command, done.stderr
+
+    def works(command: list[str], *more: str) -> None:
+        done = train(*command, *more)
+        assert done.returncode == 0, done.stderr
+
+    command, line = fails("not finite", *often, faulty=True)
+    assert "--stability.max_skipped_updates 10 goes on behind them" in line
+    works(command, "--stability.max_skipped_updates", "10")
+    fresh, elsewhere = commands_with_lower_rate(line)
+    for more in (elsewhere, fresh):
+        works(command, *more, "--run.max_updates", "1")
+    assert len(read_ledger(spiky / "Bob's runs/not finite/previous/1")) > 12
+    assert len(read_ledger(spiky / "Bob's runs/not finite-lower-rate")) == 1
+
+    command, line = fails("stopped", "--stability.on_spike", "stop")
+    shutil.copytree(spiky / "Bob's runs/stopped", spiky / "Bob's runs/copy")
+    for way, directory in (("rollback", "stopped"), ("continue", "copy")):
+        assert re.search(rf"with (--stability\.on_spike )?{way} ", line)
+        works(command, "--stability.on_spike", way, "--run.directory", str(spiky / "Bob's runs" / directory))
+    for more in commands_with_lower_rate(line):
+        works(command, *more, "--run.max_updates", "1")
+
+    rollback = ["--stability.on_spike", "rollback"]
+    command, line = fails(
+        "none yet", *rollback, "--checkpoint.every_tokens", "null", "--checkpoint.every_minutes", "null"
+    )
+    (ways,) = re.findall(r"(--checkpoint\.every_tokens \d+), or", line)
+    works(command, *ways.split())
+    more = ["--stability.rollback_updates", "1", "--stability.max_rollbacks", "1", "--stability.spike_score", "0.1"]
+    command, line = fails("in vain", *rollback, *more)
+    left_out = read_events(spiky / "Bob's runs/in vain", "rollback")
+    (ways,) = re.findall(r"(--stability\.max_rollbacks \d+ --stability\.rollback_updates \d+) leaves out more", line)
+    train(*command, *ways.split())  # with this score almost every update is a spike
+    assert len(read_events(spiky / "Bob's runs/in vain", "rollback")) > len(left_out)
+    works(command, "--stability.on_spike", "continue")
 
 
 def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) -> None:
