@@ -33,7 +33,7 @@ MAY_CHANGE_ON_RESUME = (
     *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
 )
 
-# Where the text is; that it is the same text is checked once it has been read for its record.
+# Where the text is, if there is a record of it, and from files it stays files: `open_text` compares the text itself.
 TEXT_MAY_MOVE = ("data.text_files", "data.revision")
 
 VERIFICATION_TOKENS = 64  # training waits for them at every checkpoint, and another function shows in any token
@@ -99,7 +99,8 @@ def find_resume_point(config: Config) -> ResumePoint:
         reason = why_invalid(candidate)
         if reason is None:
             state = read_state(candidate)
-            may_move = TEXT_MAY_MOVE if state.text else ()
+            is_same_kind = bool(state.config.get("data.text_files")) == bool(config.data.text_files)
+            may_move = TEXT_MAY_MOVE if state.text and is_same_kind else ()
             changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
             is_own = candidate.parent == directory / "checkpoints"
             events = directory / EVENTS if is_own else _events_of(candidate)

@@ -7,7 +7,6 @@ import re
 import zlib
 from collections.abc import Sequence
 from hashlib import blake2b
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -44,10 +43,11 @@ def record_text(config: Config) -> Record:
         files = split_standard_library()[0]
     else:
         files = dataset_files(config)
-    local = [os.path.dirname(os.path.abspath(file)) for file in files if "://" not in file]
-    root = os.path.commonpath(local) if local else ""
+    paths = [file if "://" in file else os.path.abspath(file) for file in files]
+    directories = {os.path.dirname(path) for path in paths if "://" not in path}
+    root = os.path.commonpath(directories) if directories else ""
     try:
-        record = [_remote_file(file) if "://" in file else _local_file(file, root) for file in files]
+        record = [_remote_file(path) if "://" in path else _local_file(path, root) for path in paths]
     except OSError as error:
         raise RecipeError(f"cannot read {reason_of(error)}") from None
     return list(dict.fromkeys(record))  # of a commit once
@@ -59,8 +59,15 @@ def pack_record(record: Record) -> str:
 
 
 def unpack_record(text: str) -> Record:
-    """What `pack_record` packed."""
-    return [TextFile(*values) for values in json.loads(zlib.decompress(base64.b85decode(text)))]
+    """What `pack_record` packed.
+
+    Raises:
+        RecipeError: something else.
+    """
+    try:
+        return [TextFile(*values) for values in json.loads(zlib.decompress(base64.b85decode(text)))]
+    except (ValueError, TypeError, zlib.error) as error:
+        raise RecipeError(f"the checkpoint's record of its text cannot be read ({error})") from None
 
 
 def what_changed(earlier: Record, now: Record) -> str | None:
@@ -85,7 +92,7 @@ def what_changed(earlier: Record, now: Record) -> str | None:
         if size != old[key].size_bytes:
             return f"{name} has {size:,} bytes instead of {old[key].size_bytes:,}"
         if old[key].hash != new[key].hash:
-            return f"{name} has other text, of the same size"
+            return f"{name} has {'another ETag' if '://' in name else 'other text'}, of the same size"
     if len(now) != len(earlier):
         return f"{len(now):,} files are now what {len(earlier):,} were"
     return "the files are the same, but not their order by path"
@@ -108,7 +115,7 @@ def _local_file(path: str, root: str) -> TextFile:
         if status.st_size > 2 * PIECE_BYTES:
             file.seek(-PIECE_BYTES, os.SEEK_END)
         digest.update(file.read(PIECE_BYTES))
-    name = Path(os.path.relpath(path, root)).as_posix()
+    name = path.removeprefix(root).lstrip("/")
     return TextFile(name, status.st_size, digest.hexdigest(), int(status.st_mtime))
 
 

@@ -54,7 +54,7 @@ class TextReader:
         """Begin behind the documents of `state`."""
         if "documents" in state:
             self._start = state["documents"]
-        else:  # in a checkpoint of 0.2.0 `datasets` has counted them
+        else:  # in an older checkpoint, where `datasets` has counted them
             counts = state["examples_iterable"]
             self._start = counts["batch_idx"] or counts["examples_iterable"]["shard_example_idx"]
 

@@ -1,5 +1,6 @@
 """Where documents come from: a Hub dataset, files, or Python's standard library; all read through `datasets`."""
 
+import functools
 import glob
 import os
 import sysconfig
@@ -69,15 +70,14 @@ def split_standard_library() -> tuple[list[str], list[str]]:
 
 
 def dataset_files(config: Config) -> list[str]:
-    """Addresses, or local paths, of the files that `config.data.dataset` consists of; those of the Hub name their commit.
+    """Addresses, or local paths, of the files of `config.data.dataset` and its split; those of the Hub name their commit.
 
     Raises:
         RecipeError: it cannot be opened.
     """
-    data = config.data
-    with _opening(data):
-        builder = _quiet_datasets().load_dataset_builder(data.repository, data.configuration, revision=data.revision)
-    return list((builder.config.data_files or {}).get(data.split, ()))
+    splits = {split.strip() for split in config.data.split.split("+")}
+    files = _builder(config).config.data_files or {}
+    return [file for split in files if split in splits or not splits & files.keys() for file in files[split]]
 
 
 def _files(paths: list[str], config: Config) -> StreamedShards | TextShards:
@@ -138,18 +138,29 @@ def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True
 
 
 def _hub_dataset(config: Config) -> StreamedShards:
+    with _opening(config.data):
+        documents = _builder(config).as_streaming_dataset(split=config.data.split)
+        return StreamedShards(documents if documents.num_shards >= config.batch.lanes else documents.reshard())
+
+
+def _builder(config: Config) -> Any:
+    """What `datasets` opens a dataset with. The same each time: what is recorded of it is what is read."""
     data = config.data
     with _opening(data):
-        documents = _quiet_datasets().load_dataset(
-            data.repository, data.configuration, split=data.split, revision=data.revision, streaming=True
-        )
-        return StreamedShards(documents if documents.num_shards >= config.batch.lanes else documents.reshard())
+        return _load_builder(data.repository, data.configuration, data.revision)
+
+
+@functools.cache
+def _load_builder(repository: str, configuration: str | None, revision: str | None) -> Any:
+    return _quiet_datasets().load_dataset_builder(repository, configuration, revision=revision)
 
 
 @contextmanager
 def _opening(data: DataConfig) -> Iterator[None]:
     try:
         yield
+    except RecipeError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(

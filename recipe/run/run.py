@@ -84,6 +84,7 @@ def start_run(config: Config) -> Run:
     check_launch()
     stop = StopRequest()
     stop.listen()
+    stop.prepare()
     stop_with_launcher()
     plan = make_plan(config, world_size_of_launcher())
     precision, reason = choose_precision(config.precision, device_type())

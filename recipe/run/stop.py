@@ -66,6 +66,9 @@ class StopRequest:
         threading.Thread(target=self._watch, args=(received,), name="signals", daemon=True).start()
         for number in listened_signals():
             signal.signal(number, self._receive)
+
+    def prepare(self) -> None:
+        """Until `prepared` nothing is to be saved: a signal ends this process at once."""
         self.is_preparing = True
 
     def prepared(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -179,9 +180,22 @@ def test_changed_text_is_refused(root: Path) -> None:
     done = train(*arguments(directory, "--data.tokenizer", str(next((root / "changed/cache").glob("tokenizer-*")))))
     assert done.returncode == 2
     assert "data.tokenizer was None" in done.stderr
+    assert_one_line(train(*arguments(directory)), ["000.txt has other text, of the same size", "--resume fresh"])
+    forget_the_text(list_checkpoints(directory / "checkpoints")[0])
     done = train(*arguments(directory))
     assert done.returncode == 2
     assert "the text of update 6 is not what it was" in done.stderr
+
+
+def forget_the_text(checkpoint: Path) -> None:
+    """As an older checkpoint has none."""
+    state, manifest = (checkpoint / name for name in ("training/state.json", "manifest.json"))
+    values, contents = json.loads(state.read_text()), json.loads(manifest.read_text())
+    del values["text"]
+    state.write_text(json.dumps(values))
+    data = state.read_bytes()
+    contents["files"]["training/state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(contents))
 
 
 def test_a_model_that_computes_another_function_is_refused(root: Path) -> None:

@@ -412,6 +412,7 @@ def test_standard_library_split(tmp_path: Path) -> None:
     assert not [f for f in files if "test" in f.parts or "site-packages" in f.parts]
     config = replace(config_for(tmp_path), data=DataConfig(dataset="python-standard-library"))
     source = open_source(replace(config, batch=BatchConfig(lanes=16)))
+    assert source.validation is not None
     held_out = source.validation.num_shards
     assert source.num_shards + held_out == len(files)
     assert 0.3 < held_out / (len(files) / STANDARD_LIBRARY_VALIDATION_ONE_IN) < 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from recipe.checkpoint.files import TrainingState, read_state
-from recipe.checkpoint.resume import ResumePoint, open_text
+from recipe.checkpoint.resume import ResumePoint, find_resume_point, open_text
+from recipe.config.command_line import load_config
 from recipe.config.settings import Config, DataConfig
 from recipe.data.record import PIECE_BYTES, TextFile, pack_record, record_text, touched, unpack_record, what_changed
 from recipe.errors import RecipeError
 from recipe.run.directory import list_checkpoints
 from tests.conftest import FINISHED_UPDATES
-from tests.helpers import assert_one_line, read_events, read_ledger, train
+from tests.helpers import assert_one_line, read_events, read_ledger, train, write_texts
 from tests.support.http_server import HttpServer
 from tests.support.lanes import config_for
 from tests.support.runs import make_run
@@ -54,7 +57,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "added": (lambda d: (d / "aa.txt").write_text("new"), "aa.txt is new"),
     "removed": (lambda d: (d / "a.txt").unlink(), "a.txt is missing"),
     "renamed into another order": (lambda d: (d / "a.txt").rename(d / "z.txt"), "a.txt is missing"),
-    "added elsewhere": (lambda d: ((d.parent / "d").mkdir(), (d.parent / "d/d.txt").write_text("d")), "d/d.txt is new"),
+    "added elsewhere": (lambda d: write_texts(d.parent / "d", count=1), "d/000.txt is new"),
     "swapped": (
         lambda d: [(d / old).rename(d / new) for old, new in (("a.txt", "x"), ("b.txt", "a.txt"), ("x", "b.txt"))],
         "a.txt has 131,072 bytes instead of 10",
@@ -100,13 +103,23 @@ def test_a_record_of_20000_files_is_small(tmp_path: Path) -> None:
     assert len(pack_record(record)) < 600_000
 
 
+@pytest.mark.parametrize(
+    "text", ["é", "no record", pack_record([])[:-1], base64.b85encode(zlib.compress(b"[1]")).decode()]
+)
+def test_a_record_that_is_none_is_one_line(text: str) -> None:
+    with pytest.raises(RecipeError, match="the checkpoint's record of its text cannot be read"):
+        unpack_record(text)
+
+
 def test_addresses_are_recorded_as_the_server_knows_them_without_what_signs_them(corpus: Path) -> None:
     with HttpServer(corpus) as server:
         record = record_text(config_of(f"{server.address('a.txt')}?signature=secret"))
     assert [file.name.rpartition("/")[2] for file in record] == ["a.txt"]
     assert record[0].size_bytes == 10
     assert "secret" not in json.dumps(record)
-    assert what_changed(record, [record[0]._replace(hash="another etag")]) is not None
+    assert str(what_changed(record, [record[0]._replace(hash="other")])).endswith(
+        "/a.txt has another ETag, of the same size"
+    )
 
 
 def test_the_standard_library_is_recorded_by_its_files(tmp_path: Path) -> None:
@@ -134,7 +147,8 @@ def copied(finished: Path, texts: Path, tmp_path: Path) -> Callable[..., list[st
     checkpoint = list_checkpoints(finished / "checkpoints")[-1]
     shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     settings = ["--config", str(finished / "config.yaml"), "--run.directory", str(tmp_path / "run")]
-    settings += ["--resume", str(tmp_path / checkpoint.name), "--data.text_files", f"{tmp_path}/copy/*.txt"]
+    files = sorted(map(str, (tmp_path / "copy").glob("*.txt")))  # as a shell expands a glob
+    settings += ["--resume", str(tmp_path / checkpoint.name), "--data.text_files", *files]
     return lambda *more: [*settings, *more]
 
 
@@ -143,9 +157,12 @@ def test_a_run_goes_on_with_the_same_text_at_another_path_and_notes_it(
 ) -> None:
     done = train(*copied("--run.parity_check", "false"))
     assert done.returncode == 0, done.stderr
-    assert f"data.text_files was ['{texts}/*.txt'], is ['{tmp_path}/copy/*.txt']" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("data.text_files was")]
+    assert f"data.text_files was ['{texts}/*.txt'], is ['{tmp_path}/copy/000.txt'" in line
+    assert len(line) < 500
     (event,) = read_events(tmp_path / "run", "resume")
-    assert event["changes"]["data.text_files"] == [[f"{texts}/*.txt"], [f"{tmp_path}/copy/*.txt"]]
+    earlier, now = event["changes"]["data.text_files"]
+    assert (earlier, now[0], len(now)) == ([f"{texts}/*.txt"], f"{tmp_path}/copy/000.txt", 60)
     hashes = {line["update"]: line["blocks_sha256"] for line in read_ledger(finished)}
     found = read_ledger(tmp_path / "run")
     assert found[-1]["update"] == FINISHED_UPDATES
@@ -155,10 +172,14 @@ def test_a_run_goes_on_with_the_same_text_at_another_path_and_notes_it(
 def test_text_that_has_changed_is_refused_before_anything_is_made(
     tmp_path: Path, copied: Callable[..., list[str]]
 ) -> None:
+    (tmp_path / "no-files.yaml").write_text("data: {text_files: []}")
     last = max((tmp_path / "copy").iterdir())
     last.write_text(last.read_text()[:-1] + "~")
     assert_one_line(train(*copied()), [f"{last.name} has other text", "the text is not what", "--resume fresh"])
     assert not (tmp_path / "run/ledger.jsonl").exists()
+    without_files = copied()[: copied().index("--data.text_files")]
+    with pytest.raises(RecipeError, match=r"data.text_files was \['.*/\*.txt'\] and is \[\]"):
+        find_resume_point(load_config([*without_files, "--config", str(tmp_path / "no-files.yaml")]))
 
 
 def test_a_checkpoint_without_a_record_is_taken_as_before(

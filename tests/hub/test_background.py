@@ -318,7 +318,6 @@ def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) 
     plan: Any = None
     stop = StopRequest()
     stop.listen()
-    stop.prepared()
     yield Run(config, plan, accelerator, "fp32", stop, Console(True, UPDATES), ledger)
     ledger.close()
     signal.set_wakeup_fd(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,20 +22,23 @@ from recipe.run.directory import FORMAT
 from recipe.run.ledger import EVENTS, LEDGER
 from recipe.run.run import Run
 from tests.helpers import read_events, skip_if_quick
+from tests.support.checkpoints import state_of
 from tests.support.hub_server import HubServer
 from tests.support.run_files import write_run
 from tests.support.runs import make_run
 
 SECRET = b"a private key"
+CHECKPOINT = ("model.safetensors", "config.json", "training/optimizer.safetensors", "training/state.json")
 
 
 def write_checkpoint(directory: Path) -> Path:
     """With files that verify, and are no model."""
     (directory / "training").mkdir(parents=True)
     files = {}
-    for name in ("model.safetensors", "config.json", "training/state.json"):
-        (directory / name).write_bytes(name.encode())
-        files[name] = {"bytes": len(name), "sha256": sha256(name.encode()).hexdigest()}
+    for name in CHECKPOINT:
+        content = (json.dumps(asdict(state_of(6))) if name.endswith("state.json") else name).encode()
+        (directory / name).write_bytes(content)
+        files[name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
     (directory / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
     return directory
 
@@ -68,7 +71,7 @@ def push(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_behind_a_link_is_pushed(online: HubServer, tmp_path: Path) -> None:
     checkpoint = plant_links(write_checkpoint(tmp_path / "step-000001"), tmp_path / "elsewhere")
     push_directory(checkpoint, PushConfig("user/model", training_state=True), {}, print)
-    assert set(online.pushed("main")) == {"model.safetensors", "config.json", "training/state.json", "manifest.json"}
+    assert set(online.pushed("main")) == {*CHECKPOINT, "manifest.json"}
 
 
 def test_nothing_behind_a_link_comes_into_the_queue(tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_nothing_behind_a_link_comes_into_the_queue(tmp_path: Path) -> None:
     pusher.push(1, tmp_path / "run/checkpoints/step-000001")
     (links,) = (tmp_path / "run" / PUSHING).glob("*/step-000001")
     queued = {path.relative_to(links).as_posix() for path in links.rglob("*") if not path.is_dir()}
-    assert queued == {"model.safetensors", "config.json", "training/state.json", "manifest.json"}
+    assert queued == {*CHECKPOINT, "manifest.json"}
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["id_rsa"]
 
 

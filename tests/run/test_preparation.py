@@ -13,7 +13,7 @@ from tests.helpers import SCRIPT, TINY, end_of, start_ranks
 from tests.support.http_server import HttpServer, for_ever
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_before_training_ends_all_ranks_with_one_line(number: int, tmp_path: Path) -> None:
     """Rank 0 waits for a server that says nothing, rank 1 for rank 0: neither comes back to Python by itself."""
     (tmp_path / "files").mkdir()

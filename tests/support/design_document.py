@@ -90,6 +90,7 @@ class Order:
         """The endless stream of a lane."""
         data, seed = self.settings["data"], self.settings["run"]["seed"]
         end = self.tokenizer.token_to_id("<|endoftext|>")
+        assert end is not None
         for epoch in count():
             self.epochs_begun = max(self.epochs_begun, epoch + 1)
             own = range(lane, len(self.shards), self.settings["batch"]["lanes"])
