@@ -14,6 +14,7 @@ from recipe.config.command_line import make_parser, parse
 from recipe.config.settings import AtLeast, BatchConfig, Config, DataConfig
 from recipe.errors import RecipeError
 from recipe.evaluation.lm_eval import evaluate_tasks, find_tasks
+from recipe.run.launch import check_launch
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,13 @@ def main() -> None:
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise RecipeError(f"output = {config.output!r}: its directory does not exist")
     tasks = find_tasks(config.tasks)
-
-    from accelerate import Accelerator
+    check_launch()
 
     from recipe.model.export import load_pretrained
-    from recipe.run.environment import device_type
+    from recipe.run.environment import start_accelerator
 
     gpt2, tokenizer = load_pretrained(rest["model"])
-    accelerator = Accelerator(cpu=device_type() == "cpu")
+    accelerator = start_accelerator("fp32")
     gpt2.to(accelerator.device)
     results: dict[str, Any] = {"model": rest["model"]}
     if config.data != DataConfig() or not tasks:

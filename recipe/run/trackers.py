@@ -129,7 +129,7 @@ class Trackers:
                 hook(arguments)
 
         if self.config.log.trackers:
-            warnings.showwarning, threading.excepthook = showwarning, excepthook  # type: ignore[assignment]
+            warnings.showwarning, threading.excepthook = showwarning, excepthook
 
 
 def _one_line(error: Exception | str) -> str:
