@@ -14,7 +14,8 @@ TOPOLOGY=NAME ./run.sh ...                 launch with accelerate_configs/NAME.y
                                            Without it: gpu where there is an NVIDIA GPU, else cpu.
 PYTHON=python3.12 ./run.sh                 the interpreter that .venv is made with (3.10 or newer)
 
-Set-up makes .venv and installs the pinned set of pyproject.toml; with nothing changed it installs nothing.
+Set-up makes .venv and installs the pinned set of pyproject.toml, and of what that needs the versions in .ci/constraints.txt;
+with nothing changed it installs nothing.
 The same command in the same run directory goes on where the run was stopped.
 Exit code: 0 done, 2 a setting that cannot be used (one line says which), else stopped or failed.
 TEXT
@@ -25,12 +26,13 @@ fail() {
     exit 2
 }
 
-# setup EXTRAS: .venv with the pinned set and, for the tests, their tools. The stamp is written last, so that an
-# interrupted installation is taken up again.
+# setup EXTRAS: .venv with the pinned set and, for the tests, their tools. .ci/constraints.txt has the version of all that
+# they need in turn. The stamp is written last, so that an interrupted installation is taken up again.
 setup() {
-    local extras=$1 python=${PYTHON:-python3} stamp
+    local extras=$1 python=${PYTHON:-python3} stamp wanted install
+    wanted=$(<pyproject.toml)$(<.ci/constraints.txt)
     for stamp in .venv/installed-"$extras" .venv/installed-pinned,test; do # the tests' set holds the other
-        [[ -f $stamp && $(<"$stamp") == "$(<pyproject.toml)" ]] && return
+        [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
     done
     command -v "$python" >/dev/null || fail "$python not found: install Python 3.10 or newer, or set PYTHON"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -41,9 +43,10 @@ setup() {
     fi
     echo "installing into .venv (1.5 GB without CUDA) ..." >&2
     [[ $(<pyproject.toml) =~ torch==[0-9.]+ ]] # torch first and pinned: whatever asks for any torch finds it there
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${BASH_REMATCH[0]}"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-    cp pyproject.toml .venv/installed-"$extras"
+    install=".venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt"
+    $install "${BASH_REMATCH[0]}"
+    $install --editable ".[$extras]"
+    echo "$wanted" >.venv/installed-"$extras"
 }
 
 train() {
