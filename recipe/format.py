@@ -1,5 +1,6 @@
 """Numbers and values as text for a person. A number and its unit have a space that does not break."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +85,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(cells, between, strict=True)]
         lines.append("  ".join(["", name.ljust(first), *cells, last]).rstrip())
     return "\n".join(lines)
+
+
+def nearest_divisors(number: int, to: int, at_least: int = 1) -> list[int]:
+    """The eight divisors of `number` that are nearest to `to`, in their order, of those that are `at_least` so large."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    divisors = {d for divisor in small for d in (divisor, number // divisor) if d >= at_least}
+    return sorted(sorted(divisors, key=lambda divisor: (abs(divisor - to), divisor))[:8])
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {

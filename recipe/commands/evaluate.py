@@ -8,10 +8,10 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from recipe.config.command_line import make_parser, parse
-from recipe.config.settings import AtLeast, BatchConfig, Config, DataConfig
+from recipe.config.settings import BatchConfig, Config, Count, CountOrNull, DataConfig
 from recipe.errors import RecipeError
 from recipe.evaluation.lm_eval import evaluate_tasks, find_tasks
 from recipe.run.launch import check_launch
@@ -24,13 +24,13 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and the length are the model's.
     With --tasks and without any of data: no text."""
-    tokens: Annotated[int | None, AtLeast(1)] = None
+    tokens: CountOrNull = None
     """Stop after this many tokens of the text, rounded to whole documents. Null: all of it."""
     tasks: tuple[str, ...] = ()
     """Names of lm-eval's tasks, or local .jsonl files in the format of HellaSwag, LAMBADA or BLiMP. Needs lm-eval."""
     task_directory: str | None = None
     """Directory of YAML files with tasks of your own for lm-eval."""
-    micro_batch_size: Annotated[int, AtLeast(1)] = 8
+    micro_batch_size: Count = 8
     """Blocks or continuations in one forward."""
     output: str | None = None
     """JSON file for all results."""

@@ -20,17 +20,17 @@ Table = dict[str, list[Number]]  # heading of a column -> its numbers; the only 
 class PlanConfig(Config):
     """The settings of a run, and the devices to plan it for."""
 
-    world_size: Annotated[int | None, AtLeast(1)] = None
+    world_size: Annotated[int | None, AtLeast(1), AtMost(2**16)] = None
     """Ranks, one device each. Null: WORLD_SIZE, or 1."""
     device: str | None = None
     """h100, a100, ..., cpu: its memory and its peak; help: list them. Null: no limit and no time."""
-    memory_gb: Annotated[float | None, Above(0)] = None
+    memory_gb: Annotated[float | None, Above(0), AtMost(10**9)] = None
     """Memory of a device, 10^9 bytes. Null: that of the device; for cpu, a rank's share of this machine's."""
     mfu: Annotated[float, Above(0), AtMost(1, "a share of the peak; 0.4 is 40 %")] = 0.4
     """Share of the peak that the model's own arithmetic uses: an assumption until the run's ledger has it."""
-    flops: Annotated[float | None, Above(0)] = None
+    flops: Annotated[float | None, Above(0), AtMost(10**24)] = None
     """Peak FLOP/s of a device. Null: that of the device in bf16."""
-    price_per_hour: Annotated[float | None, AtLeast(0)] = None
+    price_per_hour: Annotated[float | None, AtLeast(0), AtMost(10**9)] = None
     """Price of a device for an hour."""
 
 
@@ -68,8 +68,8 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     if memory_bytes is not None:
         largest = largest_micro_batch(config, world_size, memory_bytes, device_type, precision)
     plan = run_plan.make_plan(config, world_size, largest)
-    masked = sum(len(blocks) == 0 for rank in range(world_size) for blocks in plan.update.micro_batches(rank))
-    padding = f"{{}}; {masked} masked blocks, for ranks with fewer blocks than steps" if masked else "{}"
+    masked = plan.update.masked_micro_batches
+    padding = f"{{}}; {masked:,} masked blocks, for ranks with fewer blocks than steps" if masked else "{}"
     *division, state = plan.numbers()
     division += [Number("planned_updates", plan.planned_updates, "updates")]
     division += [Number("padding_tokens", 0, "tokens", padding)]

@@ -1,12 +1,15 @@
 """The checks of a configuration. Imports no torch."""
 
+import os
 import re
-from pathlib import Path
 from typing import Any, get_args
 
 from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config, flat_fields, value_of
 from recipe.config.text_files import expand_text_files
 from recipe.errors import RecipeError
+from recipe.format import nearest_divisors
+
+_LONGEST_NAME_BYTES = 4095  # no path on Linux is longer
 
 # transformers' ACT2FN, whose module imports torch; tests/model/test_gpt2.py compares them.
 ACTIVATION_FUNCTIONS = (
@@ -31,6 +34,24 @@ def check_values(config: Any) -> None:
             if not bound.holds(value, bound.limit):
                 why = f", {bound.why}" if bound.why else ""
                 raise RecipeError(f"{name} = {value}: must be {bound.words} {bound.limit:,}{why}")
+        check_text(name, value)
+
+
+def check_text(name: str, value: Any) -> None:
+    """Check that texts can be written as UTF-8, and that a name, which is any text but a prompt, is one short line.
+
+    Raises:
+        RecipeError: naming the setting and the text.
+    """
+    if isinstance(value, dict | list | tuple):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            check_text(name, inner)
+    elif isinstance(value, str):
+        is_prompt = name.rpartition(".")[2].startswith("prompt")
+        if wrong := re.search("[\0\ud800-\udfff]" if is_prompt else r"[\0-\x1f\x7f\ud800-\udfff]", value):
+            raise RecipeError(f"{name} = {value!r}: it cannot have the character {wrong[0]!r}; give UTF-8 in one line")
+        if not is_prompt and len(value.encode()) > _LONGEST_NAME_BYTES:
+            raise RecipeError(f"{name} = {value!r}: it is longer than {_LONGEST_NAME_BYTES:,} bytes")
 
 
 def validate(config: Config) -> None:
@@ -43,7 +64,7 @@ def validate(config: Config) -> None:
     if model.n_embd % model.n_head:
         raise RecipeError(
             f"model.n_head = {model.n_head} does not divide model.n_embd = {model.n_embd}: choose n_head among "
-            f"{[h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]}"
+            f"{nearest_divisors(model.n_embd, model.n_head)}"
         )
     if model.activation_function not in ACTIVATION_FUNCTIONS:
         raise RecipeError(
@@ -81,7 +102,7 @@ def validate(config: Config) -> None:
     if (
         config.resume not in ("auto", "fresh")
         and not config.resume.startswith("hf://")
-        and not Path(config.resume).is_dir()
+        and not os.path.isdir(config.resume)  # which never raises
     ):
         raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or the path of a checkpoint")
     if data.text_files:

@@ -37,6 +37,12 @@ AtMost = partial(Bound, "at most", operator.le)
 Above = partial(Bound, "greater than", operator.gt)
 Below = partial(Bound, "below", operator.lt)
 
+# The limits are far above what anybody needs, and low enough that all arithmetic on them is short and exact.
+Count = Annotated[int, AtLeast(1), AtMost(2**40)]
+CountOrNull = Annotated[int | None, AtLeast(1), AtMost(2**40)]
+Tokens = Annotated[int, AtLeast(1), AtMost(10**15)]
+TokensOrNull = Annotated[int | None, AtLeast(1), AtMost(10**15)]
+Positive = Annotated[float, Above(0), AtMost(1000)]
 # Ranks wait half an hour for each other.
 WaitSeconds = Annotated[float, AtLeast(0), AtMost(1200, "since the other ranks wait for the one that tries")]
 
@@ -47,7 +53,7 @@ class RunConfig:
 
     directory: str = "runs/default"
     """Directory of the run: config.yaml, ledger.jsonl, checkpoints/, final/."""
-    max_updates: Annotated[int | None, AtLeast(1)] = None
+    max_updates: CountOrNull = None
     """Stop after this many updates. The schedules still stretch over the whole run. Null: do not stop early."""
     seed: Annotated[int, AtLeast(0), Below(2**32)] = 1234
     """Seed of the initial weights, the order of the documents and dropout."""
@@ -60,12 +66,12 @@ class RunConfig:
 class BatchConfig:
     """The update: its size in tokens is a promise; how it is split is not."""
 
-    tokens_per_update: Annotated[int, AtLeast(1)] = 524_288
+    tokens_per_update: Count = 524_288
     """Target tokens of one optimizer step, over all ranks: a whole number of blocks."""
-    micro_batch_size: Annotated[int | Literal["auto"], AtLeast(1)] = 4
+    micro_batch_size: Annotated[int | Literal["auto"], AtLeast(1), AtMost(2**40)] = 4
     """Blocks in one forward and backward, at most: memory and speed, never the update. auto: as many as fit into the device, by
     the plan and one real step."""
-    lanes: Annotated[int, AtLeast(1)] = 64
+    lanes: Annotated[int, AtLeast(1), AtMost(2**16)] = 64
     """Streams that the documents are dealt into, at least as many as ranks. They decide the order of the data."""
     scaling: Scaling = "accumulate"
     """accumulate: accelerator.accumulate() and accelerator.backward(). manual: the reference path, which scales by hand."""
@@ -86,14 +92,14 @@ class DataConfig:
     file. .jsonl, .jsonl.gz, .jsonl.zst, .parquet: one per row."""
     text_column: str = "text"
     """Column that holds the document."""
-    sequence_length: Annotated[int, AtLeast(2)] = 2048
+    sequence_length: Annotated[int, AtLeast(2), AtMost(2**24)] = 2048
     """Target tokens of a block."""
     tokenizer: str | None = "gpt2"
     """Hub name or local directory of a tokenizer. Null: that of model.init_from; without one, train a byte-level BPE of
     model.vocab_size tokens on the text."""
-    shuffle_window: Annotated[int, AtLeast(1)] = 64
+    shuffle_window: Annotated[int, AtLeast(1), AtMost(2**20)] = 64
     """Documents that a lane shuffles among themselves, after the order of the shards."""
-    validation_one_in: Annotated[int | None, AtLeast(2, "since 1 would hold out everything")] = 100
+    validation_one_in: Annotated[int | None, AtLeast(2, "since 1 would hold out everything"), AtMost(2**40)] = 100
     """Hold out one document in this many for validation, chosen by a hash of its text. Null: none."""
     retry_seconds: WaitSeconds = 600.0
     """Try for this long, with growing pauses, to read streamed text again; then save the run and stop. At most 1,200."""
@@ -119,23 +125,23 @@ class ModelConfig:
     """Start from the weights of this GPT-2: a local directory or a Hub name. Its config.json then decides n_layer, n_embd,
     n_head, n_positions, layer_norm_epsilon, activation_function and vocab_size (rounded up to a multiple of 64), whatever is
     set for them. Null: start from random weights."""
-    n_layer: Annotated[int, AtLeast(1)] = 12
+    n_layer: Annotated[int, AtLeast(1), AtMost(2**16)] = 12
     """Transformer blocks."""
-    n_embd: Annotated[int, AtLeast(1)] = 768
+    n_embd: Annotated[int, AtLeast(1), AtMost(2**20)] = 768
     """Width; the feed-forward layer is 4 times as wide."""
-    n_head: Annotated[int, AtLeast(1)] = 12
+    n_head: Annotated[int, AtLeast(1), AtMost(2**20)] = 12
     """Attention heads; they divide n_embd."""
-    n_positions: Annotated[int | None, AtLeast(1)] = None
+    n_positions: Annotated[int | None, AtLeast(1), AtMost(2**24)] = None
     """Learned positions. Null: as many as data.sequence_length."""
-    vocab_size: Annotated[int, AtLeast(2)] = 50_304
+    vocab_size: Annotated[int, AtLeast(2), AtMost(2**24)] = 50_304
     """Rows of the embedding: the tokenizer's tokens, padded to a multiple of 64 for speed. The padding has probability 0."""
     dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
     """Dropout of embeddings, attention and residuals."""
     activation_function: str = "gelu_pytorch_tanh"
     """Function of the feed-forward layer. gelu_pytorch_tanh is GPT-2's gelu_new in one fused kernel."""
-    initializer_range: Annotated[float, Above(0)] = 0.02
+    initializer_range: Positive = 0.02
     """Standard deviation of the initial weights; residual projections get this / sqrt(2 n_layer)."""
-    layer_norm_epsilon: Annotated[float, Above(0)] = 1e-5
+    layer_norm_epsilon: Positive = 1e-5
     """Added to the variance in layer normalisation."""
 
 
@@ -148,17 +154,17 @@ class OptimizerConfig:
     state: Literal["fp32", "bf16"] = "fp32"
     """Precision of parameters, gradients and moments. fp32: 16 bytes per parameter. bf16: 8 bytes, rounded stochastically by
     torchao, and less exact; it needs adamw and precision bf16."""
-    learning_rate: Annotated[float, Above(0)] = 6e-4
+    learning_rate: Positive = 6e-4
     """Peak learning rate, reached at the end of the warm-up."""
     beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
     """AdamW: decay of the first moment."""
     beta2: Annotated[float, AtLeast(0), Below(1)] = 0.95
     """AdamW: decay of the second moment."""
-    epsilon: Annotated[float, Above(0)] = 1e-8
+    epsilon: Positive = 1e-8
     """AdamW: added to the root of the second moment."""
-    weight_decay: Annotated[float, AtLeast(0)] = 0.1
+    weight_decay: Annotated[float, AtLeast(0), AtMost(1000)] = 0.1
     """Decay of matrices and embeddings, and of nothing else; decoupled from the gradient in AdamW."""
-    max_grad_norm: Annotated[float | None, Above(0)] = 1.0
+    max_grad_norm: Annotated[float | None, Above(0), AtMost(10**12)] = 1.0
     """Clip the norm of the whole update's gradient to this. Null: do not clip."""
 
 
@@ -172,7 +178,7 @@ class PerformanceConfig:
     compile: bool | Literal["auto"] = "auto"
     """Compile the model in place with torch.compile: at most two graphs, one for each size of micro-batch. auto: on CUDA with
     Triton."""
-    activation_checkpointing: Annotated[int | None, AtLeast(1)] = None
+    activation_checkpointing: CountOrNull = None
     """Keep only the input of every n-th transformer block, and compute it again in backward. 1: every block. Null: none."""
     tf32: bool = False
     """Let CUDA round the inputs of float32 matrix multiplications to TF32."""
@@ -184,11 +190,11 @@ class PerformanceConfig:
 class ScheduleConfig:
     """Length of the run and learning rate, both functions of the tokens seen."""
 
-    total_tokens: Annotated[int | None, AtLeast(1)] = None
+    total_tokens: TokensOrNull = None
     """Target tokens of the whole run, rounded up to whole updates. Null: tokens_per_parameter x parameters."""
-    tokens_per_parameter: Annotated[float, Above(0)] = 20.0
+    tokens_per_parameter: Annotated[float, Above(0), AtMost(10**6)] = 20.0
     """Length of the run if total_tokens is null (20: Hoffmann et al., 2022)."""
-    warmup_tokens: Annotated[int, AtLeast(0)] = 104_857_600
+    warmup_tokens: Annotated[int, AtLeast(0), AtMost(10**15)] = 104_857_600
     """Linear warm-up over this many tokens: 200 updates of 524,288."""
     final_learning_rate_fraction: Annotated[float, AtLeast(0), AtMost(1)] = 0.1
     """Fraction of the peak at which the cosine ends."""
@@ -198,19 +204,19 @@ class ScheduleConfig:
 class StabilityConfig:
     """Updates that are not finite, and spikes of the loss or the gradient norm."""
 
-    max_skipped_updates: Annotated[int, AtLeast(1)] = 5
+    max_skipped_updates: Count = 5
     """Skip an update whose loss or gradient is not finite, and stop after this many in a row."""
     on_spike: Literal["continue", "stop", "rollback"] = "continue"
     """continue: record the spike and go on. stop: end the run. rollback: return to the last checkpoint, and skip the batches
     that led to the spike."""
-    spike_window: Annotated[int, AtLeast(4)] = 128
+    spike_window: Annotated[int, AtLeast(4), AtMost(2**20)] = 128
     """Number of updates before an update that it is compared with."""
-    spike_score: Annotated[float, Above(0)] = 7.0
+    spike_score: Annotated[float, Above(0), AtMost(10**12)] = 7.0
     """A spike is a loss or gradient norm this many robust standard deviations (1.4826 median absolute deviations) above the
     median of the window."""
-    rollback_updates: Annotated[int, AtLeast(1)] = 4
+    rollback_updates: Annotated[int, AtLeast(1), AtMost(2**20)] = 4
     """rollback: skip the batches of this many updates, up to that of the spike."""
-    max_rollbacks: Annotated[int, AtLeast(1)] = 3
+    max_rollbacks: Count = 3
     """rollback: stop after this many returns to the same checkpoint."""
 
 
@@ -218,16 +224,16 @@ class StabilityConfig:
 class EvaluationConfig:
     """Validation loss, in nats per token and bits per byte, and samples."""
 
-    every_tokens: Annotated[int, AtLeast(1)] = 262_144_000
+    every_tokens: Tokens = 262_144_000
     """Tokens between evaluations. The run also begins and ends with one."""
-    tokens: Annotated[int, AtLeast(1)] = 131_072
+    tokens: Count = 131_072
     """Size of a validation set, rounded up to whole documents."""
     sets: dict[str, str] = field(default_factory=dict)
     """Validation sets of your own beside the held-out documents: for each name a file, glob or address. They are read like
     data.text_files, and not held out of them."""
     prompts: tuple[str, ...] = ("",)
     """Texts to continue at each evaluation after the start, one sample for each. Empty text: start a new document."""
-    sample_tokens: Annotated[int | None, AtLeast(1)] = 128
+    sample_tokens: Annotated[int | None, AtLeast(1), AtMost(2**24)] = 128
     """Tokens of a sample. Null: no samples."""
 
 
@@ -235,13 +241,13 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When to save the whole state, and how many checkpoints to keep."""
 
-    every_tokens: Annotated[int | None, AtLeast(1)] = 524_288_000
+    every_tokens: TokensOrNull = 524_288_000
     """Tokens between checkpoints. The run also ends with one. Null: not by tokens."""
-    every_minutes: Annotated[float | None, Above(0)] = 30.0
+    every_minutes: Annotated[float | None, Above(0), AtMost(10**9)] = 30.0
     """Minutes between checkpoints. Null: not by time."""
-    keep: Annotated[int, AtLeast(1)] = 3
+    keep: Count = 3
     """Number of newest checkpoints to keep."""
-    keep_every_tokens: Annotated[int | None, AtLeast(1)] = None
+    keep_every_tokens: TokensOrNull = None
     """Never remove the checkpoints at multiples of this many tokens. Null: none."""
 
 
@@ -271,7 +277,7 @@ class PushConfig:
 class HubConfig(PushConfig):
     """Push checkpoints and the finished model to the Hub in the background."""
 
-    every_tokens: Annotated[int | None, AtLeast(1)] = None
+    every_tokens: TokensOrNull = None
     """Tokens between pushed checkpoints. Null: push every checkpoint."""
     wait_seconds: WaitSeconds = 600.0
     """At the end of the run, wait this long for what is not pushed yet. At most 1,200."""
@@ -334,6 +340,12 @@ def flat_fields(config_class: type) -> list[tuple[str, Any]]:
         else:
             names.append((f.name, types[f.name]))
     return names
+
+
+def sections_of(config_class: type) -> list[str]:
+    """Names of the fields that are sections."""
+    types = get_type_hints(config_class)
+    return [f.name for f in fields(config_class) if is_dataclass(types[f.name])]
 
 
 def flat_settings(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations  # without it, --help prints each Annotated t
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from recipe.config.settings import AtLeast
+from recipe.config.settings import AtLeast, AtMost, Below, Count
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class GenerateConfig:
 
     prompt: str = ""
     """Text to continue. Empty: start a new document."""
-    max_new_tokens: Annotated[int, AtLeast(1)] = 128
+    max_new_tokens: Count = 128
     """Tokens to generate at most."""
-    temperature: Annotated[float, AtLeast(0)] = 0.8
+    temperature: Annotated[float, AtLeast(0), AtMost(1000)] = 0.8
     """0 takes the most likely token each time."""
-    top_k: Annotated[int, AtLeast(0)] = 50
+    top_k: Annotated[int, AtLeast(0), AtMost(2**40)] = 50
     """Sample among this many most likely tokens."""
-    seed: Annotated[int, AtLeast(0)] = 0
+    seed: Annotated[int, AtLeast(0), Below(2**63)] = 0
     """Seed of the sampling."""
 
 
@@ -43,6 +43,6 @@ def generate(gpt2: Any, tokenizer: Any, config: GenerateConfig) -> str:
     )
     inputs = torch.tensor([ids], device=gpt2.device)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(config.seed % 2**63)
+        torch.manual_seed(config.seed)
         output = gpt2.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=generation)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

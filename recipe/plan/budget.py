@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from recipe.errors import RecipeError
+from recipe.format import nearest_divisors
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,21 @@ class UpdatePlan:
         tokens, length, lanes = self.tokens_per_update, self.sequence_length, self.lanes
         if tokens % length:
             raise RecipeError(
-                f"batch.tokens_per_update = {tokens:,} is {tokens / length:.2f} blocks of {length:,} tokens, "
+                f"batch.tokens_per_update = {tokens:,} is {tokens / length:,.2f} blocks of {length:,} tokens, "
                 f"and must be a whole number of them: the nearest valid values are {_nearest(tokens, length)}"
             )
         blocks = tokens // length
         if blocks % lanes:
             raise RecipeError(
-                f"batch.lanes = {lanes} does not divide the {blocks} blocks of an update: choose lanes among "
-                f"{_divisors(blocks)}, or batch.tokens_per_update = {_nearest(tokens, lanes * length)}"
+                f"batch.lanes = {lanes} does not divide the {blocks:,} blocks of an update: choose lanes among "
+                f"{nearest_divisors(blocks, lanes)}, or batch.tokens_per_update = {_nearest(tokens, lanes * length)}"
             )
         if self.world_size > lanes:
-            enough = [divisor for divisor in _divisors(blocks) if divisor >= self.world_size]
+            enough = nearest_divisors(blocks, self.world_size, at_least=self.world_size)
             advice = (
                 f"batch.lanes among {enough}"
                 if enough
-                else f"at most {blocks} ranks, or batch.tokens_per_update of {self.world_size * length:,} or more"
+                else f"at most {blocks:,} ranks, or batch.tokens_per_update of {self.world_size * length:,} or more"
             )
             raise RecipeError(
                 f"{self.world_size} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "
@@ -76,6 +77,11 @@ class UpdatePlan:
         return -(-self.lanes // self.world_size) * self.blocks_per_lane
 
     @property
+    def smallest_share(self) -> int:
+        """Blocks of the rank that holds the fewest: those of one lane less, if ranks do not divide lanes."""
+        return self.lanes // self.world_size * self.blocks_per_lane
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per update, the same number on every rank: ceil(largest share / micro_batch_size)."""
         return -(-self.largest_share // self.micro_batch_size)
@@ -84,6 +90,12 @@ class UpdatePlan:
     def largest_micro_batch(self) -> int:
         """Blocks of the largest micro-batch: a share of 8 in micro-batches of at most 7 is split into 4 and 4."""
         return -(-self.largest_share // self.gradient_accumulation_steps)
+
+    @property
+    def masked_micro_batches(self) -> int:
+        """Micro-batches, over all ranks, for which a rank has no block left."""
+        ranks_with_fewest = self.world_size - self.lanes % self.world_size
+        return ranks_with_fewest * max(0, self.gradient_accumulation_steps - self.smallest_share)
 
     def micro_batches(self, rank: int) -> list[range]:
         """The blocks of each micro-batch of `rank`: `gradient_accumulation_steps` ranges, whose sizes differ by at most one.
@@ -111,7 +123,3 @@ def _nearest(number: int, divisor: int) -> str:
     """The multiples of `divisor` below and above `number`."""
     below, above = number // divisor * divisor, (number // divisor + 1) * divisor
     return f"{below:,} or {above:,}" if below else f"{above:,}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -5,6 +5,7 @@ written down as the sums below; `tests/plan/test_memory.py` holds them against w
 micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is not counted: the plan is then an upper bound.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from recipe.config.settings import Config, ModelConfig
@@ -105,25 +106,26 @@ def estimate_memory(
     feed_forward = _FEED_FORWARD_VALUES.get(model.activation_function, 8)
     block = values * (2 * normed + (2 + feed_forward) * product) + 4 * tokens * normed + attention
     block += 2 * values * mask if model.dropout else 0
-    computed_again = [every is not None and number % every == 0 for number in range(model.n_layer)]
-    kept = [values * state if again else block for again in computed_again]
+    again = -(-model.n_layer // every) if every else 0  # blocks: the first of each `every`
+    last_again = every is not None and (model.n_layer - 1) % every == 0
+    kept = again * values * state + (model.n_layer - again) * block
     ends = values * normed  # the final layer norm's input, and the embedding's dropout
     ends += values * (4 if is_cpu else 1) if model.dropout else 0
-    activations = sum(kept) + ends + 16 * update.largest_share * update.sequence_length  # the update's token ids, int64
+    activations = kept + ends + 16 * update.largest_share * update.sequence_length  # the update's token ids, int64
 
     # Backward of the last block: its output's gradient, the one of GELU's output (4) before that output is let go, and that
     # of the weights between them. The head's gradient waits until the end for the embedding's, whose weight it shares.
     passing = values * (state + 4 * product) + (values * product if cast else 0)
     backward = passing + 4 * width * width * (product + 2 * cast) + head * state - ends
-    if computed_again[-1]:
-        backward += block - kept[-1] + matrices * cast
+    if last_again:
+        backward += block - values * state + matrices * cast
 
     # Loss: hidden states and their gradient; the head's cast, and its gradient in float32. Of a chunk, in turn: its logits in
     # bf16 and in float32; the logits' gradient, and the head's in bf16 before it is added up (a CPU makes it float32 first).
     chunk, bf16 = min(tokens, rows_per_chunk(device_type)), product % 4  # bf16: 2 bytes, or 0 in fp32
     logits, added = chunk * model.vocab_size, 3 if is_cpu else 1
     in_turn = max(logits * (bf16 + 4), logits * product + head * bf16 * added) + chunk * width * product
-    forward_casts = sum(computed_again) * matrices * cast  # of these blocks, let go when forward ends
+    forward_casts = again * matrices * cast  # of these blocks, let go when forward ends
     logits_bytes = forward_casts + 2 * values * normed + head * (cast + 4) + in_turn
     return MemoryEstimate(
         parameters_bytes=parameters_bytes,
@@ -131,7 +133,7 @@ def estimate_memory(
         optimizer_bytes=optimizer_bytes,
         buckets_bytes=gradients_bytes if world_size > 1 else 0,
         activations_bytes=activations,
-        casts_bytes=(model.n_layer - sum(computed_again)) * matrices * cast,
+        casts_bytes=(model.n_layer - again) * matrices * cast,
         logits_bytes=logits_bytes,
         backward_bytes=backward,
         embedding_bytes=2 * head * state + values * state,
@@ -151,11 +153,16 @@ def largest_micro_batch(config: Config, world_size: int, memory_bytes: float, de
     """
     batch, length = config.batch, config.data.sequence_length
     share = UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, 1).largest_share
-    for size in sorted({-(-share // steps) for steps in range(1, share + 1)}, reverse=True):
-        peak = estimate_memory(config, size, device_type, precision, world_size).peak_bytes
-        if peak <= USABLE_SHARE * memory_bytes:
-            return size
-    raise RecipeError(_too_small(config, world_size, memory_bytes, device_type, precision))
+
+    def fits(steps: int) -> bool:
+        peak = estimate_memory(config, -(-share // steps), device_type, precision, world_size).peak_bytes
+        return peak <= USABLE_SHARE * memory_bytes
+
+    # One step alone keeps no gradients during forward, and may fit where two do not. From two on, more steps take less.
+    steps = 1 if fits(1) else bisect_left(range(share + 1), True, lo=2, key=fits)
+    if steps > share:
+        raise RecipeError(_too_small(config, world_size, memory_bytes, device_type, precision))
+    return -(-share // steps)
 
 
 def _too_small(config: Config, world_size: int, memory_bytes: float, device_type: str, precision: str) -> str:

@@ -38,7 +38,7 @@ class RunPlan:
     def numbers(self) -> list[Number]:
         """The division of an update, the length of the run, and the state of a rank."""
         update, tokens, length = self.update, self.update.tokens_per_update, self.update.sequence_length
-        shares = sorted({len(update.lanes_of_rank(rank)) for rank in range(update.world_size)})
+        shares = sorted({share // update.blocks_per_lane for share in (update.smallest_share, update.largest_share)})
         known = not self.micro_batch_is_auto
         size, steps = (update.micro_batch_size, update.gradient_accumulation_steps) if known else (None, None)
         micro_batch = f"{{}} x {length:,} tokens at most" if known else "auto: as many blocks as fit into memory"
