@@ -21,13 +21,15 @@ class RecipeError(Exception):
     """A user's mistake, or an input that cannot be used.
 
     Args:
-        message: one line: what was given, what would be valid, what to change. Secrets in it are left out.
+        message: one line: what was given, what would be valid, what to change. Secrets in it are left out, and the middle of a
+            very long line.
         on_this_rank_only: the other ranks may not see the problem, so this one prints the line even if it is not rank 0.
         exit_code: of the command.
     """
 
     def __init__(self, message: str, *, on_this_rank_only: bool = False, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
-        super().__init__(redact(one_line(message)))
+        line = redact(one_line(message))
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}")
         self.on_this_rank_only = on_this_rank_only
         self.exit_code = exit_code
 

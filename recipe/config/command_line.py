@@ -11,11 +11,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config.checks import check_values, validate
+from recipe.config.checks import check_text, check_values, validate
 from recipe.config.init_from import SHAPE, shape_of
-from recipe.config.settings import Config, flat_fields
+from recipe.config.settings import Config, flat_fields, sections_of
 from recipe.errors import RecipeError
 
+_MOST_ARGUMENTS = 1000  # reading them takes a tenth of a second; there are fewer settings
 # Settings that may hold a path, of the run and of commands.
 _PATHS = (
     *(
@@ -49,8 +50,12 @@ def run_parser() -> Any:
 def make_parser(config_class: type, program: str, description: str) -> Any:
     """A jsonargparse parser with `--config`, `--help` and one dotted flag for each field of `config_class`."""
     import jsonargparse
+    import yaml
+
+    from recipe.config.yaml_text import ReadSettings, load_yaml
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(
         prog=program,
         description=description,
@@ -58,12 +63,13 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
         exit_on_error=False,
         allow_abbrev=False,  # a later setting could change what a shortened flag means
     )
-    parser.add_argument("--config", action="config", help="YAML file: a preset, or the config.yaml of an earlier run.")
+    text = "YAML file: a preset, or the config.yaml of an earlier run."
+    parser.add_argument("--config", action=ReadSettings, help=text)
     parser.add_class_arguments(config_class)
-    sections = {f.name for f in fields(config_class)}
-    for action in parser._actions:  # a whole section from a file of its own is more than anybody needs to read about
-        if action.dest in sections and "config" in type(action).__name__.lower():
-            action.help = argparse.SUPPRESS
+    for section in sections_of(config_class):  # jsonargparse would read a whole section from any file or device
+        action = parser._option_string_actions.pop(f"--{section}")
+        parser._remove_action(action)
+        action.help = argparse.SUPPRESS
     return parser
 
 
@@ -75,21 +81,27 @@ def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[An
         RecipeError: instead of argparse's usage text and exit.
     """
     types = dict(flat_fields(config_class))
+    joined = _join_lists(arguments, [f"--{n}" for n, t in types.items() if "tuple" in str(t)])
+    if len(joined) > _MOST_ARGUMENTS:
+        raise RecipeError(f"{len(joined):,} arguments: give {_MOST_ARGUMENTS:,} at most, and put a glob in quotes")
     try:
-        namespace = parser.parse_args(_join_lists(arguments, [f"--{n}" for n, t in types.items() if "tuple" in str(t)]))
+        namespace = parser.parse_args(joined)
     except argparse.ArgumentError as error:
         raise RecipeError(_explain(str(error), {a.dest: a.help for a in parser._actions if a.dest in types})) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"--config: not a text file ({error.reason} at byte {error.start})") from None
+    except OverflowError:
+        longest = max(joined, key=lambda argument: sum(map(str.isdigit, argument)))
+        raise RecipeError(f"{longest[:60]}... has too many digits for a setting") from None
     try:
         for name in (name for name in _PATHS if name in types):
             namespace[name] = _expand_home(namespace[name])
         values = parser.instantiate(namespace)
     except (KeyError, TypeError):
-        sections = [f.name for f in fields(config_class) if not hasattr(namespace[f.name], "keys")]
+        sections = [name for name in sections_of(config_class) if not hasattr(namespace[name], "keys")]
         raise RecipeError(f"--config: each section has to be a mapping of settings; look at {sections}") from None
     config = config_class(**{f.name: values.pop(f.name) for f in fields(config_class)})
     check_values(config)
+    for name, value in values.items():
+        check_text(name, value)
     return config, values
 
 
@@ -156,14 +168,15 @@ def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument in lists:
-            values = []
-            while rest and not rest[0].startswith("--"):
+        flag, is_given, value = argument.partition("=")
+        if flag in lists:
+            values = [value] if is_given else []
+            while not is_given and rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             if not values:
                 raise RecipeError(f"{argument} needs a value")
             is_list = len(values) == 1 and values[0].startswith(('["', "['", "[]"))
-            argument = f"{argument}={values[0] if is_list else json.dumps(values, ensure_ascii=False)}"
+            argument = f"{flag}={values[0] if is_list else json.dumps(values, ensure_ascii=False)}"
         joined.append(argument)
     return joined
 
@@ -177,7 +190,6 @@ def _explain(message: str, helps: dict[str, str]) -> str:
         (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: ", r"expected \1, got "),
         (r"typing\.|<class '|'>", ""),
         (r"NoneType|None$", "null"),
-        (r"^Problems parsing config: (.*?)(?: in \"<unicode string>\")?,", r"--config is not valid YAML: \1,"),
     ):
         message = re.sub(pattern, text, message)
     unknown = (
@@ -189,6 +201,8 @@ def _explain(message: str, helps: dict[str, str]) -> str:
         return message
     key = f"{unknown[1]}.{unknown[2]}".lstrip(".")
     section, _, leaf = key.strip(".").rpartition(".")
+    if not leaf or len(key) > 100:
+        return message
 
     def likeness(name: str) -> float:
         of_section, _, of_leaf = name.rpartition(".")

@@ -1,6 +1,7 @@
 """The shape of the GPT-2 that a run starts from, `model.init_from`. Imports no torch."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def shape_of(name: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(name, path.name))
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("its config.json is no JSON object")
     except Exception as error:  # the client of the Hub has many
         raise RecipeError(f"model.init_from = {name!r}: {' '.join(str(error).split())[:300]}") from None
     if found.get("model_type") != "gpt2":
@@ -55,7 +58,7 @@ def check_model_name(name: str) -> None:
         RecipeError: it can be no Hub name, and is no model directory.
     """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name, "config.json").is_file():
+    if looks_local and not os.path.isfile(Path(name, "config.json")):  # is_file() raises for a name that is too long
         raise RecipeError(
             f"{name!r} is not a model directory: no config.json in it; give RUN/final or a Hub name user/model"
         )
