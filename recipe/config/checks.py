@@ -9,7 +9,7 @@ from recipe.config.text_files import expand_text_files
 from recipe.errors import RecipeError
 from recipe.format import nearest_divisors
 
-_LONGEST_NAME_BYTES = 4095  # no path on Linux is longer
+_LONGEST_NAME_BYTES, _LONGEST_PATH_BYTES = 255, 4095  # that systems have, and no address is longer either
 
 # transformers' ACT2FN, whose module imports torch; tests/model/test_gpt2.py compares them.
 ACTIVATION_FUNCTIONS = (
@@ -50,8 +50,10 @@ def check_text(name: str, value: Any) -> None:
         is_prompt = name.rpartition(".")[2].startswith("prompt")
         if wrong := re.search("[\0\ud800-\udfff]" if is_prompt else r"[\0-\x1f\x7f\ud800-\udfff]", value):
             raise RecipeError(f"{name} = {value!r}: it cannot have the character {wrong[0]!r}; give UTF-8 in one line")
-        if not is_prompt and len(value.encode()) > _LONGEST_NAME_BYTES:
-            raise RecipeError(f"{name} = {value!r}: it is longer than {_LONGEST_NAME_BYTES:,} bytes")
+        longest = max(len(part) for part in value.encode().split(b"/")) if "://" not in value else 0
+        if not is_prompt and (longest > _LONGEST_NAME_BYTES or len(value.encode()) > _LONGEST_PATH_BYTES):
+            limits = f"{_LONGEST_NAME_BYTES} bytes at most, a path {_LONGEST_PATH_BYTES:,}"
+            raise RecipeError(f"{name} = {value!r}: it is too long; a name has {limits}")
 
 
 def validate(config: Config) -> None:

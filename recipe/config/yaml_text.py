@@ -66,9 +66,7 @@ def load_yaml(text: str) -> Any:
         return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
     try:
-        if text.startswith(
-            '["'
-        ):  # a list of the command line: JSON, of which YAML folds lines and takes fewer characters
+        if text.startswith('["'):  # a list of the command line is JSON; YAML has fewer characters, and folds lines
             with suppress(json.JSONDecodeError):
                 return json.loads(text)
         nodes: list[Any] = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
