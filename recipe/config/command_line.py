@@ -19,15 +19,8 @@ from recipe.errors import RecipeError
 _MOST_ARGUMENTS = 1000  # reading them takes a tenth of a second; there are fewer settings
 # Settings that may hold a path, of the run and of commands.
 _PATHS = (
-    *(
-        "run.directory",
-        "data.text_files",
-        "data.tokenizer",
-        "data.cache_directory",
-        "model.init_from",
-        "evaluation.sets",
-    ),
-    *("resume", "output", "task_directory"),
+    *("run.directory", "data.text_files", "data.tokenizer", "data.cache_directory", "model.init_from"),
+    *("evaluation.sets", "resume", "output", "task_directory"),
 )
 
 
