@@ -55,6 +55,7 @@ def test_a_terminal_that_is_closed_saves_and_ends(command: list[str], tmp_path: 
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_closed_streams_end_no_training(command: list[str], tmp_path: Path) -> None:
     """And no file of the run gets their numbers, to which libraries write."""
     done = run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *command])

@@ -233,7 +233,7 @@ def assert_budget_holds(update: UpdatePlan) -> None:
 def test_any_command_line_is_a_plan_or_one_line(tmp_path: Path) -> None:
     file, outcomes = tmp_path / "settings.yaml", Counter[str]()
 
-    @settings(derandomize=True, database=None, max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
+    @settings(derandomize=True, database=None, max_examples=100, deadline=None, suppress_health_check=[*HealthCheck])
     @given(command_lines())
     def check(line: tuple[list[str], str | bytes | None]) -> None:
         arguments = [str(file) if word == "FILE" else word for word in line[0]]

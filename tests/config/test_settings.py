@@ -33,8 +33,10 @@ CLASSES = (Config, PlanConfig, EvaluateConfig, GenerateConfig)
 
 @pytest.mark.parametrize("config_class", CLASSES)
 def test_every_number_has_a_bound_and_nothing_beyond_it_is_taken(config_class: type) -> None:
-    parser = make_parser(config_class, "test", "")
+    parser, of_a_run = make_parser(config_class, "test", ""), flat_fields(Config)
     for name, annotation in flat_fields(config_class):
+        if config_class is not Config and (name, annotation) in of_a_run:
+            continue  # parsing takes a while
         is_number = re.search(r"\b(int|float)\b", str(annotation)) is not None
         directions = {bound.holds(1, 2) for bound in getattr(annotation, "__metadata__", ())}
         assert directions == ({True, False} if is_number else set()), f"{name} is {annotation}: bounds above and below"

@@ -6,6 +6,7 @@ import ast
 from itertools import islice
 from pathlib import Path
 
+import pytest
 import yaml
 from tokenizers import Tokenizer
 
@@ -28,6 +29,7 @@ def test_the_document_gives_the_blocks_of_a_run_over_text_files(finished: Path) 
     assert {len(shard) for shard in order.shards} == {1}
 
 
+@pytest.mark.slow
 def test_the_document_gives_the_blocks_of_several_epochs_over_grouped_files_and_of_the_standard_library(
     tmp_path: Path,
 ) -> None:

@@ -46,10 +46,11 @@ IN_LINES = (
 def spoil(directory: Path, text: str) -> Path:
     """Put a text wherever a run's files may hold one; the directory, where that can have the name."""
     config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    in_yaml = text.encode("utf-8", "ignore").decode()  # which has no place for half a character
-    config["evaluation"]["prompts"] = [in_yaml]
-    config["data"] |= {"text_files": [f"texts/{in_yaml}.txt"], "tokenizer": in_yaml}
-    config["model"]["init_from"] = f"{in_yaml}/a/b"
+    prompt = text.replace("\0", "").encode("utf-8", "ignore").decode()
+    name = re.sub(r"[\0-\x1f\x7f]+", " ", prompt)[:60]  # what a setting takes
+    config["evaluation"]["prompts"] = [prompt]
+    config["data"] |= {"text_files": [f"texts/{name}.txt"], "tokenizer": name}
+    config["model"]["init_from"] = f"{name}/a/b"
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
     def change(event: dict[str, Any]) -> dict[str, Any]:

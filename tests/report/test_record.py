@@ -84,6 +84,7 @@ def test_a_command_names_what_is_not_installed(
         command.main()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_report_loads_nothing_heavy_and_training_no_charts(directory: Path) -> None:
     """`report` answers about a run that is going on; and `card_files` is called where altair may not be installed."""
     shutil.rmtree(directory / "final")
