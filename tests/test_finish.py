@@ -20,6 +20,7 @@ from tests.support.runs import make_run
 AWKWARD = """Bob's "best" $runs; `x`"""
 
 
+@pytest.mark.slow
 def test_what_a_run_prints_at_its_end_works_for_any_path(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     assert "\x1b" not in done.stdout, "no colours in a pipe"
 
 
+@pytest.mark.slow
 def test_help_of_a_command_names_types_as_a_person_does() -> None:
     for command in ("train", "plan", "evaluate", "generate", "report", "card", "push"):
         done = run([*RECIPE, command, "--help"])

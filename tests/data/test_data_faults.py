@@ -248,6 +248,7 @@ print(json.dumps([record, [crc32(text.encode()) for text in source.training_docu
 """
 
 
+@pytest.mark.slow
 def test_documents_of_the_hub_are_those_of_a_healthy_one(
     corpus: Path, sources: dict[str, Source], tmp_path: Path
 ) -> None:

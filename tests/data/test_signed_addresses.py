@@ -41,6 +41,7 @@ def with_password(address: str, secret: str) -> str:
     return address.replace("://", f"://me:{secret}@")
 
 
+@pytest.mark.slow
 def test_a_secret_of_an_address_is_written_nowhere(
     server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_damaged_records_stop_no_push(
     assert online.repositories["user/model"].messages[-1] == "Push final"
 
 
+@pytest.mark.slow
 def test_a_push_beside_a_training_needs_no_encoding_of_the_console(
     online: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

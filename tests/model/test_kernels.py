@@ -114,6 +114,7 @@ def test_no_mask_reaches_attention() -> None:
     assert (True, False) in graphs.attention(), "transformers no longer makes a mask: CAUSAL_ATTENTION may go"
 
 
+@pytest.mark.slow
 def test_one_graph_for_each_size_of_micro_batch() -> None:
     """And no other afterwards; the shapes of an evaluation come once, and are not compiled."""
     model, counter = model_of(activation_checkpointing=2), CompileCounter()

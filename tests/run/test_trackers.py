@@ -303,6 +303,7 @@ def test_wandb_is_refused_without_a_login_and_writes_into_the_run_directory_offl
     assert not read_events(tmp_path / "run", "tracker_failed")
 
 
+@pytest.mark.slow
 def test_trackio_writes_into_the_run_directory(texts: Path, tmp_path: Path) -> None:
     """If nobody has said where; and --resume fresh moves what an earlier run has left there."""
     directory = tmp_path / "run"
