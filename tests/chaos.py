@@ -27,7 +27,7 @@ from tests.helpers import FAULTY, SCRIPT, TINY, assert_same_run, start, start_ra
 
 RANKS = 2
 UPDATES_BETWEEN = 20  # interruptions, at most
-UPDATES_PER_INTERRUPTION = 2 * UPDATES_BETWEEN  # so that the run is not over before the last of them
+UPDATES_PER_INTERRUPTION = 25  # at least; so that the run is not over before the last of them
 SMALL_DISK_BYTES = 20_000
 
 
