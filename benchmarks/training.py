@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from dataclasses import is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.random_text import random_block
 from recipe.config.checks import validate
 from recipe.config.settings import Config
 from recipe.data.blocks import UpdateBlocks, UpdateReader, next_update
+from recipe.data.lanes import Position
 from recipe.model import build_model, build_optimizer, choose_kernels, set_learning_rate
 from recipe.run import Run, start_run
 from recipe.run.ledger import LedgerEntry
@@ -111,12 +112,12 @@ class RandomLane:
         self.index, self._lanes, self._block, self._next = index, lanes, block, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of its next block."""
-        return {"next": self._next}
+        """The number of its next block, as a lane's position."""
+        return asdict(Position(document=self._next))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there."""
-        self._next = state["next"]
+        self._next = state["document"]
 
     def next_blocks(self, count: int) -> np.ndarray:
         """The next blocks, int32 [count, sequence_length + 1]."""
