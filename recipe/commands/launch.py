@@ -14,9 +14,8 @@ from types import FrameType
 from recipe.errors import RecipeError
 from recipe.run.stop import listened_signals
 
-SHUTDOWN_SECONDS = (
-    1800  # for the last checkpoint, before the ranks that are left are killed: as long as ranks wait for each other
-)
+# For the last checkpoint, before the ranks that are left are killed: as long as ranks wait for each other.
+SHUTDOWN_SECONDS = 1800
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Where documents come from: a Hub dataset, files, or Python's standard library; all read through `datasets`."""
+"""Where documents come from: a Hub dataset, files, or Python's standard library.
+
+Local .txt files are read by `recipe.data.shards`, all else by `datasets`.
+"""
 
 import functools
 import glob

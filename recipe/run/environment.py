@@ -1,4 +1,4 @@
-"""The launch and the machine: start accelerate, refuse a launch that cannot work, and describe what the run is computed on."""
+"""The machine: start accelerate on it, refuse ranks that do not see each other, and describe what the run is computed on."""
 
 import os
 import platform
@@ -13,6 +13,7 @@ from typing import Any
 from recipe.errors import RecipeError
 from recipe.plan.devices import bf16_peak_flops
 from recipe.plan.run_plan import world_size_of_launcher
+from recipe.text import one_line
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -37,7 +38,7 @@ def start_accelerator(precision: str) -> Any:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
         )
     except Exception as error:  # of accelerate, or of one of the libraries that ranks talk through
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(str(error))[:300] or type(error).__name__
         raise RecipeError(f"accelerate cannot start this rank: {reason}", on_this_rank_only=True) from error
     announced = world_size_of_launcher()
     if accelerator.num_processes != announced:

@@ -14,7 +14,7 @@ from typing import Any
 
 from recipe.config.settings import Config, flat_settings
 from recipe.errors import RecipeError
-from recipe.text import redact
+from recipe.text import one_line, redact
 
 TRACKER_PROJECT = "token-budget-recipe"
 TRACKER_DIRECTORIES = (TRACKER_PROJECT, "trackio", "wandb")  # of TensorBoard and the others, in the run directory
@@ -133,4 +133,4 @@ class Trackers:
 
 
 def _one_line(error: Exception | str) -> str:
-    return " ".join((str(error) or type(error).__name__).split())
+    return one_line(str(error)) or type(error).__name__
