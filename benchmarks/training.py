@@ -113,11 +113,11 @@ class RandomLane:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of its next block, as a lane's position."""
-        return asdict(Position(document=self._next))
+        return asdict(Position(block=self._next))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there."""
-        self._next = state["document"]
+        self._next = state["block"]
 
     def next_blocks(self, count: int) -> np.ndarray:
         """The next blocks, int32 [count, sequence_length + 1]."""

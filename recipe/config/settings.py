@@ -56,7 +56,7 @@ class RunConfig:
     max_updates: CountOrNull = None
     """Stop after this many updates. The schedules still stretch over the whole run. Null: do not stop early."""
     seed: Annotated[int, AtLeast(0), Below(2**32)] = 1234
-    """Seed of the initial weights, the order of the documents and dropout."""
+    """Seed of the initial weights, the order of the data and dropout."""
     parity_check: bool = False
     """Before training, compute the gradient of the first update again with two other micro-batch sizes and with the other
     scaling path, and stop if they differ. Costs four updates of arithmetic and two copies of the gradient."""
@@ -97,8 +97,8 @@ class DataConfig:
     tokenizer: str | None = "gpt2"
     """Hub name or local directory of a tokenizer. Null: that of model.init_from; without one, train a byte-level BPE of
     model.vocab_size tokens on the text."""
-    shuffle_window: Annotated[int, AtLeast(1), AtMost(2**20)] = 64
-    """Documents that a lane shuffles among themselves, after the order of the shards."""
+    shuffle_blocks: Annotated[int, AtLeast(1), AtMost(2**16)] = 128
+    """Blocks that a lane shuffles among themselves, after the order of the shards. 1: blocks come as they are packed."""
     validation_one_in: Annotated[int | None, AtLeast(2, "since 1 would hold out everything"), AtMost(2**40)] = 100
     """Hold out one document in this many for validation, chosen by a hash of its text. Null: none."""
     retry_seconds: WaitSeconds = 600.0

@@ -62,7 +62,7 @@ def make_lanes(run: Run, source: Source, tokenizer: Any) -> list[Lane]:
         encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32) for encoding in encodings]
 
-    order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_window)
+    order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_blocks)
     return [Lane(source, lane, order, encode, plan.sequence_length) for lane in plan.lanes_of_rank(run.rank)]
 
 

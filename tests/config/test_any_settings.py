@@ -283,7 +283,7 @@ def tiny_runs(draw: st.DrawFn) -> list[str]:
     choices: dict[str, Any] = {
         "run.seed": [0, 2**32 - 1],
         "batch.scaling": ["manual"],
-        "data.shuffle_window": [1, 2**20],
+        "data.shuffle_blocks": [1, 2**16],
         "data.validation_one_in": [1, 2, 2**40],
         "data.text_column": ["none", "null"],
         "data.split": [""],

@@ -31,7 +31,7 @@ from recipe.data.blocks import (
     to_tensors,
 )
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane
+from recipe.data.lanes import Lane, LaneOrder
 from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
 from recipe.data.tokenizer import END_OF_TEXT, document_encoder, load_tokenizer, train_tokenizer
 from recipe.errors import RecipeError
@@ -46,6 +46,7 @@ from tests.support.lanes import (
     check_states_of_updates,
     config_for,
     documents_of,
+    encode_bytes,
     lane_of,
     read_epoch,
     run_on,
@@ -117,13 +118,12 @@ def test_a_lane_reads_only_its_own_shards(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(opened) == set(range(1, 24, 3))
 
 
-@pytest.mark.parametrize("window", [1, 4, 100])
-def test_order_depends_on_seed_lane_and_epoch_alone(tmp_path: Path, window: int) -> None:
+def test_order_depends_on_seed_lane_and_epoch_alone(tmp_path: Path) -> None:
     write_texts(tmp_path, largest=1500, count=12)
     source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt", lanes=1))
 
     def epochs(seed: int, count: int) -> list[list[bytes]]:
-        lane, stream = lane_of(source, window=window, seed=seed), np.empty(0, np.int32)
+        lane, stream = lane_of(source, seed=seed), np.empty(0, np.int32)
         while lane.state_dict()["epoch"] < count:
             stream = np.concatenate([stream, lane.next_blocks(1)[0][:-1]])
         documents = documents_of(stream)
@@ -136,6 +136,55 @@ def test_order_depends_on_seed_lane_and_epoch_alone(tmp_path: Path, window: int)
     assert epochs(4, 1)[0] != first, "another order for another seed"
 
 
+@pytest.mark.parametrize(
+    ("shuffled", "windows"), [(1, [1] * 90), (6, [6] * 15), (20, [8, 16, 20, 20, 20]), (64, [8, 16, 32])]
+)
+def test_blocks_are_shuffled_inside_windows_that_grow_and_none_is_lost(
+    tmp_path: Path, shuffled: int, windows: list[int]
+) -> None:
+    write_texts(tmp_path, largest=1500, count=12)
+    source = open_source(config_for(tmp_path, f"{tmp_path}/*.txt"))
+    packed, lane, other = (
+        lane_of(source),
+        lane_of(source, shuffled=shuffled),
+        lane_of(source, shuffled=shuffled, seed=4),
+    )
+    orders = []
+    for size in windows:
+        expected, blocks = packed.next_blocks(size), lane.next_blocks(size)
+        places = [int(np.flatnonzero((expected == block).all(axis=1))[0]) for block in blocks]
+        assert sorted(places) == list(range(size))
+        orders.append(places)
+    if shuffled > 1:
+        assert len(set(map(tuple, orders))) == len(orders), "another order in each window"
+        assert not [places for places in orders if places == sorted(places)]
+    one_by_one = lane_of(source, shuffled=shuffled)
+    lane.load_state_dict(one_by_one.state_dict())
+    for count in (1, 3, 2, 17, 5):  # wherever calls end
+        expected = np.concatenate([one_by_one.next_blocks(1) for _ in range(count)])
+        np.testing.assert_array_equal(lane.next_blocks(count), expected)
+    assert (lane.next_blocks(8) != other.next_blocks(8)).any()
+
+
+def test_the_next_window_is_read_along_and_not_at_once(tmp_path: Path) -> None:
+    """What one call reads is what a call uses, wherever a window ends: no update waits for a whole window."""
+    source, encoded = source_of(["x" * (LENGTH - 1)] * 4000, tmp_path), []
+
+    def encode(texts: list[str]) -> Sequence[np.ndarray]:
+        encoded.append(len(texts))
+        return encode_bytes(texts)
+
+    lane = Lane(source, 0, LaneOrder(1, 3, 128), encode, LENGTH)
+    read = []
+    for _ in range(120):
+        before = sum(encoded)
+        lane.next_blocks(4)
+        read.append(sum(encoded) - before)
+    assert read[0] == 16, "the first window of 8, and what is encoded with it"
+    assert max(read[1:]) <= 16
+    assert sum(read) <= 4 * 120 + 128 + 16
+
+
 def blocks_until_epoch(lane: Lane, epoch: int) -> int:
     count = 0
     while lane.state_dict()["epoch"] < epoch:
@@ -146,27 +195,27 @@ def blocks_until_epoch(lane: Lane, epoch: int) -> int:
 
 @pytest.mark.parametrize("memory_mapped", [False, True])
 def test_state_is_exact_at_every_block_of_three_epochs_over_three_resumes(tmp_path: Path, memory_mapped: bool) -> None:
-    """Inside documents, inside shuffle windows, across shards and epochs; the state goes through JSON."""
+    """Inside documents, inside windows of blocks, across shards and epochs; the state goes through JSON."""
     texts = write_texts(tmp_path, count=9, largest=900)
     pattern = f"{tmp_path}/*.txt"
     if memory_mapped:
         write_jsonl(tmp_path / "all.jsonl", texts)
         pattern = f"{tmp_path}/all.jsonl"
     source = open_source(config_for(tmp_path, pattern, lanes=2))
-    total = blocks_until_epoch(lane_of(source, 0, 2, window=3), 3)
+    total = blocks_until_epoch(lane_of(source, 0, 2, shuffled=11), 3)
     assert total > 30
-    lane = lane_of(source, 0, 2, window=3)
+    lane = lane_of(source, 0, 2, shuffled=11)
     expected, states = [], []
     for _ in range(total):
         states.append(json.dumps(lane.state_dict()))
         expected.append(lane.next_blocks(1)[0])
     assert max(len(state) for state in states) < 600, "a few integers"
-    assert any(json.loads(state)["document"] and json.loads(state)["token"] for state in states)
+    assert any(json.loads(state)["block"] and json.loads(state)["token"] for state in states)
     for stop in range(total):
         state = states[stop]
         position = stop
         for resumed_for in (1, 2, 3):  # three resumes in a row
-            again = lane_of(source, 0, 2, window=3)
+            again = lane_of(source, 0, 2, shuffled=11)
             again.load_state_dict(json.loads(state))
             for _ in range(min(resumed_for, total - position)):
                 np.testing.assert_array_equal(again.next_blocks(1)[0], expected[position])

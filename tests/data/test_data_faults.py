@@ -82,7 +82,7 @@ def source_of(server: HttpServer, directory: Path, *names: str, lanes: int = 1, 
 
 def lane_of(source: Source, index: int = 0, lanes: int = 1) -> Lane:
     """Its tokens are a hash of each document, and 0 behind it."""
-    return Lane(source, index, LaneOrder(lanes, seed=3, shuffle_window=7), encode=encode_hashes, sequence_length=4)
+    return Lane(source, index, LaneOrder(lanes, seed=3, shuffle_blocks=7), encode=encode_hashes, sequence_length=4)
 
 
 def encode_hashes(texts: list[str]) -> list[np.ndarray]:
@@ -282,7 +282,7 @@ def training(server: HttpServer, directory: Path, ending: str, *more: str) -> li
     files = [server.address(f"{number:03d}.{ending}") for number in range(8)]
     return [
         *[*TINY, "--run.directory", str(directory), "--data.text_files", *files],
-        *["--data.cache_directory", str(directory / "cache"), "--data.shuffle_window", "3", *more],
+        *["--data.cache_directory", str(directory / "cache"), "--data.shuffle_blocks", "3", *more],
     ]
 
 

@@ -42,8 +42,8 @@ def test_the_document_gives_the_blocks_of_several_epochs_over_grouped_files_and_
         f"{tmp_path}/texts/*.txt",
         "--data.validation_one_in",
         "4",
-        "--data.shuffle_window",
-        "5",
+        "--data.shuffle_blocks",
+        "20",
     ]
     short = ["--batch.lanes", "2", "--run.max_updates", "24", "--checkpoint.every_tokens", "null"]
     done = train(*TINY, "--run.directory", str(tmp_path / "texts-run"), *texts, *short)

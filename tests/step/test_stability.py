@@ -111,7 +111,7 @@ def spiky_arguments(directory: Path, *more: str) -> list[str]:
     return [
         *TINY,
         *["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/spiky/*.jsonl"],
-        *["--data.cache_directory", str(directory.parent / "cache"), "--data.shuffle_window", "1"],
+        *["--data.cache_directory", str(directory.parent / "cache"), "--data.shuffle_blocks", "1"],
         *["--batch.micro_batch_size", "8", "--stability.spike_window", "8", "--checkpoint.every_tokens", "7680"],
         *["--run.max_updates", "24", "--model.dropout", "0.1", *more],
     ]

@@ -88,35 +88,39 @@ class Order:
 
     def tokens(self, lane: int) -> Iterator[int]:
         """The endless stream of a lane."""
-        data, seed = self.settings["data"], self.settings["run"]["seed"]
+        seed = self.settings["run"]["seed"]
         end = self.tokenizer.token_to_id("<|endoftext|>")
         assert end is not None
         for epoch in count():
             self.epochs_begun = max(self.epochs_begun, epoch + 1)
             own = range(lane, len(self.shards), self.settings["batch"]["lanes"])
             order = sorted(own, key=lambda shard: h(repr((seed, lane, epoch, "shard", shard)).encode()))
-            texts = (text for shard in order for text in self.documents(shard))
-            for window in count():
-                held = list(islice(texts, data["shuffle_window"]))
-                if not held:
-                    break
-                for j in sorted(range(len(held)), key=lambda j: h(repr((seed, lane, epoch, window, j)).encode())):
-                    yield from self.tokenizer.encode(held[j], add_special_tokens=False).ids
+            for shard in order:
+                for text in self.documents(shard):
+                    yield from self.tokenizer.encode(text, add_special_tokens=False).ids
                     yield end
+
+    def blocks(self, lane: int) -> Iterator[list[int]]:
+        """The endless shuffled blocks of a lane."""
+        seed, length = self.settings["run"]["seed"], self.settings["data"]["sequence_length"]
+        stream = self.tokens(lane)
+        last = next(stream)  # the next block's first token
+        for window in count():
+            held = []
+            for _ in range(min(8 * 2**window, self.settings["data"]["shuffle_blocks"])):
+                held.append([last, *islice(stream, length)])
+                last = held[-1][-1]
+            for j in sorted(range(len(held)), key=lambda j: h(repr((seed, lane, "block", window, j)).encode())):
+                yield held[j]
 
     def hashes(self) -> Iterator[str]:
         """blocks_sha256 of each update, for ever."""
         length, batch = self.settings["data"]["sequence_length"], self.settings["batch"]
-        streams = [self.tokens(lane) for lane in range(batch["lanes"])]
-        last = [next(stream) for stream in streams]  # the next block's first token
+        lanes = [self.blocks(lane) for lane in range(batch["lanes"])]
         blocks_per_lane = batch["tokens_per_update"] // (length * batch["lanes"])
         while True:
-            digests = []
-            for lane, stream in enumerate(streams):
-                for _ in range(blocks_per_lane):
-                    block = [last[lane], *islice(stream, length)]
-                    digests.append(hashlib.sha256(as_bytes(block)).digest())
-                    last[lane] = block[-1]
+            blocks = [block for lane in lanes for block in islice(lane, blocks_per_lane)]
+            digests = [hashlib.sha256(as_bytes(block)).digest() for block in blocks]
             yield hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 

@@ -47,8 +47,9 @@ def run_on(config: Config, blocks: int, rank: int = 0, ranks: int = 1) -> Run:
     return make_run(config, stand_in(rank, ranks), plan)
 
 
-def lane_of(source: Source, index: int = 0, lanes: int = 1, window: int = 5, seed: int = 3) -> Lane:
-    return Lane(source, index, LaneOrder(lanes, seed, window), encode_bytes, LENGTH)
+def lane_of(source: Source, index: int = 0, lanes: int = 1, shuffled: int = 1, seed: int = 3) -> Lane:
+    """Unshuffled if not told otherwise: then a lane's blocks, one after the other, are its documents."""
+    return Lane(source, index, LaneOrder(lanes, seed, shuffled), encode_bytes, LENGTH)
 
 
 def documents_of(tokens: np.ndarray) -> list[bytes]:

@@ -19,7 +19,7 @@ def arguments(directory: Path, *more: str) -> list[str]:
         *TINY,
         *["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/texts/*.txt"],
         *["--schedule.total_tokens", str(UPDATES * 1536), "--checkpoint.every_tokens", str(4 * 1536)],
-        *["--data.shuffle_window", "5", "--batch.micro_batch_size", "8", "--model.dropout", "0.1"],
+        *["--data.shuffle_blocks", "5", "--batch.micro_batch_size", "8", "--model.dropout", "0.1"],
         *["--data.cache_directory", str(directory.parent / "cache"), *more],
     ]
 
