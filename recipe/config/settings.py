@@ -88,8 +88,8 @@ class DataConfig:
     revision: str | None = None
     """Commit, branch or tag of the Hub dataset. Null: its main branch."""
     text_files: tuple[str, ...] = ()
-    """Local files, globs, or http:// and https:// addresses to stream; they take the place of `dataset`. .txt: one document per
-    file. .jsonl, .jsonl.gz, .jsonl.zst, .parquet: one per row."""
+    """Local files, globs, or http:// and https:// addresses to stream; they take the place of `dataset`. A name that exists is
+    no glob. .txt: one document per file. .jsonl, .jsonl.gz, .jsonl.zst, .parquet: one per row."""
     text_column: str = "text"
     """Column that holds the document."""
     sequence_length: Annotated[int, AtLeast(2), AtMost(2**24)] = 2048

@@ -1,12 +1,12 @@
 """The files that text is read from. Imports no torch."""
 
-import glob
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from recipe.config.local_files import paths_of
 from recipe.errors import RecipeError
 from recipe.text import public_address
 
@@ -44,7 +44,7 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
             _check_address(pattern, setting)
             paths.append(pattern)
             continue
-        matches = glob.glob(pattern, recursive=True)
+        matches = paths_of(pattern)
         found = [path for path in matches if os.path.isfile(path)]
         if not found and (directory := next(filter(os.path.isdir, matches), None)):
             raise RecipeError(

@@ -1,5 +1,6 @@
 """Tasks of lm-eval, EleutherAI's evaluation harness, on their own data or on local files."""
 
+import glob
 import importlib.util
 import json
 import logging
@@ -89,7 +90,7 @@ def evaluate_tasks(
 
 def _with_data(manager: Any, task: str, path: str) -> Any:
     """lm-eval's `task`, named `path`, with that file in place of its data."""
-    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": path}}}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": glob.escape(path)}}}
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
     # lm-eval takes a task with other settings only as the member of a group.
     (local,) = manager.load({"group": path, "task": [{"task": task, **data, **splits}]})["tasks"].values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import random
@@ -105,7 +106,8 @@ def blimp(draw: random.Random) -> Iterator[Item]:
 @pytest.fixture(scope="module")
 def files(model: tuple[Path, Any, Any]) -> dict[Path, list[Item]]:
     """file -> its items, for HellaSwag, LAMBADA and BLiMP."""
-    draw, root = random.Random(4), model[0].parent
+    draw, root = random.Random(4), model[0].parent / "no pattern [1]"
+    root.mkdir()
     items = {"hellaswag": [*hellaswag(draw)], "lambada": [*lambada(draw, *model[1:])], "blimp": [*blimp(draw)]}
     for name, of_file in items.items():
         lines = [json.dumps(item.row) + "\n" for item in of_file]
@@ -166,7 +168,7 @@ def test_scores_of_local_files_are_those_one_by_one(
     """The command, once, in batches of 7, on a file of each format and on a task of one's own, without a network."""
     pytest.importorskip("lm_eval", reason=INSTALL)
     blimp_file = str(next(path for path in files if path.stem == "blimp"))
-    (tmp_path / "own.yaml").write_text(OWN_TASK.replace("FILE", blimp_file), encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(OWN_TASK.replace("FILE", glob.escape(blimp_file)), encoding="utf-8")
     done = run(
         [
             *[sys.executable, "-m", "recipe", "evaluate", str(model[0]), "--micro_batch_size", "7"],
