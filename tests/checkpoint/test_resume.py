@@ -61,7 +61,7 @@ def test_three_resumes_give_the_uninterrupted_run_bit_for_bit(root: Path) -> Non
     """With dropout, in the middle of shuffle windows, into the third epoch."""
     state = json.loads((list_checkpoints(root / "whole/checkpoints")[0] / "training/state.json").read_text())
     assert max(lane["epoch"] for lane in state["lane_states"]) >= 2
-    assert any(lane["document"] for lane in state["lane_states"])
+    assert any(lane["block"] for lane in state["lane_states"])
     for stop_after in (5, 10, 17, None):
         more = ["--run.max_updates", str(stop_after)] if stop_after else []
         done = train(*arguments(root / "resumed", *more))
