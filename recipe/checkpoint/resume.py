@@ -168,7 +168,7 @@ def open_text(run: Run, point: ResumePoint) -> Source:
 
 
 def _record_same_text(run: Run, point: ResumePoint) -> str:
-    record = record_text(run.config)
+    record = record_text(run.config, run.console.say)
     if point.state and point.state.text:
         earlier = unpack_record(point.state.text)
         change = what_changed(earlier, record)

@@ -3,10 +3,9 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from recipe.config.local_files import paths_of
+from recipe.config.local_files import TextFiles, find_files
 from recipe.errors import RecipeError
 from recipe.text import public_address
 
@@ -29,8 +28,8 @@ def text_file_format(path: str) -> str | None:
     return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if public_name(path).endswith(ending)), None)
 
 
-def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files") -> list[str]:
-    """Paths and addresses that match `patterns` (files, globs, addresses), the value of `setting`; all of one format.
+def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files") -> TextFiles:
+    """What `patterns` (files, globs, addresses), the value of `setting`, stand for; all of one format.
 
     Sorted by what of them is public, so that a new signature leaves their order.
 
@@ -38,22 +37,11 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
         RecipeError: a pattern that matches nothing, an address or a file of an unknown format, files of two formats, or only
             empty ones.
     """
-    paths: list[str] = []
-    for pattern in patterns:
-        if is_remote(pattern):
-            _check_address(pattern, setting)
-            paths.append(pattern)
-            continue
-        matches = paths_of(pattern)
-        found = [path for path in matches if os.path.isfile(path)]
-        if not found and (directory := next(filter(os.path.isdir, matches), None)):
-            raise RecipeError(
-                f"{setting}: {directory!r} is a directory: give its files, such as {os.path.join(directory, '*.txt')!r}"
-            )
-        if not found:
-            raise RecipeError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
-        paths += found
-    paths = sorted(dict.fromkeys(paths), key=public_name)
+    addresses = [*dict.fromkeys(filter(is_remote, patterns))]
+    for address in addresses:
+        _check_address(address, setting)
+    local = find_files([pattern for pattern in patterns if not is_remote(pattern)], setting)
+    paths = sorted([*addresses, *local.paths], key=public_name)
     unknown = [path for path in paths if text_file_format(path) is None]
     if unknown:
         raise RecipeError(
@@ -64,7 +52,7 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
         raise RecipeError(f"{setting}: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}")
     if not any(is_remote(path) or os.path.getsize(path) for path in paths):
         raise RecipeError(f"{setting}: no text, all {len(paths)} files that match are empty")
-    return paths
+    return TextFiles(paths, local.left_out)
 
 
 def _check_address(address: str, setting: str) -> None:

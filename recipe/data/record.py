@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -31,14 +31,17 @@ class TextFile(NamedTuple):
 Record = list[TextFile]  # in the order in which the files are dealt to lanes
 
 
-def record_text(config: Config) -> Record:
-    """What the text of `config` is now.
+def record_text(config: Config, say: Callable[[str], None] | None = None) -> Record:
+    """What the text of `config` is now; `say` gets the line on files that were left out, if there is one.
 
     Raises:
         RecipeError: a file that cannot be read.
     """
     if config.data.text_files:
-        files: Sequence[str] = expand_text_files(config.data.text_files)
+        found = expand_text_files(config.data.text_files)
+        files: Sequence[str] = found.paths
+        if say and found.left_out:
+            say(found.left_out)
     elif config.data.dataset == STANDARD_LIBRARY:
         files = split_standard_library()[0]
     else:

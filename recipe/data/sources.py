@@ -33,7 +33,7 @@ def open_source(config: Config) -> Source:
     """
     data = config.data
     if data.text_files:
-        paths = expand_text_files(data.text_files)
+        paths = expand_text_files(data.text_files).paths
         name = public_name(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
         retry_seconds = data.retry_seconds if any(map(is_remote, paths)) else 0.0
         training = _files(paths, config)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 import json
 import os
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 from recipe.config.command_line import load_config
-from recipe.config.local_files import paths_of
+from recipe.config.local_files import _paths_of
 from recipe.config.text_files import expand_text_files
 from recipe.errors import RecipeError
 
@@ -60,7 +61,7 @@ def write_named() -> None:
 @pytest.mark.parametrize("given", NAMED)
 def test_a_name_that_exists_is_a_name(given: str) -> None:
     write_named()
-    assert sorted(expand_text_files([given])) == NAMED[given]
+    assert expand_text_files([given]).paths == NAMED[given]
 
 
 def test_names_come_through_the_command_line_as_they_are() -> None:
@@ -101,4 +102,61 @@ def test_patterns_find_what_the_standard_library_finds(place: Path) -> None:
     ]
     for pattern in [*patterns, *(f"{place}/{pattern}" for pattern in patterns)]:
         expected = {os.path.normpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
-        assert set(filter(os.path.isfile, paths_of(pattern))) == expected, pattern
+        assert set(filter(os.path.isfile, _paths_of(pattern, {}))) == expected, pattern
+
+
+# ---- Every file once -----------------------------------------------------------------------------------------------------
+
+
+def write_with_links() -> None:
+    """Two files and a directory with a third, and further ways to each of them."""
+    write("d/a.jsonl", "d/m.jsonl", "z/b.jsonl")
+    Path("d/0.jsonl").symlink_to("m.jsonl")  # first by name, and a link
+    os.link("d/m.jsonl", "d/n.jsonl")
+    Path("d/dead.jsonl").symlink_to("nowhere")
+    Path("d/loop.jsonl").symlink_to("loop.jsonl")
+    for up in ("d/up", "d/up2", "d/up3"):  # two would give 2^40 paths
+        Path(up).symlink_to("..")
+    Path("link").symlink_to("z")
+
+
+@pytest.mark.parametrize(
+    ("given", "paths", "left_out"),
+    [
+        (["d/a.jsonl", "./d/a.jsonl", "d//a.jsonl"], ["d/a.jsonl"], ""),
+        (["d/a.jsonl", "d/../d/a.jsonl"], ["d/../d/a.jsonl"], "repetitions (1): d/a.jsonl is d/../d/a.jsonl"),
+        (["z/*.jsonl", "link/*"], ["z/b.jsonl"], "repetitions (1): link/b.jsonl is z/b.jsonl"),
+        (["link/*"], ["link/b.jsonl"], ""),
+        (
+            ["d/*.jsonl"],
+            ["d/a.jsonl", "d/m.jsonl"],
+            "repetitions (2): d/0.jsonl is d/m.jsonl, d/n.jsonl is d/m.jsonl; dead links (2): d/dead.jsonl, d/loop.jsonl",
+        ),
+        (
+            ["**/*.jsonl", "link/b.jsonl", "d/n.jsonl", "d/*"],
+            ["d/a.jsonl", "d/m.jsonl", "z/b.jsonl"],
+            "repetitions (7): d/0.jsonl is d/m.jsonl, d/n.jsonl is d/m.jsonl, d/up is ., ...; "
+            "dead links (2): d/dead.jsonl, d/loop.jsonl",
+        ),
+    ],
+)
+def test_a_file_counts_once_in_whatever_order_its_paths_come(given: list[str], paths: list[str], left_out: str) -> None:
+    write_with_links()
+    for patterns in permutations(given):
+        found = expand_text_files(patterns)
+        assert found.paths == paths
+        assert found.left_out == (left_out and f"data.text_files: left out {left_out}")
+
+
+def test_a_file_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    write(*(f"d/{number}.jsonl" for number in range(300)))
+    looked_at, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: looked_at.append(path) or stat(path, **options))
+    assert len(expand_text_files(["d/*.jsonl", "**/*.jsonl"]).paths) == 300
+    assert len(looked_at) < 310
+
+
+def test_a_link_that_leads_nowhere_is_an_error_where_it_is_named() -> None:
+    write_with_links()
+    with pytest.raises(RecipeError, match=r"'d/dead\.jsonl' is a link that leads nowhere"):
+        expand_text_files(["d/a.jsonl", "d/dead.jsonl"])

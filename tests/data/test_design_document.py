@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def test_the_document_gives_the_blocks_of_several_epochs_over_grouped_files_and_
     write_texts(tmp_path / "texts", count=36, largest=1400)
     (tmp_path / "texts/000.txt").write_bytes(b"caf\xe9\r\nand <|endoftext|> in the\rmiddle\n" * 900)
     (tmp_path / "texts/035.txt").write_bytes(b"")
+    (tmp_path / "texts/0.txt").symlink_to("001.txt")
+    os.link(tmp_path / "texts/002.txt", tmp_path / "texts/zzz.txt")
+    (tmp_path / "texts/up").symlink_to("..")
     texts = [
         "--data.text_files",
-        f"{tmp_path}/texts/*.txt",
+        f"{tmp_path}/texts/**/*.txt",
         "--data.validation_one_in",
         "4",
         "--data.shuffle_blocks",

@@ -155,14 +155,16 @@ def copied(finished: Path, texts: Path, tmp_path: Path) -> Callable[..., list[st
 def test_a_run_goes_on_with_the_same_text_at_another_path_and_notes_it(
     finished: Path, texts: Path, tmp_path: Path, copied: Callable[..., list[str]]
 ) -> None:
-    done = train(*copied("--run.parity_check", "false"))
+    (tmp_path / "copy/link.txt").symlink_to("000.txt")  # of which nothing is read
+    done = train(*copied(str(tmp_path / "copy/link.txt"), "--run.parity_check", "false"))
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("data.text_files was")]
     assert f"data.text_files was ['{texts}/*.txt'], is ['{tmp_path}/copy/000.txt'" in line
     assert len(line) < 500
+    assert done.stdout.count(f"left out repetitions (1): {tmp_path}/copy/link.txt is {tmp_path}/copy/000.txt\n") == 1
     (event,) = read_events(tmp_path / "run", "resume")
     earlier, now = event["changes"]["data.text_files"]
-    assert (earlier, now[0], len(now)) == ([f"{texts}/*.txt"], f"{tmp_path}/copy/000.txt", 60)
+    assert (earlier, now[0], len(now)) == ([f"{texts}/*.txt"], f"{tmp_path}/copy/000.txt", 61)
     hashes = {line["update"]: line["blocks_sha256"] for line in read_ledger(finished)}
     found = read_ledger(tmp_path / "run")
     assert found[-1]["update"] == FINISHED_UPDATES

@@ -147,4 +147,4 @@ def test_a_new_signature_leaves_the_order_of_the_files() -> None:
     names = ("a.jsonl", "a.jsonl.gz.jsonl", "b.jsonl")
     for signatures in ("123", "321", "213"):
         found = expand_text_files([f"https://host/{n}?sig={s}" for n, s in zip(names, signatures, strict=True)])
-        assert [public_name(path) for path in found] == [f"https://host/{name}" for name in names]
+        assert [public_name(path) for path in found.paths] == [f"https://host/{name}" for name in names]

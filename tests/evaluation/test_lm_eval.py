@@ -168,7 +168,7 @@ def test_scores_of_local_files_are_those_one_by_one(
     """The command, once, in batches of 7, on a file of each format and on a task of one's own, without a network."""
     pytest.importorskip("lm_eval", reason=INSTALL)
     blimp_file = str(next(path for path in files if path.stem == "blimp"))
-    (tmp_path / "own.yaml").write_text(OWN_TASK.replace("FILE", glob.escape(blimp_file)), encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(OWN_TASK.replace("FILE", json.dumps(glob.escape(blimp_file))), encoding="utf-8")
     done = run(
         [
             *[sys.executable, "-m", "recipe", "evaluate", str(model[0]), "--micro_batch_size", "7"],

@@ -29,9 +29,29 @@ def read(path: str) -> str:
     return Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def files(patterns: Sequence[str]) -> list[str]:
+    paths_of_file: dict[tuple[int, int], set[str]] = {}
+    for pattern in patterns:
+        found = [""]
+        for part in Path(pattern).parts:
+            found = [path for place in found for path in matches(place, part)]
+        for path in filter(os.path.isfile, found):
+            paths_of_file.setdefault((os.stat(path).st_dev, os.stat(path).st_ino), set()).add(path)
+    return sorted(min(paths, key=lambda path: (links(path), path)) for paths in paths_of_file.values())
+
+
+def matches(place: str, part: str) -> list[str]:
+    path = os.path.join(place, part)
+    return [path] if os.path.lexists(path) else glob.glob(os.path.join(glob.escape(place), part), recursive=True)
+
+
+def links(path: str) -> int:
+    return sum(os.path.islink(directory) for directory in (path, *Path(path).parents))
+
+
 def shards_of_files(settings: Settings) -> list[list[str]]:
     """Paths of the .txt files of each shard."""
-    paths = sorted({path for pattern in settings["data"]["text_files"] for path in glob.glob(pattern, recursive=True)})
+    paths = files(settings["data"]["text_files"])
     lanes = settings["batch"]["lanes"]
     sizes = [sum(os.path.getsize(path) for path in paths[lane::lanes]) for lane in range(lanes)]
     if max(sizes) <= 2 * min(sizes):
