@@ -95,7 +95,7 @@ def linear_products(model: Any, rows: int, **options: Any) -> Iterator[tuple[str
 
 
 @cache
-def _tokenizer(vocabulary: int) -> Any:
+def any_tokenizer(vocabulary: int) -> Any:
     """Some tokenizer with so many tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -143,7 +143,7 @@ class Training:
         validate(config)
         self.run = run = start_quietly(config)
         choose_kernels(run)
-        self.tokenizer = _tokenizer(vocabulary)
+        self.tokenizer = any_tokenizer(vocabulary)
         with run.device:  # a CPU needs ten seconds for 1.3 billion normal numbers
             model = build_model(run, self.tokenizer)
         optimizer = build_optimizer(model, config.optimizer, config.run.seed)

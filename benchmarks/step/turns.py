@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -17,13 +16,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
 from benchmarks.random_text import random_block
+from benchmarks.reading import peak_memory_bytes
 from recipe.errors import RecipeError
 
 OURS = ("ours", "accumulation", "costs", "matrix_products")  # functions of `ours`; all others are of `peers`
@@ -87,7 +86,7 @@ class Turns:
     def tick(self, **parts: Any) -> None:
         """Answer with the seconds of the turn, and of its parts; wait. Ends the process if nobody asks any more."""
         seconds = time.perf_counter() - self._began
-        self.answer({"seconds": seconds, **parts, "facts": {**self.facts, "peak_memory_bytes": _peak_memory_bytes()}})
+        self.answer({"seconds": seconds, **parts, "facts": {**self.facts, "peak_memory_bytes": peak_memory_bytes()}})
         if not sys.stdin.readline():
             os._exit(0)
         self._began = time.perf_counter()
@@ -96,14 +95,6 @@ class Turns:
         """One line of JSON."""
         self._answers.write(json.dumps(values) + "\n")
         self._answers.flush()
-
-
-def _peak_memory_bytes() -> int:
-    """Peak of this program's resident set. `ru_maxrss` would count the parent too, from which the process was forked."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 class Worker:
