@@ -15,7 +15,7 @@ from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.documents import Source
 from recipe.data.lanes import Lane
 from recipe.data.record import pack_record, record_text, touched, unpack_record, what_changed
-from recipe.data.sources import open_source
+from recipe.data.sources import find_text, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
@@ -29,7 +29,13 @@ from recipe.step.spikes import Spike, spike_error
 # What may change between the parts of a run: none of it enters the update. Everything else is the run.
 MAY_CHANGE_ON_RESUME = (
     *("run.directory", "run.max_updates", "run.parity_check", "batch.micro_batch_size", "batch.scaling"),
-    *("data.cache_directory", "data.retry_seconds", "schedule.total_tokens", "schedule.tokens_per_parameter"),
+    *(
+        "data.cache_directory",
+        "data.retry_seconds",
+        "data.on_bad_row",
+        "schedule.total_tokens",
+        "schedule.tokens_per_parameter",
+    ),
     *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
 )
 
@@ -160,15 +166,18 @@ def _shown(value: Any) -> str:
 def open_text(run: Run, point: ResumePoint) -> Source:
     """Open the text of the run, if it is still that of the checkpoint of `point`. Collective.
 
+    Rank 0 alone looks for files and asks servers, and tells the others.
+
     Raises:
         RecipeError: it cannot be read, or has changed.
     """
-    run.text_record = run.on_main(lambda: _record_same_text(run, point))
-    return open_source(run.config)
+    run.text_record, source = run.on_main(lambda: _open_same_text(run, point))
+    return source
 
 
-def _record_same_text(run: Run, point: ResumePoint) -> str:
-    record = record_text(run.config, run.console.say)
+def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
+    files = find_text(run.config, run.console.say)
+    record = record_text(files)
     if point.state and point.state.text:
         earlier = unpack_record(point.state.text)
         change = what_changed(earlier, record)
@@ -176,9 +185,9 @@ def _record_same_text(run: Run, point: ResumePoint) -> str:
             raise RecipeError(
                 f"{change}: the text is not what {point.checkpoint} was trained on; bring it back, or --resume fresh"
             )
-        if files := touched(earlier, record):
-            run.console.say(f"written since, with the same size, head and tail: {_shown(files)}")
-    return pack_record(record)
+        if changed := touched(earlier, record):
+            run.console.say(f"written since, with the same size, head and tail: {_shown(changed)}")
+    return pack_record(record), open_source(run.config, files, run.console.say)
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

@@ -88,10 +88,15 @@ class DataConfig:
     revision: str | None = None
     """Commit, branch or tag of the Hub dataset. Null: its main branch."""
     text_files: tuple[str, ...] = ()
-    """Local files, globs, or http:// and https:// addresses to stream; they take the place of `dataset`. A name that exists is
-    no glob. .txt: one document per file. .jsonl, .jsonl.gz, .jsonl.zst, .parquet: one per row."""
+    """Local files, globs, or addresses to stream (https://, hf://datasets/, s3://, gs:// and what else fsspec knows); they take
+    the place of `dataset`. A name that exists is never a pattern. .txt: one document per file. .jsonl or .json, also with .gz
+    or .zst, and .parquet: one per row."""
     text_column: str = "text"
     """Column that holds the document."""
+    encoding: str | None = None
+    """Encoding of .txt files, such as latin-1. Null: UTF-8, or what a byte-order mark says."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row, or a .txt file, that holds no text: stop and name it, or leave it out and count it."""
     sequence_length: Annotated[int, AtLeast(2), AtMost(2**24)] = 2048
     """Target tokens of a block."""
     tokenizer: str | None = "gpt2"

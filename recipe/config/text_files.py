@@ -9,13 +9,16 @@ from recipe.config.local_files import TextFiles, find_files
 from recipe.errors import RecipeError
 from recipe.text import public_address
 
-# File ending -> the `datasets` builder that reads it.
-TEXT_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
+# File ending -> format: a document is a file of text, an object on a line of JSON, or a row of Parquet.
+TEXT_FILE_FORMATS = {
+    **{".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".parquet": "parquet"},
+    **{".json": "json", ".json.gz": "json", ".json.zst": "json"},
+}
 
 
 def is_remote(path: str) -> bool:
     """True for an address: it is streamed."""
-    return path.startswith(("http://", "https://"))
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
 def public_name(path: str) -> str:
@@ -24,7 +27,7 @@ def public_name(path: str) -> str:
 
 
 def text_file_format(path: str) -> str | None:
-    """The `datasets` builder for a file's name or address; None if its ending is not in `TEXT_FILE_FORMATS`."""
+    """The format of a file by its name or address; None if its ending is not in `TEXT_FILE_FORMATS`."""
     return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if public_name(path).endswith(ending)), None)
 
 

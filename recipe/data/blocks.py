@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recipe.data.documents import Source
+from recipe.data.files import in_background
 from recipe.data.lanes import Lane, LaneOrder
 from recipe.data.tokenizer import document_encoder
 from recipe.errors import RecipeError
@@ -39,6 +40,7 @@ class UpdateBlocks:
     lane_states: list[dict[str, Any]]
     update: int = 0  # which one, from 1
     wait_seconds: float = 0.0  # time the caller waited for it
+    bad_rows: int = 0  # rows without text that the rank has left out, up to here and a little further
     skipped_batches: tuple[int, ...] = ()  # batches (see `batch_index`) that rollbacks have left out, or that will be
 
 
@@ -69,8 +71,12 @@ def make_lanes(run: Run, source: Source, tokenizer: Any) -> list[Lane]:
 def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.device) -> UpdateBlocks:
     """Read, tokenize and pack the next update's blocks of these lanes, and move them to the device."""
     states = [lane.state_dict() for lane in lanes]
-    blocks = np.concatenate([lane.next_blocks(blocks_per_lane) for lane in lanes])
-    return UpdateBlocks(blocks, to_tensors(blocks, device), hash_blocks(blocks), states)
+    reading = [
+        in_background(lane.next_blocks, blocks_per_lane) for lane in lanes
+    ]  # side by side: they may wait for a network
+    blocks = np.concatenate([future.result() for future in reading])
+    hashes, bad_rows = hash_blocks(blocks), lanes[0].bad_rows
+    return UpdateBlocks(blocks, to_tensors(blocks, device), hashes, states, bad_rows=bad_rows)
 
 
 class UpdateReader:

@@ -1,64 +1,42 @@
 """Documents in shards, each read exactly once, however often reading fails."""
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any
 
-from recipe.data.shards import StreamedShards, TextShards
+from recipe.data.files import name_of
+from recipe.data.formats import BadRow, State
+from recipe.data.shards import Shards
 from recipe.errors import DATA_EXIT_CODE, RecipeError
 from recipe.retry import growing_pauses
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
+SHARDS_AHEAD = 8  # row groups of remote files on the way where all documents are read in order
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """Documents in shards, some of them held out for validation."""
 
     name: str  # what the user called it
-    training: StreamedShards | TextShards  # at least as many shards as lanes
-    text_column: str  # the column that holds the document
+    training: Shards  # at least as many as lanes
     # Documents of `training` held out by hash of their text, one in this many; None: none
     validation_one_in: int | None = None
-    validation: TextShards | None = None  # held-out documents, if they are not in `training`
+    validation: Shards | None = None  # held-out documents, if they are not in `training`
     retry_seconds: float = 0.0  # how long to try again if reading fails; 0 for local files
+    skips_bad_rows: bool = False  # what holds no text is left out and counted, not an error
+    bad_rows: int = 0  # left out by the lanes of this process
 
-    @property
-    def num_shards(self) -> int:
-        """Shards of the training documents."""
-        return self.training.num_shards
-
-    def shard(self, index: int) -> Any:
-        """A reader of one shard, with its own `state_dict()`."""
-        return self.training.shard(index)
-
-    def text(self, row: dict[str, Any]) -> str:
-        """The document of a row; an empty string if it is null.
-
-        Raises:
-            RecipeError: no such column, or not text.
-        """
-        if self.text_column not in row:
-            raise RecipeError(
-                f"{self.name} has no column {self.text_column!r}: set --data.text_column to one of {list(row)}"
-            )
-        value = row[self.text_column]
-        if value is not None and not isinstance(value, str):
-            raise RecipeError(
-                f"column {self.text_column!r} of {self.name} holds {type(value).__name__}, not text: set --data.text_column"
-            )
-        return value or ""
+    def __len__(self) -> int:
+        return len(self.training)
 
     def is_held_out(self, text: str) -> bool:
         """Whether a document of `training` belongs to validation: the same answer on every rank and in every epoch."""
-        return (
-            self.validation_one_in is not None
-            and hash_number(text.encode("utf-8", "surrogatepass")) % self.validation_one_in == 0
-        )
+        return self.validation_one_in is not None and hash_number(text.encode()) % self.validation_one_in == 0
 
     def training_documents(self) -> Iterator[str]:
         """The training documents, once, in the order of the source."""
@@ -72,55 +50,81 @@ class Source:
             return iter(())
         return (text for text in self._read_all(self.training) if self.is_held_out(text))
 
-    def read_shard(self, index: int, state: dict[str, Any] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read_shard(
+        self, index: int, state: State | None = None, then: Sequence[int] = ()
+    ) -> Iterator[tuple[str, State]]:
         """(document, the reader's state after it) for each training document of a shard, from `state` on.
 
+        `then` are the shards that are read next: they may be fetched meanwhile.
+
         Raises:
-            RecipeError: the shard cannot be read, or holds no text.
+            RecipeError: the shard cannot be read, or a row of it holds no text.
         """
         try:
-            for text, state_after in self._read(self.shard(index), f"shard {index} of {self.name}", state):
-                if not self.is_held_out(text):
+            for text, state_after in self._read(self.training, index, state, then):
+                if isinstance(text, BadRow):
+                    with _COUNTING:
+                        self.bad_rows += 1
+                elif not self.is_held_out(text):
                     yield text, state_after
         except RecipeError as error:
             error.on_this_rank_only = True  # the others read other shards
             raise
 
-    def _read_all(self, shards: StreamedShards | TextShards) -> Iterator[str]:
-        for index in range(shards.num_shards):
-            name = self.name if shards.num_shards == 1 else f"shard {index} of {self.name}"
-            for text, _ in self._read(shards.shard(index), name):
-                yield text
+    def _read_all(self, shards: Shards) -> Iterator[str]:
+        try:
+            for index in range(len(shards)):
+                then = range(index + 1, min(index + 1 + SHARDS_AHEAD, len(shards)))
+                for text, _ in self._read(shards, index, then=then):
+                    if not isinstance(text, BadRow):
+                        yield text
+        finally:
+            shards.forget()
 
     def _read(
-        self, reader: Any, name: str, state: dict[str, Any] | None = None
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(document, the reader's state after it), each once: after an error it goes on behind the last document."""
+        self, shards: Shards, index: int, state: State | None = None, then: Sequence[int] = ()
+    ) -> Iterator[tuple[str | BadRow, State]]:
+        """(document, state after it), each once: after an error it goes on behind the last document."""
         all_pauses = partial(growing_pauses, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, self.retry_seconds)
         pauses = all_pauses()
         while True:
-            if state is not None:
-                reader.load_state_dict(state)
             try:
-                for row in reader:
-                    text, state = self.text(row), reader.state_dict()
+                for text, state_after in shards.read(index, state, then):
+                    state = state_after
+                    if isinstance(text, BadRow) and not self.skips_bad_rows:
+                        raise RecipeError(f"{text}; --data.on_bad_row skip leaves such rows out")
                     yield text, state
                     pauses = all_pauses()
                 return
             except RecipeError:
                 raise
-            except Exception as error:  # of any library under datasets
+            except Exception as error:  # of any library that reads
+                name = self.name if len(shards) == 1 else f"shard {index} of {self.name}"
+                if not may_pass(error):
+                    raise RecipeError(
+                        f"cannot read {name}: {name_of(shards.parts[index].file)}: {reason_of(error)}"
+                    ) from error
                 if (pause := next(pauses, None)) is None:
                     raise self._unreadable(name, error) from error
             time.sleep(pause)
 
     def _unreadable(self, name: str, error: Exception) -> RecipeError:
         tried = f" (tried again for {self.retry_seconds:g} s, data.retry_seconds)" if self.retry_seconds else ""
+        reason = reason_of(error)
+        what = reason if name in reason else f"{name}: {reason}"
         return RecipeError(
-            f"cannot read {name}: {reason_of(error)}{tried}; once it can be read, the same command goes on from here",
+            f"cannot read {what}{tried}; once it can be read, the same command goes on from here",
             on_this_rank_only=self.retry_seconds > 0,  # a network may have failed for this rank alone
             exit_code=DATA_EXIT_CODE,
         )
+
+
+_COUNTING = threading.Lock()
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether reading has failed, and not what was read: libraries call that an OSError too, but without a number."""
+    return isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def reason_of(error: Exception) -> str:

@@ -67,9 +67,14 @@ class Lane:
         sequence_length: int,
     ) -> None:
         self.source, self.index, self.order = source, index, order
-        self.shards = range(index, source.num_shards, order.lanes)
+        self.shards = range(index, len(source), order.lanes)
         self.encode, self.sequence_length = encode, sequence_length
         self.load_state_dict(asdict(Position()))
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows without text that this and the other lanes of the source have left out."""
+        return self.source.bad_rows
 
     def state_dict(self) -> dict[str, Any]:
         """JSON value from which `load_state_dict` continues with exactly the next block."""
@@ -139,14 +144,16 @@ class Lane:
         while True:
             order = sorted(self.shards, key=lambda shard: self._hash(position.epoch, "shard", shard))
             for place in range(position.shard, len(order)):
-                for text, state_after in self.source.read_shard(order[place], position.reader):
+                for text, state_after in self.source.read_shard(
+                    order[place], position.reader, order[place + 1 : place + 2]
+                ):
                     yield position, text
                     has_text = has_text or bool(text)
                     position = Position(position.epoch, place, state_after)
                 position = Position(position.epoch, place + 1)
             if not has_text:
                 raise RecipeError(
-                    f"{self.source.name}: no training text in lane {self.index} ({len(order)} of {self.source.num_shards} "
+                    f"{self.source.name}: no training text in lane {self.index} ({len(order)} of {len(self.source)} "
                     "shards): the corpus is empty there, or all of it is held out; set --batch.lanes to less, or "
                     "--data.validation_one_in null",
                     on_this_rank_only=True,

@@ -5,15 +5,15 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from recipe.config.settings import STANDARD_LIBRARY, Config
-from recipe.config.text_files import expand_text_files, is_remote
+from recipe.config.text_files import is_remote
 from recipe.data.documents import reason_of
-from recipe.data.sources import dataset_files, split_standard_library
+from recipe.data.files import File
+from recipe.data.remote_files import RemoteFile
 from recipe.errors import RecipeError
 
 PIECE_BYTES = 1 << 16  # of the head and of the tail of a file; one of at most two pieces is hashed whole
@@ -31,26 +31,20 @@ class TextFile(NamedTuple):
 Record = list[TextFile]  # in the order in which the files are dealt to lanes
 
 
-def record_text(config: Config, say: Callable[[str], None] | None = None) -> Record:
-    """What the text of `config` is now; `say` gets the line on files that were left out, if there is one.
+def record_text(files: Sequence[File]) -> Record:
+    """What the text of these files is now.
 
     Raises:
         RecipeError: a file that cannot be read.
     """
-    if config.data.text_files:
-        found = expand_text_files(config.data.text_files)
-        files: Sequence[str] = found.paths
-        if say and found.left_out:
-            say(found.left_out)
-    elif config.data.dataset == STANDARD_LIBRARY:
-        files = split_standard_library()[0]
-    else:
-        files = dataset_files(config)
-    paths = [file if "://" in file else os.path.abspath(file) for file in files]
-    directories = {os.path.dirname(path) for path in paths if "://" not in path}
+    paths = [file.address if isinstance(file, RemoteFile) else os.path.abspath(file.address) for file in files]
+    directories = {os.path.dirname(path) for path in paths if not is_remote(path)}
     root = os.path.commonpath(directories) if directories else ""
     try:
-        record = [_remote_file(path) if "://" in path else _local_file(path, root) for path in paths]
+        record = [
+            _remote_file(file) if isinstance(file, RemoteFile) else _local_file(path, root)
+            for file, path in zip(files, paths, strict=True)
+        ]
     except OSError as error:
         raise RecipeError(f"cannot read {reason_of(error)}") from None
     return list(dict.fromkeys(record))  # of a commit once
@@ -122,12 +116,8 @@ def _local_file(path: str, root: str) -> TextFile:
     return TextFile(name, status.st_size, digest.hexdigest(), int(status.st_mtime))
 
 
-def _remote_file(address: str) -> TextFile:
-    if is_remote(address):
-        from recipe.data.remote_files import HttpFileSystem
-
-        info, parts = HttpFileSystem().info(address), urlsplit(address)
-        etag = (info["ETag"] or "").removeprefix("W/")
-        return TextFile(f"{parts.scheme}://{parts.hostname}{parts.path}", info["size"], etag)
-    found = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/.*", address)
-    return TextFile(found[1], None, found[2]) if found else TextFile(address, None, "")
+def _remote_file(file: RemoteFile) -> TextFile:
+    if found := re.fullmatch(r"hf://datasets/([^@]+)@([0-9a-f]{40})/.*", file.address):
+        return TextFile(found[1], None, found[2])
+    parts = urlsplit(file.address)
+    return TextFile(f"{parts.scheme}://{parts.hostname}{parts.path}", file.size, file.version)

@@ -1,167 +1,157 @@
-"""Files that are read over a network, of which no byte goes missing unnoticed.
+"""Files behind addresses: http(s)://, hf:// and, with their libraries, s3://, gs:// and what else fsspec knows.
 
-The file systems that fsspec and the Hub's library bring take what a server answers for what was asked for. A range that comes
-back short, a page with status 200 or an empty answer with status 416 then shifts, replaces or ends the text without an error
-(docs/decisions.md). Here an answer is either exactly the bytes that were asked for, of a file as long as it was when this
-process first saw it, or a ConnectionError, after which `recipe.data.documents` reads on from the last document.
-
-An address may be signed, or hold a password. `datasets` writes down what it reads, so it knows files by public names.
+They are read by ranges of bytes, and no byte goes missing unnoticed. Libraries take what a server answers for what was asked
+for: a range that comes back short, a page with status 200 or an empty answer with status 416 then shifts, replaces or ends
+the text without an error (docs/decisions.md). Here an answer is either exactly the bytes that were asked for, of a file as
+long as it was when it was first seen, or a ConnectionError, after which `recipe.data.documents` reads on from the last
+document.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from base64 import b64encode
-from email.message import Message
-from http.client import HTTPException
-from typing import Any, ClassVar
-from urllib.error import HTTPError
-from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import Request, urlopen
+import threading
+from dataclasses import dataclass
+from glob import has_magic
+from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
-from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
-from huggingface_hub import HfFileSystem
-from huggingface_hub.hf_file_system import HfFileSystemFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+import httpx
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session
 
 from recipe.config.text_files import public_name
+from recipe.errors import RecipeError
 from recipe.retry import retry
 
 SILENCE_SECONDS = 30.0  # a server that sends nothing for so long has failed
-# Before a range is asked for a second and a third time: to start from the last document reads its file up to there again.
+# Before a range is asked for a second and a third time: to start from the last document may read its file up to there again.
 PAUSES_SECONDS = (0.5, 2.0)
+_REQUESTS = threading.Semaphore(16)  # at the same time
 
 
-class HttpFileSystem(AbstractFileSystem):
-    """Files by their http:// or https:// addresses, read by ranges of bytes."""
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind an address, as it was when it was first seen."""
 
-    protocol = ("http", "https")
-    _first_seen: ClassVar[dict[str, dict[str, Any]]] = {}
-    addresses: ClassVar[dict[str, str]] = {}  # in full, by public name
+    address: str  # in full
+    size: int  # bytes
+    version: str = ""  # its ETag, or another value that changes with its bytes, if there is one
 
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return path
-
-    def info(self, path: str, **options: Any) -> dict[str, Any]:
-        """Size in bytes and ETag of the file as this process first saw it.
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`.
 
         Raises:
-            ConnectionError: no such file, or a server that does not answer ranges.
+            ConnectionError: anything else came, or nothing, three times.
         """
-        if path not in self._first_seen:
-            headers, _ = retry(lambda: _get(path, 0, 1), PAUSES_SECONDS)
-            size = int(headers["Content-Range"].rpartition("/")[2])
-            self._first_seen[path] = {"name": path, "type": "file", "size": size, "ETag": headers["ETag"]}
-        return self._first_seen[path]
+        return retry(lambda: self._read_range(start, end), PAUSES_SECONDS)
 
-    def glob(self, path: str, **options: Any) -> Any:
-        """The one file of this address, in which `?` begins a query and is no pattern."""
-        return {path: self.info(path)} if options.get("detail") else [path]
-
-    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        """As fsspec has it; `datasets` gives the encoding of a text file to the file system instead."""
-        return super().open(path, mode, **{**self.storage_options, **options})
-
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> HttpFile:
-        return HttpFile(self, path, mode, block_size or "default", size=self.info(path)["size"])
-
-
-class HttpFile(AbstractBufferedFile):
-    """One of them, read ahead in blocks."""
-
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        return retry(lambda: _get(self.path, start, end, self.size)[1], PAUSES_SECONDS)
-
-
-class HubFileSystem(HfFileSystem):
-    """The Hub's own, but for how a file is read."""
-
-    def _open(
-        self, path: str, mode: str = "rb", block_size: int | None = None, revision: str | None = None, **options: Any
-    ) -> HubFile:
-        return HubFile(self, path, mode=mode, revision=revision, block_size=block_size, **options)
-
-
-class HubFile(HfFileSystemFile):
-    """A file of a commit, so that its size cannot change."""
-
-    read = AbstractBufferedFile.read  # by ranges also where all of it is wanted
-
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        return retry(lambda: self._get(start, end), PAUSES_SECONDS)
-
-    def _get(self, start: int, end: int) -> bytes:
-        asked = f"bytes {start}-{end - 1} of {self.size:,}"
-        headers = {**build_hf_headers(token=self.fs.token), "Range": f"bytes={start}-{end - 1}"}
+    def _read_range(self, start: int, end: int) -> bytes:
+        size = self.size
         try:
-            answer = get_session().get(self.url(), headers=headers, timeout=SILENCE_SECONDS)
-            hf_raise_for_status(answer)
-        except Exception as error:
-            raise ConnectionError(f"{self.path}: asked for {asked}, got {error}") from None
-        if len(answer.content) != end - start:
-            got = f"{len(answer.content):,} bytes, status {answer.status_code}"
-            raise ConnectionError(f"{self.path}: asked for {asked}, got {got}")
-        return bytes(answer.content)
+            with _REQUESTS:
+                if is_http(self.address):
+                    data, size, _ = _get_range(self.address, start, end)
+                else:
+                    data = _file_system(urlsplit(self.address).scheme).cat_file(self.address, start=start, end=end)
+        except Exception as error:  # of any library under fsspec
+            got = _reason(self.address, error)
+        else:
+            if len(data) == end - start and size == self.size:
+                return data
+            got = f"{len(data):,} bytes of {size:,}"
+        what = f"asked for bytes {start}-{end - 1} of {self.size:,}"
+        raise ConnectionError(f"{public_name(self.address)}: {what}, got {got}") from None
 
 
-def use_checked_files() -> None:
-    """Let `datasets` open remote files through these file systems, and leave it to the recipe to try again."""
-    import datasets
-
-    for protocol, file_system in (("http", HttpFileSystem), ("https", HttpFileSystem), ("hf", HubFileSystem)):
-        fsspec.register_implementation(protocol, file_system, clobber=True)
-    # Its own way is to try 20 times, with pauses of 5 to 60 s, whenever a file is opened or read.
-    datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 1
-    datasets.config.STREAMING_OPEN_RETRY_INTERVAL = datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
-    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
-    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
-
-
-def name_for_datasets(address: str) -> str:
-    """A public name by which `HttpFileSystem` reads an address; numbered if addresses differ only in what is not public."""
-    public = name = public_name(address)
-    number = 1
-    while HttpFileSystem.addresses.setdefault(name, address) != address:
-        number += 1
-        name = f"{public}?{number}"
-    return name
-
-
-def _request(address: str) -> Request:
-    """With the credentials in a header, where urllib looks for them, which is for this host alone."""
-    parts = urlsplit(address)
-    credentials, _, host = parts.netloc.rpartition("@")
-    request = Request(parts._replace(netloc=host, fragment="").geturl())
-    if credentials:
-        credentials += "" if ":" in credentials else ":"
-        request.add_unredirected_header("Authorization", f"Basic {b64encode(unquote_to_bytes(credentials)).decode()}")
-    return request
-
-
-def _get(name: str, start: int, end: int, size: int | None = None) -> tuple[Message, bytes]:
-    """(headers, the bytes from `start` to before `end`) of a file, which is `size` bytes long where that is known.
+def find_remote_file(address: str) -> RemoteFile:
+    """Ask for size and version of a file.
 
     Raises:
-        ConnectionError: anything else came, or nothing.
+        ConnectionError: no such file, or a server that does not answer ranges.
+        RecipeError: a library that is needed for this kind of address is not installed.
     """
-    asked, address = f"bytes {start}-{end - 1}", HttpFileSystem.addresses.get(name, name)
+    return retry(lambda: _find_remote_file(address), PAUSES_SECONDS, lambda error: not isinstance(error, RecipeError))
+
+
+def _find_remote_file(address: str) -> RemoteFile:
     try:
-        request = _request(address)
-        request.add_header("Range", asked.replace(" ", "="))
-        with urlopen(request, timeout=SILENCE_SECONDS) as answer:
-            status, headers, data = answer.status, answer.headers, answer.read(end - start)
-    except (OSError, HTTPException, ValueError) as error:
-        got = str(error) or type(error).__name__
-        if isinstance(error, HTTPError) and error.code < 500 and address == public_name(address):
-            got += (
-                "; if it needs a query or a password, give it with them: config.yaml and cards have no address in full"
-            )
-        raise ConnectionError(f"{public_name(name)}: asked for {asked}, got {got}") from None
-    given = headers["Content-Range"] or "no range"
-    if status != 206 or not re.fullmatch(f"{asked}/{size or '[0-9]+'}", given) or len(data) != end - start:
-        of_size = f" of {size:,}" if size else ""
-        got = f"{given} ({len(data):,} bytes, status {status})"
-        raise ConnectionError(f"{public_name(name)}: asked for {asked}{of_size}, got {got}")
-    return headers, data
+        if is_http(address):
+            _, size, version = _get_range(address, 0, 1)
+            return RemoteFile(address, size, version.removeprefix("W/"))
+        info = _file_system(urlsplit(address).scheme).info(address)
+        versions = (info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime"))
+        return RemoteFile(address, int(info["size"]), str(next(filter(None, versions), "")))
+    except RecipeError:
+        raise
+    except Exception as error:  # of any library under fsspec
+        raise ConnectionError(f"{public_name(address)}: {_reason(address, error)}") from None
+
+
+def find_pattern(address: str) -> list[str]:
+    """The addresses that a pattern of an object store or the Hub stands for; `?` and `*` are no pattern in https://.
+
+    Raises:
+        ConnectionError: there is none, or no answer.
+        RecipeError: see `find_remote_file`.
+    """
+    scheme = urlsplit(address).scheme
+    if scheme in ("http", "https") or not has_magic(address):
+        return [address]
+    try:
+        found = _file_system(scheme).glob(address)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise ConnectionError(f"{public_name(address)}: {_reason(address, error)}") from None
+    if not found:
+        raise RecipeError(f"no file matches {public_name(address)}")
+    return sorted(f"{scheme}://{path}" for path in found)
+
+
+def is_http(address: str) -> bool:
+    """Whether it is asked for by HTTP: of the Hub, or any other server."""
+    return address.startswith(("http://", "https://", "hf://"))
+
+
+def _get_range(address: str, start: int, end: int) -> tuple[bytes, int, str]:
+    """(the bytes, of how many the file has, its ETag) of a file behind http(s):// or hf://.
+
+    Raises:
+        ConnectionError: an answer that is not this range.
+    """
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
+    client, url = _http_client(), address
+    if found := re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", address):
+        url = hf_hub_url(found[1], found[3], repo_type="dataset", revision=found[2] or "main")
+        client, headers = get_session(), {**build_hf_headers(), **headers}
+    with client.stream("GET", url, headers=headers, timeout=SILENCE_SECONDS, follow_redirects=True) as answer:
+        answer.raise_for_status()
+        given = answer.headers.get("Content-Range", "no range")
+        found = re.fullmatch(rf"bytes {start}-{end - 1}/(\d+)", given)
+        if answer.status_code != 206 or not found or "Content-Encoding" in answer.headers:
+            raise ConnectionError(f"{given}, status {answer.status_code}")
+        return answer.read(), int(found[1]), answer.headers.get("ETag", "")
+
+
+@functools.cache
+def _http_client() -> httpx.Client:
+    return httpx.Client(limits=httpx.Limits(max_connections=None))
+
+
+@functools.cache
+def _file_system(scheme: str) -> Any:
+    try:
+        return fsspec.filesystem(scheme)
+    except (ImportError, ValueError) as error:  # it names the package
+        raise RecipeError(f"{scheme}:// cannot be read: {error}") from None
+
+
+def _reason(address: str, error: Exception) -> str:
+    status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+    text = f"HTTP Error {status}" if status else str(error) or type(error).__name__
+    if status and status < 500 and address.startswith("http") and address == public_name(address):
+        text += "; if it needs a query or a password, give it with them: config.yaml and cards have no address in full"
+    return text

@@ -1,66 +1,149 @@
-"""Quick access to one of many shards of documents. `datasets` copies the list of all files for each shard that is taken out."""
+"""The parts of files that lanes read. Each is a shard; there are at least as many as lanes, and lanes get about as much."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
-_SPLIT_AT_ONCE = 64  # shards of a part from which `datasets` takes one out
+from recipe.data.files import File, LocalFile, compression_of, in_background, open_bytes
+from recipe.data.formats import Document, Part, State, read_json_lines, read_text
+
+# Files are cut into this many shards per lane, so that shard order shuffles something.
+SHARDS_PER_LANE = 16
+# Whole files, or row groups, are shards if the largest lane holds at most this many times the bytes of the smallest.
+LARGEST_LANE_RATIO = 2
+COPIED_COLUMN = "text"  # the only one of a copy
+_SEARCHED_BYTES = 1 << 16  # at once for the end of a line
 
 
-class StreamedShards:
-    """The shards of a streaming dataset of `datasets`, found by halving it; halves are kept."""
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read from files."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.num_shards = int(dataset.num_shards)
-        self._dataset, self._halves = dataset, dict[tuple[int, int], Any]()
-
-    def shard(self, index: int) -> Any:
-        """One shard as a streaming dataset of its own, with its own `state_dict()`."""
-        part, first, count = self._dataset, 0, self.num_shards
-        while count > _SPLIT_AT_ONCE:
-            half = (count + 1) // 2  # the first is the larger one
-            is_second = index >= first + half
-            first, count = (first + half, count - half) if is_second else (first, half)
-            if (first, count) not in self._halves:
-                self._halves[first, count] = part.shard(num_shards=2, index=int(is_second))
-            part = self._halves[first, count]
-        return part.shard(num_shards=count, index=index - first)
+    format: str  # text, json or parquet
+    column: str = "text"  # of rows
+    encoding: str | None = None  # of .txt files; None: UTF-8, or what a byte-order mark says
 
 
-class TextShards:
-    """Local .txt files, each one document: as `datasets` reads them, without the milliseconds that it needs for each."""
+class Shards:
+    """Documents in shards."""
 
-    def __init__(self, paths: Sequence[str], num_shards: int | None = None) -> None:
-        self.paths, self.num_shards = paths, num_shards or len(paths)
+    def __init__(self, reading: Reading, parts: Sequence[Part], parquet: Any = None) -> None:
+        self.reading, self.parts = reading, parts
+        self._parquet = parquet or (parquet_reader(reading) if reading.format == "parquet" else None)
 
-    def shard(self, index: int) -> "TextReader":
-        """One of `num_shards` contiguous parts, of which the first ones have one file more."""
-        size, larger = divmod(len(self.paths), self.num_shards)
-        start = size * index + min(index, larger)
-        return TextReader(self.paths[start : start + size + (index < larger)])
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def read(self, index: int, state: State | None = None, then: Sequence[int] = ()) -> Iterator[Document]:
+        """The documents of a shard behind `state`; `then` are shards that will be read next.
+
+        Raises:
+            RecipeError: a file that is not what its name says.
+            OSError: it cannot be read, or not now.
+        """
+        part = self.parts[index]
+        if self.reading.format == "text":
+            return read_text(part, self.reading.encoding, state)
+        if self.reading.format == "json":
+            return read_json_lines(part, self.reading.column, state)
+        return self._parquet.read(part, state, [self.parts[shard] for shard in then])
+
+    def forget(self) -> None:
+        """Give back what was fetched and not read."""
+        if self._parquet:
+            self._parquet.forget()
 
 
-class TextReader:
-    """Reads such files in order, from a state on."""
+def parquet_reader(reading: Reading) -> Any:
+    """pyarrow, which it needs, takes a second to import."""
+    from recipe.data.parquet import ParquetReader
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths, self._start, self._read = paths, 0, 0
+    return ParquetReader(reading.column)
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many documents have been read."""
-        return {"documents": self._read}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin behind the documents of `state`."""
-        if "documents" in state:
-            self._start = state["documents"]
-        else:  # in an older checkpoint, where `datasets` has counted them
-            counts = state["examples_iterable"]
-            self._start = counts["batch_idx"] or counts["examples_iterable"]["shard_example_idx"]
+def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Callable[[Shards], File]) -> Shards:
+    """Share out what the files hold: whole files, row groups of Parquet, ranges of lines of JSON Lines, or those of a copy.
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        """Bytes that are not UTF-8 become U+FFFD, line ends become `\\n`."""
-        for read, path in enumerate(self.paths[self._start :], self._start + 1):
-            text = Path(path).read_text(encoding="utf-8", errors="replace")
-            self._read = read
-            yield {"text": text}
+    Each lane gives the same number of blocks to an update, so the text of a lane that holds little would be repeated as often
+    as the others hold more.
+
+    Args:
+        files: in their order.
+        reading: how documents are read from them.
+        lanes: how many share them.
+        copy: makes one plain file of JSON Lines of files that cannot be cut: compressed ones, or with too few row groups.
+
+    Raises:
+        RecipeError: a file that is not what its name says.
+        OSError: a file cannot be read, or not now.
+    """
+    is_local = all(isinstance(file, LocalFile) for file in files)
+    whole = Shards(reading, [Part(file) for file in files if file.size or reading.format != "json"])
+    if reading.format == "text" or (not is_local and len(files) >= lanes):
+        return whole
+    if reading.format == "parquet":
+        reader = parquet_reader(reading)
+        groups = [future.result() for future in [in_background(reader.row_groups, file) for file in files]]
+        sizes = {
+            Part(file, group, group + 1): size
+            for file, sizes_of_file in zip(files, groups, strict=True)
+            for group, size in enumerate(sizes_of_file)
+            if size
+        }
+        if is_even([*sizes.values()], lanes):
+            return Shards(reading, [*sizes], reader)
+    elif is_even([file.size for file in files], lanes):
+        return whole
+    if reading.format == "parquet" or any(map(_is_compressed, files)):
+        files, reading = [copy(whole)], Reading("json", COPIED_COLUMN)
+    return Shards(reading, cut(files, lanes))
+
+
+def _is_compressed(file: File) -> bool:
+    with open_bytes(file) as stream:
+        return compression_of(stream) is not None
+
+
+def is_even(sizes: Sequence[int], lanes: int) -> bool:
+    """Whether there are as many parts of these bytes as lanes, and no lane gets much more than another."""
+    of_lanes = [sum(sizes[lane::lanes]) for lane in range(lanes)]
+    return len(sizes) >= lanes and max(of_lanes) <= LARGEST_LANE_RATIO * min(of_lanes)
+
+
+def cut(files: Sequence[File], lanes: int) -> list[Part]:
+    """Ranges of lines of about equal length in bytes; single rows, if there are so few."""
+    size = sum(file.size for file in files)
+    parts = []
+    for file in files:
+        count = max(1, round(file.size * SHARDS_PER_LANE * lanes / size))
+        places = [file.size * number // count for number in range(1, count)]
+        starts = [future.result() for future in [in_background(line_start, file, place) for place in places]]
+        parts += _between(file, starts)
+    if len(parts) < lanes:
+        parts = [part for file in files for part in _between(file, line_starts(file))]
+    return parts
+
+
+def _between(file: File, starts: Sequence[int]) -> list[Part]:
+    bounds = sorted({0, *starts, file.size})
+    return [Part(file, start, end) for start, end in pairwise(bounds)]
+
+
+def line_start(file: File, place: int) -> int:
+    """The first byte of a line at `place` or behind it; the file's size if there is none."""
+    start = place - 1  # the line before may end there
+    while start < file.size:
+        piece = file.read_range(start, min(start + _SEARCHED_BYTES, file.size))
+        if (found := piece.find(b"\n")) >= 0:
+            return start + found + 1
+        start += len(piece)
+    return file.size
+
+
+def line_starts(file: File) -> list[int]:
+    """The first byte of every line."""
+    with open_bytes(file) as stream:
+        return list(accumulate(map(len, stream)))

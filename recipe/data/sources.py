@@ -1,56 +1,92 @@
-"""Where documents come from: a Hub dataset, files, or Python's standard library.
+"""Where documents come from: a Hub dataset, files, or Python's standard library."""
 
-Local .txt files are read by `recipe.data.shards`, all else by `datasets`.
-"""
-
-import functools
-import glob
+import json
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config, DataConfig
-from recipe.config.text_files import expand_text_files, is_remote, public_name, text_file_format
-from recipe.data.documents import Source, hash_number, reason_of
-from recipe.data.shards import StreamedShards, TextShards
+from recipe.config.text_files import TEXT_FILE_FORMATS, expand_text_files, is_remote, text_file_format
+from recipe.data.documents import Source, hash_number, may_pass, reason_of
+from recipe.data.files import File, LocalFile, find_file, in_background, name_of
+from recipe.data.formats import Part
+from recipe.data.remote_files import RemoteFile, find_pattern
+from recipe.data.shards import COPIED_COLUMN, Reading, Shards, make_shards
 from recipe.errors import RecipeError
+from recipe.retry import growing_pauses, retry
+from recipe.run.files import new_file
 
-# A local file that cannot be split is copied into this many shards per lane, so that shard order shuffles something.
-SHARDS_PER_LANE = 16
-# Local files are streamed in place if the largest lane holds at most this many times the bytes of the smallest.
-LARGEST_LANE_RATIO = 2
 _NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+
+Say = Callable[[str], None]
 
 
-def open_source(config: Config) -> Source:
+def find_text(config: Config, say: Say = lambda line: None) -> list[File]:
+    """The files that `config.data` names, in the order in which they are dealt to lanes; those of the Hub name their commit.
+
+    `say` is told why a server is asked again.
+
+    Raises:
+        RecipeError: they cannot be found.
+    """
+    data = config.data
+    if data.text_files:
+        found = expand_text_files(data.text_files)
+        paths = found.paths
+        if found.left_out:
+            say(found.left_out)
+        is_any_remote = any(map(is_remote, paths))
+        return _patiently(data.retry_seconds * is_any_remote, "", lambda: _find_files(paths), say)
+    if data.dataset == STANDARD_LIBRARY:
+        return _find_files(split_standard_library()[0])
+    name = (
+        f"data.dataset = {data.dataset!r} (NAME or NAME:CONFIGURATION, data.split = {data.split!r}; for text on this machine "
+        "use --data.text_files)"
+    )
+    return _patiently(data.retry_seconds, name, lambda: _find_dataset(data), say)
+
+
+def open_source(config: Config, files: Sequence[File] | None = None, say: Say = lambda line: None) -> Source:
     """Open the documents that `config.data` names, in at least `config.batch.lanes` shards.
+
+    Args:
+        config: the settings.
+        files: what `find_text` has found, if it has been asked.
+        say: is told what takes long, and why a server is asked again.
 
     Raises:
         RecipeError: a source that cannot be opened, or has fewer shards or documents than lanes.
     """
-    data = config.data
-    if data.text_files:
-        paths = expand_text_files(data.text_files).paths
-        name = public_name(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
-        retry_seconds = data.retry_seconds if any(map(is_remote, paths)) else 0.0
-        training = _files(paths, config)
-        source = Source(name, training, data.text_column, data.validation_one_in, retry_seconds=retry_seconds)
-    elif data.dataset == STANDARD_LIBRARY:
-        training, validation = map(TextShards, split_standard_library())
-        source = Source(STANDARD_LIBRARY, training, "text", validation=validation)
+    data, lanes = config.data, config.batch.lanes
+    files = find_text(config, say) if files is None else files
+    is_library = not data.text_files and data.dataset == STANDARD_LIBRARY
+    name = data.dataset if not data.text_files else name_of(files[0]) if len(files) == 1 else f"{len(files)} files"
+    retry_seconds = data.retry_seconds * (not all(isinstance(file, LocalFile) for file in files))
+    kind = "text" if is_library else text_file_format(files[0].address)
+    assert kind is not None, files[0]
+    reading = Reading(kind, data.text_column, data.encoding)
+    skips = data.on_bad_row == "skip"
+
+    def copy(shards: Shards) -> File:
+        whole = Source(name, shards, retry_seconds=retry_seconds, skips_bad_rows=skips)
+        return _copy(whole, files, config.cache_directory / "text", say)
+
+    if is_library:
+        held_out = Shards(reading, list(map(Part, _find_files(split_standard_library()[1]))))
+        source = Source(name, Shards(reading, list(map(Part, files))), validation=held_out, skips_bad_rows=True)
     else:
-        training = _hub_dataset(config)
-        source = Source(
-            data.dataset, training, data.text_column, data.validation_one_in, retry_seconds=data.retry_seconds
-        )
-    if source.num_shards < config.batch.lanes:
-        unit = "documents" if data.text_files else "shards"
+        shards = _patiently(retry_seconds, name, lambda: make_shards(files, reading, lanes, copy), say)
+        source = Source(name, shards, data.validation_one_in, retry_seconds=retry_seconds, skips_bad_rows=skips)
+    if len(source) < lanes:
+        unit = "files" if kind == "text" else "documents"
         raise RecipeError(
-            f"{source.name} has {source.num_shards} {unit}, fewer than batch.lanes = {config.batch.lanes}: "
-            f"set --batch.lanes to {source.num_shards} or less, or give more text"
+            f"{name} has {len(source)} {unit}, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or less, "
+            "or give more text"
         )
     return source
 
@@ -72,101 +108,88 @@ def split_standard_library() -> tuple[list[str], list[str]]:
     return [str(root / f) for f in files if f not in held_out], [str(root / f) for f in files if f in held_out]
 
 
-def dataset_files(config: Config) -> list[str]:
-    """Addresses, or local paths, of the files of `config.data.dataset` and its split; those of the Hub name their commit.
-
-    Raises:
-        RecipeError: it cannot be opened.
-    """
-    splits = {split.strip() for split in config.data.split.split("+")}
-    files = _builder(config).config.data_files or {}
-    return [file for split in files if split in splits or not splits & files.keys() for file in files[split]]
+def _find_files(paths: Sequence[str]) -> list[File]:
+    paths = [found for path in paths for found in (find_pattern(path) if is_remote(path) else [path])]
+    if not any(map(is_remote, paths)):
+        return list(map(find_file, paths))
+    return [future.result() for future in [in_background(find_file, path) for path in paths]]
 
 
-def _files(paths: list[str], config: Config) -> StreamedShards | TextShards:
-    """Streamed in place if the files have shards enough for the lanes, and lanes would get about as much text each.
+def _find_dataset(data: DataConfig) -> list[File]:
+    """The files of a Hub dataset and its split, with sizes, at one commit."""
+    splits = {split.strip() for split in data.split.split("+")}
+    found = _load_builder(data.repository, data.configuration, data.revision).config.data_files or {}
+    if found and not splits <= found.keys():
+        raise RecipeError(f"data.split = {data.split!r}: {data.dataset} has {', '.join(map(repr, found))}")
+    addresses = [address for split in found if split in splits for address in found[split]]
+    kinds = {text_file_format(address): address for address in addresses}
+    if not addresses or len(kinds) > 1 or None in kinds:
+        example = kinds.get(None) or ", ".join(kinds.values()) or "none"
+        raise RecipeError(
+            f"data.dataset = {data.dataset!r}: its files are not of one of the formats {', '.join(TEXT_FILE_FORMATS)} "
+            f"({example}); the Hub has most datasets as Parquet too: try --data.revision refs/convert/parquet"
+        )
+    from huggingface_hub import HfFileSystem
 
-    Otherwise a memory-mapped copy is split by rows: each lane gives the same number of blocks to an update, so the text of a
-    lane that holds little would be repeated as often as the others hold more. No file is downloaded for that alone.
-    """
-    kind, lanes, is_local = text_file_format(paths[0]), config.batch.lanes, not any(map(is_remote, paths))
-    assert kind is not None, paths[0]
-    is_even = True
-    if is_local:
-        lane_bytes = [sum(map(os.path.getsize, paths[lane::lanes])) for lane in range(lanes)]
-        is_even = len(paths) < lanes or max(lane_bytes) <= LARGEST_LANE_RATIO * min(lane_bytes)
-        if kind == "text":
-            return TextShards(paths, None if is_even else min(len(paths), lanes * SHARDS_PER_LANE))
-    streamed = _load(kind, paths, config)
-    if is_local or streamed.num_shards < lanes:
-        streamed = streamed.reshard()  # asks for the row groups of every file
-    if streamed.num_shards < lanes or not is_even:
-        rows = _load(kind, paths, config, streaming=False)
-        if len(rows):
-            streamed = rows.to_iterable_dataset(num_shards=min(len(rows), lanes * SHARDS_PER_LANE))
-    return StreamedShards(streamed)
+    hub = HfFileSystem()
+    return [
+        RemoteFile(address, hub.info(address)["size"]) if address.startswith("hf://") else find_file(address)
+        for address in addresses
+    ]
 
 
-def _quiet_datasets() -> Any:
-    """The library, which opens remote files through `recipe.data.remote_files`. To import it takes seconds."""
+def _load_builder(repository: str, configuration: str | None, revision: str | None) -> Any:
+    """What `datasets` knows of a dataset: its configurations, splits and files. To import it takes seconds."""
     import datasets
-
-    from recipe.data.remote_files import use_checked_files
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it has to say is in our one line
-    use_checked_files()
-    return datasets
+    return datasets.load_dataset_builder(repository, configuration, revision=revision)
 
 
-def _load(kind: str, paths: list[str], config: Config, *, streaming: bool = True) -> Any:
-    from recipe.data.remote_files import name_for_datasets
-
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: nothing is counted for these files
-    # A .txt file is one document; bytes that are not UTF-8 become U+FFFD.
-    options = {"text": {"sample_by": "document", "encoding_errors": "replace"}, "json": {"encoding_errors": "replace"}}
+def _patiently(seconds: float, name: str, action: Callable[[], Any], say: Say) -> Any:
+    """The result of `action`, which asks servers, tried again for so long where that may help."""
+    pauses = growing_pauses(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, seconds)
     try:
-        return _quiet_datasets().load_dataset(
-            kind,
-            # Each is taken for a pattern; of an address `recipe.data.remote_files` takes none.
-            data_files=[name_for_datasets(path) if is_remote(path) else glob.escape(path) for path in paths],
-            split="train",
-            streaming=streaming,
-            cache_dir=str(config.cache_directory / "datasets"),
-            **options.get(kind, {}),
-        )
-    except Exception as error:
-        name, reason = paths[0] if len(paths) == 1 else f"{len(paths)} files", reason_of(error)
-        raise RecipeError(f"cannot read {reason if 'http' in reason else f'{name}: {reason}'}") from error
-
-
-def _hub_dataset(config: Config) -> StreamedShards:
-    with _opening(config.data):
-        documents = _builder(config).as_streaming_dataset(split=config.data.split)
-        return StreamedShards(documents if documents.num_shards >= config.batch.lanes else documents.reshard())
-
-
-def _builder(config: Config) -> Any:
-    """What `datasets` opens a dataset with. The same each time: what is recorded of it is what is read."""
-    data = config.data
-    with _opening(data):
-        return _load_builder(data.repository, data.configuration, data.revision)
-
-
-@functools.cache
-def _load_builder(repository: str, configuration: str | None, revision: str | None) -> Any:
-    return _quiet_datasets().load_dataset_builder(repository, configuration, revision=revision)
-
-
-@contextmanager
-def _opening(data: DataConfig) -> Iterator[None]:
-    try:
-        yield
+        return retry(action, pauses, _may_answer_later, lambda error: say(f"trying again: {reason_of(error)}"))
     except RecipeError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(
-            f"cannot open data.dataset = {data.dataset!r} (NAME or NAME:CONFIGURATION, data.split = {data.split!r}): {reason}; "
-            "for text on this machine use --data.text_files"
-        ) from error
+    except Exception as error:  # of any library that opens
+        raise RecipeError(f"cannot read {name}{': ' * bool(name)}{' '.join(reason_of(error).split())[:300]}") from error
+
+
+def _may_answer_later(error: BaseException | None) -> bool:
+    """Whether a server has failed, as one of the causes of an error says, and not refused."""
+    if error is None or isinstance(error, RecipeError):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    if found := re.search(r"(?:HTTP Error|status) (\d{3})\b", str(error)):
+        return int(found[1]) >= 500 or int(found[1]) in (408, 429)
+    is_of_server = may_pass(error) or type(error).__module__.startswith(("httpx", "httpcore"))
+    return _may_answer_later(error.__cause__ or error.__context__) or (
+        is_of_server and not isinstance(error, FileNotFoundError)
+    )
+
+
+def _copy(source: Source, files: Sequence[File], directory: Path, say: Say) -> File:
+    """All documents as one file of JSON Lines with nothing but the text, made once.
+
+    Raises:
+        RecipeError: it cannot be read or written.
+    """
+    identity = json.dumps(
+        [source.training.reading.column, *((name_of(file), file.size, file.version) for file in files)]
+    )
+    path = directory / f"{blake2b(identity.encode(), digest_size=8).hexdigest()}.jsonl"
+    if not path.exists():
+        say(f"copying the text of {source.name} to {path}, to share it out over the lanes")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as rows:
+                for text in source.training_documents():
+                    rows.write(json.dumps({COPIED_COLUMN: text}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RecipeError(f"cannot write {path}: {error.strerror}; set --data.cache_directory") from None
+    return LocalFile(str(path), path.stat().st_size)

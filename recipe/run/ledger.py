@@ -64,7 +64,7 @@ class Ledger:
         self.accelerator, self.say = accelerator, say
         self.trackers = Trackers(config, self._tracker_failed)
         self.config = config
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = self._bad_rows = 0
         self._files: dict[str, IO[str]] = {}
 
     def write(self, entry: LedgerEntry) -> None:
@@ -97,6 +97,14 @@ class Ledger:
     def _tracker_failed(self, tracker: str, reason: str, update: int, is_left_out: bool) -> None:
         self.say(f"tracker {tracker} failed: {reason}; training goes on{' without it' if is_left_out else ''}")
         self.event("tracker_failed", update, tracker=tracker, reason=reason)
+
+    def count_bad_rows(self, update: int, rows: int) -> None:
+        """Write down how many rows without text the ranks have left out since they were started, where that has grown."""
+        if rows > self._bad_rows:
+            self.event("bad_rows", update, rows=rows)
+            if rows.bit_length() > self._bad_rows.bit_length():
+                self.say(f"left out so far, since they hold no text: {rows:,} rows (data.on_bad_row = skip)")
+            self._bad_rows = rows
 
     def event(self, event: str, update: int, **values: Any) -> None:
         """Write down something else that happened after `update` updates: a resume, a sample, a skipped update, ..."""

@@ -21,9 +21,11 @@ def measure_update(
     `started` is `time.perf_counter()` before the update waited for its data.
     """
     plan, device = run.plan.update, run.device
-    rank_values = [[blocks.wait_seconds, peak_memory_bytes(device)]]
+    rank_values = [[blocks.wait_seconds, peak_memory_bytes(device), blocks.bad_rows]]
     measured = torch.tensor(rank_values, dtype=result.loss.dtype, device=device)  # float64, if the device has it
-    wait_seconds, peak_bytes = run.accelerator.gather(measured).max(dim=0).values.tolist()
+    of_ranks = run.accelerator.gather(measured)
+    wait_seconds, peak_bytes, _ = of_ranks.max(dim=0).values.tolist()
+    run.ledger.count_bad_rows(blocks.update, int(of_ranks[:, 2].sum()))
     loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
     update_seconds = time.perf_counter() - started
     tokens_per_second = target_tokens / update_seconds

@@ -17,7 +17,9 @@ from recipe.checkpoint.files import TrainingState, read_state
 from recipe.checkpoint.resume import ResumePoint, find_resume_point, open_text
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, DataConfig
+from recipe.data.files import File
 from recipe.data.record import PIECE_BYTES, TextFile, pack_record, record_text, touched, unpack_record, what_changed
+from recipe.data.sources import find_text
 from recipe.errors import RecipeError
 from recipe.run.directory import list_checkpoints
 from tests.conftest import FINISHED_UPDATES
@@ -27,8 +29,8 @@ from tests.support.lanes import config_for
 from tests.support.runs import make_run
 
 
-def config_of(*patterns: str) -> Config:
-    return Config(data=DataConfig(text_files=patterns))
+def files_of(*patterns: str) -> list[File]:
+    return find_text(Config(data=DataConfig(text_files=patterns)))
 
 
 @pytest.fixture
@@ -67,34 +69,34 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_first_file_that_changed_is_named(change: str, corpus: Path) -> None:
-    config = config_of(f"{corpus}/*.txt", f"{corpus.parent}/*/*.txt")
-    earlier = unpack_record(pack_record(record_text(config)))
-    assert what_changed(earlier, record_text(config)) is None
+    patterns = f"{corpus}/*.txt", f"{corpus.parent}/*/*.txt"
+    earlier = unpack_record(pack_record(record_text(files_of(*patterns))))
+    assert what_changed(earlier, record_text(files_of(*patterns))) is None
     action, words = CHANGES[change]
     action(corpus)
-    changed = what_changed(earlier, record_text(config))
+    changed = what_changed(earlier, record_text(files_of(*patterns)))
     assert changed is not None
     assert changed.startswith(words)
 
 
 def test_the_same_text_may_lie_elsewhere_and_be_newer(corpus: Path, tmp_path: Path) -> None:
     """And a large file whose time differs is named: between head and tail it may have changed."""
-    earlier = record_text(config_of(f"{corpus}/*.txt"))
+    earlier = record_text(files_of(f"{corpus}/*.txt"))
     shutil.copytree(corpus, tmp_path / "copies/of/corpus")
     os.utime(tmp_path / "copies/of/corpus/a.txt", (1, 1))
     os.utime(tmp_path / "copies/of/corpus/c.txt", (1, 1))
-    now = record_text(config_of(f"{tmp_path}/copies/**/*.txt"))
+    now = record_text(files_of(f"{tmp_path}/copies/**/*.txt"))
     assert [file.name for file in now] == ["a.txt", "b.txt", "c.txt"]
     assert what_changed(earlier, now) is None
     assert touched(earlier, now) == ["c.txt"]
     for name in "abc":
         (corpus / f"{name}.txt").rename(corpus / f"1{name}.txt")
-    assert what_changed(earlier, record_text(config_of(f"{corpus}/*.txt"))) is None, "renamed, in the same order"
+    assert what_changed(earlier, record_text(files_of(f"{corpus}/*.txt"))) is None, "renamed, in the same order"
 
 
 def test_a_record_of_20000_files_is_small(tmp_path: Path) -> None:
     (tmp_path / "0.txt").write_text("some text")
-    (file,) = record_text(config_of(f"{tmp_path}/0.txt"))
+    (file,) = record_text(files_of(f"{tmp_path}/0.txt"))
     record = [
         file._replace(name=f"part/{i:05d}.txt", size_bytes=i * 7919 % 5000, hash=f"{hash((i, 1)) % 2**64:016x}")
         for i in range(20_000)
@@ -113,7 +115,7 @@ def test_a_record_that_is_none_is_one_line(text: str) -> None:
 
 def test_addresses_are_recorded_as_the_server_knows_them_without_what_signs_them(corpus: Path) -> None:
     with HttpServer(corpus) as server:
-        record = record_text(config_of(f"{server.address('a.txt')}?signature=secret"))
+        record = record_text(files_of(f"{server.address('a.txt')}?signature=secret"))
     assert [file.name.rpartition("/")[2] for file in record] == ["a.txt"]
     assert record[0].size_bytes == 10
     assert "secret" not in json.dumps(record)
@@ -123,7 +125,7 @@ def test_addresses_are_recorded_as_the_server_knows_them_without_what_signs_them
 
 
 def test_the_standard_library_is_recorded_by_its_files(tmp_path: Path) -> None:
-    record = record_text(replace(config_for(tmp_path), data=DataConfig(dataset="python-standard-library")))
+    record = record_text(find_text(replace(config_for(tmp_path), data=DataConfig(dataset="python-standard-library"))))
     names = [file.name for file in record]
     assert len(names) > 400
     assert "json/decoder.py" in names
@@ -193,5 +195,5 @@ def test_a_checkpoint_without_a_record_is_taken_as_before(
     with pytest.raises(RecipeError, match=r"0\w+\.txt is missing: the text is not what"):
         open_text(run, ResumePoint(Path("step-1"), state))
     without = TrainingState(**{name: value for name, value in vars(state).items() if name != "text"})
-    assert open_text(run, ResumePoint(Path("step-1"), without)).num_shards == 1
+    assert len(open_text(run, ResumePoint(Path("step-1"), without))) == 1
     assert [file.name for file in unpack_record(run.text_record)] == ["other.txt"]

@@ -60,7 +60,7 @@ def documents_of(tokens: np.ndarray) -> list[bytes]:
 
 def texts_of(lane: Lane) -> list[str]:
     """The documents of its shards, in the order of the source."""
-    return [lane.source.text(row) for shard in lane.shards for row in lane.source.shard(shard)]
+    return [str(text) for shard in lane.shards for text, _ in lane.source.training.read(shard)]
 
 
 def read_epoch(lane: Lane) -> np.ndarray:

@@ -1,0 +1,183 @@
+"""The documents of Parquet files, a row group at a time, and of remote files nothing but the bytes of the text column.
+
+pyarrow's dataset scanner, through which `datasets` streams, gives nothing back before the end of a file (apache/arrow #39808).
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.data.files import File, LocalFile, in_background, name_of
+from recipe.data.formats import BadRow, Document, Part, State
+from recipe.errors import RecipeError
+
+ROWS_AT_ONCE = 32
+TAIL_BYTES = 1 << 16  # of a remote file, read in the hope that they hold its footer; pyarrow asks for as many
+FETCH_AHEAD = 0.75  # of a row group's rows have been read when the next one is fetched
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """What has been fetched of a remote file to read one row group of it."""
+
+    tail: bytes  # its end, with the footer, compressed: a footer repeats itself
+    start: int = 0
+    data: bytes = b""  # the text column's, from `start` on
+
+
+class ParquetReader:
+    """Reads parts of Parquet files; several threads may, each another part."""
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self.tails: dict[str, bytes] = {}  # by address of a remote file whose row groups were asked for, see `RowGroup`
+        self._ahead: dict[tuple[str, int], Future[RowGroup]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": {}}
+
+    def row_groups(self, file: File) -> list[int]:
+        """Bytes of text in each row group. Several readers will want the footer of a remote file, so it is kept.
+
+        Raises:
+            RecipeError: no Parquet file, or no such column, or no text in it.
+            OSError: it cannot be read.
+        """
+        if not isinstance(file, LocalFile):
+            self.tails[file.address] = _read_tail(file)
+        with self._open(file) as parquet:
+            index = self._index(parquet, file)
+            groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
+            return [group.column(index).total_uncompressed_size if group.num_rows else 0 for group in groups]
+
+    def read(self, part: Part, state: State | None, then: Sequence[Part]) -> Iterator[Document]:
+        """The rows of a part, a group at a time. As many groups as parts in `then`, or one, are fetched before they are needed.
+
+        Raises:
+            RecipeError: see `row_groups`.
+            OSError: it cannot be read.
+        """
+        file, end = part.file, part.end
+        group, done = (state["group"], state["row"]) if state else (part.start, 0)
+        tail = self.tails.get(file.address)
+        while end is None or group < end:
+            fetched = None if isinstance(file, LocalFile) else self._take(file, group, tail)
+            tail = fetched and fetched.tail
+            with self._open(file, fetched) as parquet:
+                end = parquet.metadata.num_row_groups if end is None else end
+                if group >= end:
+                    return
+                following = [*(Part(file, later) for later in range(group + 1, end)), *then][: max(1, len(then))]
+                rows = parquet.metadata.row_group(group).num_rows
+                for row, text in enumerate(self._texts(parquet, file, group), start=1):
+                    while following and row >= FETCH_AHEAD * rows:
+                        self._fetch_ahead(following.pop(0), file, tail)
+                    if row > done:
+                        yield text, {"group": group, "row": row}
+            group, done = group + 1, 0
+
+    def _texts(self, parquet: Any, file: File, group: int) -> Iterator[str | BadRow]:
+        self._index(parquet, file)
+        before = sum(parquet.metadata.row_group(earlier).num_rows for earlier in range(group))
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[self.column]):
+            for row, value in enumerate(batch.column(0), start=before + 1):
+                try:
+                    yield value.as_py() or ""
+                except UnicodeDecodeError:
+                    where = f"row {row:,} of {name_of(file)}"
+                    yield BadRow(where, f"has bytes that are not UTF-8 in column {self.column!r}")
+            before += len(batch)
+
+    def forget(self) -> None:
+        """Give back what was fetched and not read."""
+        self._ahead.clear()
+
+    def _index(self, parquet: Any, file: File) -> int:
+        """Of the text column among those that are stored."""
+        schema, column = parquet.schema_arrow, self.column
+        if column not in schema.names:
+            raise RecipeError(
+                f"{name_of(file)} has no column {column!r}: set --data.text_column to one of {schema.names}"
+            )
+        kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise RecipeError(f"column {column!r} of {name_of(file)} holds {kind}, not text: set --data.text_column")
+        stored = parquet.metadata.schema
+        return [stored.column(index).path for index in range(parquet.metadata.num_columns)].index(column)
+
+    def _open(self, file: File, fetched: RowGroup | None = None) -> Any:
+        try:
+            if isinstance(file, LocalFile):
+                return pq.ParquetFile(file.address, buffer_size=1 << 20)
+            held = fetched or RowGroup(self.tails[file.address])
+            return pq.ParquetFile(pa.PythonFile(_HeldFile(file, held), mode="r"))
+        except pa.ArrowInvalid as error:
+            raise RecipeError(f"{name_of(file)} ({file.size:,} bytes) is no Parquet file: {error}") from None
+
+    def _take(self, file: File, group: int, tail: bytes | None) -> RowGroup:
+        ahead = self._ahead.pop((file.address, group), None)
+        return ahead.result() if ahead else self._fetch(file, group, tail)
+
+    def _fetch_ahead(self, part: Part, file: File, tail: bytes | None) -> None:
+        """Begin to fetch it; `tail` is that of `file`."""
+        key = part.file.address, part.start
+        if not isinstance(part.file, LocalFile) and key not in self._ahead:
+            self._ahead[key] = in_background(self._fetch, part.file, part.start, tail if part.file == file else None)
+
+    def _fetch(self, file: File, group: int, tail: bytes | None) -> RowGroup:
+        """The text of a row group, or nothing behind the last one."""
+        tail = tail or self.tails.get(file.address) or _read_tail(file)
+        with self._open(file, RowGroup(tail)) as parquet:
+            if group >= parquet.metadata.num_row_groups:
+                return RowGroup(tail)
+            column = parquet.metadata.row_group(group).column(self._index(parquet, file))
+        start = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+        return RowGroup(tail, start, file.read_range(start, start + column.total_compressed_size))
+
+
+def _read_tail(file: File) -> bytes:
+    tail = file.read_range(max(file.size - TAIL_BYTES, 0), file.size)
+    footer = int.from_bytes(tail[-8:-4], "little") + 8
+    if tail.endswith(b"PAR1") and len(tail) < footer <= file.size:
+        tail = file.read_range(file.size - footer, file.size - len(tail)) + tail
+    return zlib.compress(tail, 1)
+
+
+class _HeldFile(io.RawIOBase):
+    """A remote file of which two pieces are at hand. What lies elsewhere is fetched."""
+
+    def __init__(self, file: File, held: RowGroup) -> None:
+        tail = zlib.decompress(held.tail)
+        self._file, self._place = file, 0
+        self._pieces = [(file.size - len(tail), tail), (held.start, held.data)]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._place
+        end = self._file.size if size < 0 else min(start + size, self._file.size)
+        self._place = end
+        for first, piece in self._pieces:
+            if first <= start and end <= first + len(piece):
+                return piece[start - first : end - first]
+        return self._file.read_range(start, end) if start < end else b""
