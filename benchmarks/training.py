@@ -108,7 +108,7 @@ def any_tokenizer(vocabulary: int) -> Any:
 class RandomLane:
     """Stands for a lane of text: the lanes deal out the blocks of the random text."""
 
-    bad_rows = 0
+    bad_rows, is_ready = 0, True
 
     def __init__(self, index: int, lanes: int, block: Callable[[int], np.ndarray]) -> None:
         self.index, self._lanes, self._block, self._next = index, lanes, block, 0

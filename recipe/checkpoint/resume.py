@@ -15,7 +15,7 @@ from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.documents import Source
 from recipe.data.lanes import Lane
 from recipe.data.record import pack_record, record_text, touched, unpack_record, what_changed
-from recipe.data.sources import find_text, open_source
+from recipe.data.sources import describe, find_text, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
@@ -187,7 +187,9 @@ def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
             )
         if changed := touched(earlier, record):
             run.console.say(f"written since, with the same size, head and tail: {_shown(changed)}")
-    return pack_record(record), open_source(run.config, files, run.console.say)
+    source = open_source(run.config, files, run.console.say)
+    run.console.say(describe(source, files, run.config.batch.lanes))
+    return pack_record(record), source
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -25,6 +26,7 @@ from recipe.run.run import Run
 IGNORED_TARGET = -100  # of a masked target, as in torch.nn.functional.cross_entropy
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
 UPDATES_READ_AHEAD = 2
+REPORT_SECONDS = 10.0  # between lines that say how far reading is, while an update waits for it
 _PADDING = -1  # in the last validation block
 
 
@@ -74,6 +76,7 @@ def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.devic
     reading = [
         in_background(lane.next_blocks, blocks_per_lane) for lane in lanes
     ]  # side by side: they may wait for a network
+    wait(reading)  # also if one has failed: no thread may be inside the tokenizer when the process ends
     blocks = np.concatenate([future.result() for future in reading])
     hashes, bad_rows = hash_blocks(blocks), lanes[0].bad_rows
     return UpdateBlocks(blocks, to_tensors(blocks, device), hashes, states, bad_rows=bad_rows)
@@ -104,13 +107,17 @@ class UpdateReader:
             Stopped: a rank was asked to stop, or has to, since its blocks cannot be read; the error is printed.
         """
         started = time.perf_counter()
-        item = None
+        item, next_report = None, started + REPORT_SECONDS
         while item is None:
             try:
                 item = self._ready.get(timeout=0.2)
             except queue.Empty:
                 if self.run.stop.signal:
                     self.run.stop.agree()
+                if time.perf_counter() > next_report:
+                    next_report += REPORT_SECONDS
+                    ready = sum(lane.is_ready for lane in self.lanes)
+                    self.run.console.say(f"reading text: {ready} of {len(self.lanes)} lanes have what the update needs")
         if isinstance(item, RecipeError):
             self.run.stop.request_stop(item, self.run.rank)
             self.run.stop.agree()

@@ -72,6 +72,11 @@ class Lane:
         self.load_state_dict(asdict(Position()))
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the window in use has been read."""
+        return self._window is not None
+
+    @property
     def bad_rows(self) -> int:
         """Rows without text that this and the other lanes of the source have left out."""
         return self.source.bad_rows
@@ -183,7 +188,7 @@ class _TokenStream:
     def take(self, count: int) -> np.ndarray:
         """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1]."""
         self.read(count + 1)
-        parts, left = [], count + 1
+        parts, left = list[np.ndarray](), count + 1
         for _, tokens in self._held:
             part = tokens[self._used if not parts else 0 :][:left]
             parts.append(part)

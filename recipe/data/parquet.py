@@ -6,8 +6,9 @@ pyarrow's dataset scanner, through which `datasets` streams, gives nothing back 
 from __future__ import annotations
 
 import io
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,12 @@ from recipe.errors import RecipeError
 
 ROWS_AT_ONCE = 32
 TAIL_BYTES = 1 << 16  # of a remote file, read in the hope that they hold its footer; pyarrow asks for as many
+AT_ONCE_BYTES = (
+    64 << 20
+)  # of text: such a row group is decoded at once, so that nothing else of the file stays in memory
 FETCH_AHEAD = 0.75  # of a row group's rows have been read when the next one is fetched
+
+_DECODING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class ParquetReader:
     def __init__(self, column: str) -> None:
         self.column = column
         self.tails: dict[str, bytes] = {}  # by address of a remote file whose row groups were asked for, see `RowGroup`
+        self.largest_bytes = 0  # that were seen of the text column in a row group, as stored
         self._ahead: dict[tuple[str, int], Future[RowGroup]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,10 +60,12 @@ class ParquetReader:
         """
         if not isinstance(file, LocalFile):
             self.tails[file.address] = _read_tail(file)
-        with self._open(file) as parquet:
+        with _DECODING, self._open(file) as parquet:
             index = self._index(parquet, file)
             groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
-            return [group.column(index).total_uncompressed_size if group.num_rows else 0 for group in groups]
+            texts = [group.column(index) for group in groups]
+            self.largest_bytes = max([self.largest_bytes, *(text.total_compressed_size for text in texts)])
+            return [t.total_uncompressed_size if g.num_rows else 0 for t, g in zip(texts, groups, strict=True)]
 
     def read(self, part: Part, state: State | None, then: Sequence[Part]) -> Iterator[Document]:
         """The rows of a part, a group at a time. As many groups as parts in `then`, or one, are fetched before they are needed.
@@ -70,31 +79,36 @@ class ParquetReader:
         tail = self.tails.get(file.address)
         while end is None or group < end:
             fetched = None if isinstance(file, LocalFile) else self._take(file, group, tail)
-            tail = fetched and fetched.tail
-            with self._open(file, fetched) as parquet:
-                end = parquet.metadata.num_row_groups if end is None else end
-                if group >= end:
-                    return
-                following = [*(Part(file, later) for later in range(group + 1, end)), *then][: max(1, len(then))]
-                rows = parquet.metadata.row_group(group).num_rows
-                for row, text in enumerate(self._texts(parquet, file, group), start=1):
-                    while following and row >= FETCH_AHEAD * rows:
-                        self._fetch_ahead(following.pop(0), file, tail)
-                    if row > done:
-                        yield text, {"group": group, "row": row}
+            tail = fetched.tail if fetched else None
+            groups, rows, row_before, batches = self._read_group(file, group, fetched)
+            del fetched
+            end = groups if end is None else end
+            following = [*(Part(file, later) for later in range(group + 1, end)), *then][: max(1, len(then))]
+            for row, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
+                while following and row >= FETCH_AHEAD * rows:
+                    self._fetch_ahead(following.pop(0), file, tail)
+                if row > done:
+                    yield self._text(value, row_before + row, file), {"group": group, "row": row}
             group, done = group + 1, 0
 
-    def _texts(self, parquet: Any, file: File, group: int) -> Iterator[str | BadRow]:
-        self._index(parquet, file)
-        before = sum(parquet.metadata.row_group(earlier).num_rows for earlier in range(group))
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[self.column]):
-            for row, value in enumerate(batch.column(0), start=before + 1):
-                try:
-                    yield value.as_py() or ""
-                except UnicodeDecodeError:
-                    where = f"row {row:,} of {name_of(file)}"
-                    yield BadRow(where, f"has bytes that are not UTF-8 in column {self.column!r}")
-            before += len(batch)
+    def _read_group(self, file: File, group: int, fetched: RowGroup | None) -> tuple[int, int, int, Iterable[Any]]:
+        """(row groups of the file, rows of this one, rows before it, its rows in batches); no rows behind the last group."""
+        with _DECODING:  # what pyarrow makes of a footer may be larger than a row group, so no two at the same time
+            parquet = self._open(file, fetched)
+            metadata, index = parquet.metadata, self._index(parquet, file)
+            if group >= metadata.num_row_groups:
+                return metadata.num_row_groups, 0, 0, ()
+            row_before = sum(metadata.row_group(earlier).num_rows for earlier in range(group))
+            batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[self.column])
+            if metadata.row_group(group).column(index).total_uncompressed_size <= AT_ONCE_BYTES:
+                batches = [*batches]
+            return metadata.num_row_groups, metadata.row_group(group).num_rows, row_before, batches
+
+    def _text(self, value: Any, row: int, file: File) -> str | BadRow:
+        try:
+            return value.as_py() or ""
+        except UnicodeDecodeError:
+            return BadRow(f"row {row:,} of {name_of(file)}", f"has bytes that are not UTF-8 in column {self.column!r}")
 
     def forget(self) -> None:
         """Give back what was fetched and not read."""
@@ -136,7 +150,7 @@ class ParquetReader:
     def _fetch(self, file: File, group: int, tail: bytes | None) -> RowGroup:
         """The text of a row group, or nothing behind the last one."""
         tail = tail or self.tails.get(file.address) or _read_tail(file)
-        with self._open(file, RowGroup(tail)) as parquet:
+        with _DECODING, self._open(file, RowGroup(tail)) as parquet:
             if group >= parquet.metadata.num_row_groups:
                 return RowGroup(tail)
             column = parquet.metadata.row_group(group).column(self._index(parquet, file))

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
-import httpx
+import httpx2
 from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -137,8 +137,8 @@ def _get_range(address: str, start: int, end: int) -> tuple[bytes, int, str]:
 
 
 @functools.cache
-def _http_client() -> httpx.Client:
-    return httpx.Client(limits=httpx.Limits(max_connections=None))
+def _http_client() -> httpx2.Client:
+    return httpx2.Client(limits=httpx2.Limits(max_connections=None))
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def _file_system(scheme: str) -> Any:
 
 
 def _reason(address: str, error: Exception) -> str:
-    status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+    status = error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else None
     text = f"HTTP Error {status}" if status else str(error) or type(error).__name__
     if status and status < 500 and address.startswith("http") and address == public_name(address):
         text += "; if it needs a query or a password, give it with them: config.yaml and cards have no address in full"

@@ -32,7 +32,8 @@ class Shards:
 
     def __init__(self, reading: Reading, parts: Sequence[Part], parquet: Any = None) -> None:
         self.reading, self.parts = reading, parts
-        self._parquet = parquet or (parquet_reader(reading) if reading.format == "parquet" else None)
+        self.text_bytes: float | None = None  # about how much text they hold, if that is known
+        self.parquet: Any = parquet or (parquet_reader(reading) if reading.format == "parquet" else None)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -49,12 +50,12 @@ class Shards:
             return read_text(part, self.reading.encoding, state)
         if self.reading.format == "json":
             return read_json_lines(part, self.reading.column, state)
-        return self._parquet.read(part, state, [self.parts[shard] for shard in then])
+        return self.parquet.read(part, state, [self.parts[shard] for shard in then])
 
     def forget(self) -> None:
         """Give back what was fetched and not read."""
-        if self._parquet:
-            self._parquet.forget()
+        if self.parquet:
+            self.parquet.forget()
 
 
 def parquet_reader(reading: Reading) -> Any:
@@ -83,6 +84,13 @@ def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Calla
     is_local = all(isinstance(file, LocalFile) for file in files)
     whole = Shards(reading, [Part(file) for file in files if file.size or reading.format != "json"])
     if reading.format == "text" or (not is_local and len(files) >= lanes):
+        if reading.format == "text":
+            whole.text_bytes = sum(file.size for file in files)
+        if reading.format == "parquet":  # a look at one file also tells at the start whether it has the column
+            whole.text_bytes = (
+                sum(whole.parquet.row_groups(files[0])) / files[0].size * sum(file.size for file in files)
+            )
+            whole.parquet.tails.clear()
         return whole
     if reading.format == "parquet":
         reader = parquet_reader(reading)
@@ -93,8 +101,12 @@ def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Calla
             for group, size in enumerate(sizes_of_file)
             if size
         }
-        if is_even([*sizes.values()], lanes):
-            return Shards(reading, [*sizes], reader)
+        if is_even([*sizes.values()], lanes) or (
+            not is_local and len(sizes) >= lanes
+        ):  # nothing is downloaded for that
+            shards = Shards(reading, [*sizes], reader)
+            shards.text_bytes = sum(sizes.values())
+            return shards
     elif is_even([file.size for file in files], lanes):
         return whole
     if reading.format == "parquet" or any(map(_is_compressed, files)):

@@ -17,6 +17,7 @@ from recipe.data.formats import Part
 from recipe.data.remote_files import RemoteFile, find_pattern
 from recipe.data.shards import COPIED_COLUMN, Reading, Shards, make_shards
 from recipe.errors import RecipeError
+from recipe.format import size_text
 from recipe.retry import growing_pauses, retry
 from recipe.run.files import new_file
 
@@ -88,7 +89,38 @@ def open_source(config: Config, files: Sequence[File] | None = None, say: Say = 
             f"{name} has {len(source)} {unit}, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or less, "
             "or give more text"
         )
+    if retry_seconds and source.training.parquet:
+        _check_memory(lanes, 2 * source.training.parquet.largest_bytes)  # one is read while the next is fetched
     return source
+
+
+def describe(source: Source, files: Sequence[File], lanes: int) -> str:
+    """What was opened, in one line."""
+    commits = {found[1] for file in files if (found := re.match(r"hf://datasets/[^@]+@(\w+)/", file.address))}
+    size = source.training.text_bytes
+    parts = [
+        f"text: {source.name}{''.join(f' at {commit[:12]}' for commit in commits)}",
+        f"{len(files):,} files",
+        f"{len(source):,} shards for {lanes} lanes",
+        *([f"{size_text(size)} of text"] if size else []),
+    ]
+    if source.retry_seconds and (parquet := source.training.parquet):
+        parts.append(f"up to {size_text(2 * lanes * parquet.largest_bytes)} of row groups in memory")
+    return ", ".join(parts)
+
+
+def _check_memory(lanes: int, lane_bytes: int) -> None:
+    """Refuse what the lanes of this machine cannot hold."""
+    import psutil
+
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / int(os.environ.get("WORLD_SIZE", "1"))
+    needed, available = lanes * lane_bytes * share, psutil.virtual_memory().available
+    if needed > available:
+        raise RecipeError(
+            f"{lanes} lanes hold row groups of up to {size_text(lane_bytes / 2)} each, one in use and one on its way: "
+            f"{size_text(needed)}, and this machine has {size_text(available)} left; set --batch.lanes to less, or write the "
+            "files with smaller row groups"
+        )
 
 
 def standard_library_files() -> tuple[Path, list[Path]]:
@@ -158,7 +190,7 @@ def _patiently(seconds: float, name: str, action: Callable[[], Any], say: Say) -
         raise RecipeError(f"cannot read {name}{': ' * bool(name)}{' '.join(reason_of(error).split())[:300]}") from error
 
 
-def _may_answer_later(error: BaseException | None) -> bool:
+def _may_answer_later(error: Any) -> bool:
     """Whether a server has failed, as one of the causes of an error says, and not refused."""
     if error is None or isinstance(error, RecipeError):
         return False

@@ -69,7 +69,7 @@ def test_texts_that_look_like_dates_stay_what_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_other_columns_may_hold_anything(tmp_path: Path, lanes: int) -> None:
-    metas = [None, 1, "two", {"deep": [1, {"er": None}]}, [], 1e400, 10**400]
+    metas: list[Any] = [None, 1, "two", {"deep": [1, {"er": None}]}, [], 1e400, 10**400]
     lines = [
         json.dumps({"id": None if i < 30 else str(i), "meta": metas[i % len(metas)], "text": text})
         for i, text in enumerate(TEXTS)
