@@ -10,6 +10,7 @@ from typing import Any
 from recipe.config.settings import HELD_OUT
 from recipe.errors import RecipeError
 from recipe.evaluation.in_run import RunEvaluation
+from recipe.format import json_value
 from recipe.model.export import export_model
 from recipe.run.files import new_file
 from recipe.run.ledger import EVENTS, LEDGER, read_events, read_lines, utc_now
@@ -76,7 +77,7 @@ def finish_run(run: Run, model: Any, tokenizer: Any, evaluation: RunEvaluation) 
     }
     try:
         with new_file(directory / "summary.json") as file:
-            file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(json_value(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot write {directory}/summary.json: {error.strerror}") from None
     for name, after in evaluation.latest.items():

@@ -24,6 +24,15 @@ def event_text(event: dict[str, Any]) -> str:
 _NOT_SHOWN = ("event", "update", "time_utc", "blocks_sha256")
 
 
+def json_value(value: Any) -> Any:
+    """The value with null for each number that is not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {name: json_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def value_text(value: Any, levels: int = 5) -> str:
     """A JSON value in at most 200 characters; what is nested deeper than `levels` is left out."""
     if isinstance(value, dict | list | tuple) and not levels:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from recipe.__main__ import main
+from recipe.config.command_line import read_config
 from recipe.config.settings import Config, HubConfig, RunConfig
-from recipe.finish import usage, what_next
+from recipe.evaluation.evaluate import Evaluation
+from recipe.evaluation.in_run import RunEvaluation
+from recipe.finish import finish_run, usage, what_next
 from recipe.hub import Pusher
+from recipe.model.export import load_pretrained
+from recipe.report.record import read_record
 from recipe.run.console import Console
 from tests.support.runs import make_run
 
@@ -41,6 +48,26 @@ def test_what_a_run_prints_at_its_end_works_for_any_path(
     capsys.readouterr()
     exec(snippet, {})  # as a person pastes it
     assert capsys.readouterr().out.startswith("def __init__(self")
+
+
+def test_a_validation_loss_that_is_not_finite_is_null_in_the_summary(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the run ends as any other; a report and a card can be made of it."""
+    shutil.copytree(finished, tmp_path / "run")
+    config = read_config(finished / "config.yaml")
+    run = make_run(replace(config, run=replace(config.run, directory=str(tmp_path / "run"))))
+    run = replace(run, console=Console(True, 1))
+    run.accelerator.end_training = lambda: None
+    gpt2, tokenizer = load_pretrained(str(finished / "final"))
+    evaluation = RunEvaluation(run, {}, gpt2, tokenizer)
+    evaluation.latest["held_out"] = Evaluation(float("nan"), float("inf"), 10, 20)
+    finish_run(run, SimpleNamespace(gpt2=gpt2), tokenizer, evaluation)
+    assert "nan nats per token, inf bits per byte" in capsys.readouterr().out
+    text = (tmp_path / "run/summary.json").read_text(encoding="utf-8")
+    after = json.loads(text, parse_constant=pytest.fail)["validation"]["held_out"]["after"]
+    assert after == {"loss": None, "bits_per_byte": None, "tokens": 10, "text_bytes": 20}
+    assert read_record(tmp_path / "run").summary["validation"]["held_out"]["after"] == after
 
 
 def test_the_command_that_pushes_what_is_missing_can_be_pasted(

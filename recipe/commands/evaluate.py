@@ -14,6 +14,7 @@ from recipe.config.command_line import make_parser, parse
 from recipe.config.settings import BatchConfig, Config, Count, CountOrNull, DataConfig
 from recipe.errors import RecipeError
 from recipe.evaluation.lm_eval import evaluate_tasks, find_tasks
+from recipe.format import json_value
 from recipe.run.launch import check_launch
 
 
@@ -60,7 +61,9 @@ def main() -> None:
         for task, metrics in results["tasks"].items():
             print(f"{task}  {', '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}")
     if config.output:
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        Path(config.output).write_text(
+            json.dumps(json_value(results), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerator: Any) -> dict[str, Any]:

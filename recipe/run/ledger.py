@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from recipe.config.settings import Config
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError
+from recipe.format import json_value
 from recipe.run.files import new_file, open_to_append, where_supported
 from recipe.run.trackers import Trackers
 
@@ -53,7 +54,7 @@ class LedgerEntry:
         """What is written: every column, in every line; null for a validation loss that is not finite."""
         values = asdict(self)
         values |= values.pop("validation")
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return dict(json_value(values))
 
 
 class Ledger:
@@ -126,6 +127,7 @@ class Ledger:
         if not self.accelerator.is_main_process:
             return
         self.close()
+        values = json_value(values)
         path, lines = self.directory / LEDGER, []
         for line, old in _parsed_lines(path):
             lines.append(json.dumps(old | values, allow_nan=False).encode() if old["update"] == update else line)
@@ -148,7 +150,7 @@ class Ledger:
         try:
             if name not in self._files:
                 self._files[name] = open_to_append(path)
-            self._files[name].write(json.dumps(values, allow_nan=False) + "\n")
+            self._files[name].write(json.dumps(json_value(values), allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:
             raise RecipeError(f"cannot write {path}: {error.strerror}", on_this_rank_only=True) from None

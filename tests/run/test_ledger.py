@@ -41,6 +41,18 @@ def test_every_event_says_what_when_and_after_which_update(finished: Path) -> No
     assert events[0]["versions"].keys() >= {"python", "torch", "transformers", "accelerate", "datasets", "tokenizers"}
 
 
+def test_a_number_that_is_not_finite_is_null_in_every_file(tmp_path: Path) -> None:
+    """Also one that is known only later, and one within an event."""
+    ledger = make_run(Config(run=RunConfig(directory=str(tmp_path)))).ledger
+    nan, infinite = float("nan"), float("inf")
+    ledger.write(LedgerEntry(1, 10, loss=2.0, grad_norm=1.0, validation={"validation/a/loss": nan}))
+    ledger.amend(1, {"validation/b/loss": infinite, "validation/c/loss": 1.5})
+    ledger.event("news", 1, numbers=[1.0, {"a": -infinite}, (nan,)])
+    (line,), (event,) = read_ledger(tmp_path), read_events(tmp_path)
+    assert [line[f"validation/{name}/loss"] for name in "abc"] == [None, None, 1.5]
+    assert event["numbers"] == [1.0, {"a": None}, [None]]
+
+
 def test_an_update_that_is_not_finite_is_an_event_and_too_many_in_a_row_are_an_error(tmp_path: Path) -> None:
     stability = StabilityConfig(max_skipped_updates=2)
     ledger = make_run(Config(run=RunConfig(directory=str(tmp_path)), stability=stability)).ledger
