@@ -1,6 +1,7 @@
 """Numbers and values as text for a person. A number and its unit have a space that does not break."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,12 @@ def event_text(event: dict[str, Any]) -> str:
     """The values of an event in one line, without empty ones and those that tell a person nothing."""
     values = {k: v for k, v in event.items() if k not in _NOT_SHOWN and v not in (None, [], {})}
     if "checkpoint" in values:
-        values["checkpoint"] = Path(str(values["checkpoint"])).name  # a reader has no use for the author's directories
-    return "; ".join(f"{event_name(name)} {value_text(value)}" for name, value in values.items())
+        values["checkpoint"] = Path(str(values["checkpoint"])).name
+    text = "; ".join(f"{event_name(name)} {value_text(value)}" for name, value in values.items())
+    return _DIRECTORIES.sub("", text)  # a reader has no use for the author's
 
 
+_DIRECTORIES = re.compile(r"(?<![^\s'\"(\[=])~?/(?:[^\s/'\"]+/)+")  # that a path begins with; addresses have none
 _NOT_SHOWN = ("event", "update", "time_utc", "blocks_sha256")
 
 

@@ -9,6 +9,7 @@ from recipe.errors import RecipeError
 from recipe.report.card import card_files
 from recipe.report.charts import library
 from recipe.report.record import read_record
+from recipe.run.files import new_file
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if not (output.samefile(run) and name == "config.yaml"):  # the run's own says where it is written
-                (output / name).unlink(missing_ok=True)  # a link may lead anywhere
-                (output / name).write_bytes(content)
+                with new_file(output / name) as file:  # which takes the place of a link
+                    file.write_bytes(content)
     except OSError as error:
         raise RecipeError(f"cannot write the card to {output}: {error.strerror or error}; set --output") from None
     print(output / "README.md")

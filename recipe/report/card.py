@@ -18,6 +18,7 @@ from recipe.report.summary import (
     markdown,
     repeatable_config,
     rows_of,
+    short_name,
 )
 from recipe.text import one_line, printable, redact
 
@@ -77,7 +78,8 @@ def model_card(record: Record, model: str | Path, *, has_image: bool = True) -> 
         record=record,
         rows=rows,
         base=base,
-        model=str(model),
+        # The author's directories are nobody else's: from that of the run's directory on.
+        model=str(Path(*model.parts[-2:]) if isinstance(model, Path) and model.is_absolute() else model),
         image=IMAGE if has_image else None,
         evaluations=_evaluations(record),
     )
@@ -103,7 +105,7 @@ def _results(record: Record, held_out: str) -> list[EvalResult]:
     for name, evaluation in dict(_evaluations(record)).items():  # the last of each set
         about: dict[str, Any] = {"dataset_type": name, "dataset_name": name}
         if name == HELD_OUT:
-            source = "local-text-files" if data.text_files else one_line(data.repository)
+            source = "local-text-files" if data.text_files else one_line(short_name(data.repository) or "")
             about = {"dataset_type": source, "dataset_name": f"{source}, held out"}
             about["dataset_args"] = {"held_out": held_out}
             if hub_dataset(record.config):

@@ -40,7 +40,7 @@ def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
         "text": _if_known(lambda value, pattern: pattern.format(value)),
     }
     plain: list[Callable[..., Any]] = [event_name, event_text, fenced, quoted, markdown, smoothing_window]
-    plain += [some_of_each_kind, repeatable_config, names_of_files, parity_rows]
+    plain += [some_of_each_kind, repeatable_config, names_of_files, parity_rows, short_name]
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
@@ -119,15 +119,32 @@ def is_hub_id(name: str) -> bool:
 
 
 def initial_weights(config: Config) -> str | None:
-    """What the run started from: a name on the Hub, or the last part of a directory; None for random weights."""
-    name = config.model.init_from
+    """What the run started from; None for random weights."""
+    return short_name(config.model.init_from)
+
+
+def short_name(name: str | None) -> str | None:
+    """A name on the Hub; of a directory of the author's the last part."""
     return name if name is None or is_hub_id(name) else Path(name).name
 
 
 def repeatable_config(config: Config) -> str:
-    """config.yaml without the settings that say where a run is written and who hears of it: `--config` repeats the run."""
-    sections = asdict(config.public)
+    """config.yaml without the settings that say where a run is written, who hears of it, and what the author's home is called.
+
+    `--config` repeats the run.
+    """
+    sections = _from_home(asdict(config.public))
     for name in NOT_THE_RUN:
         section, _, field = name.rpartition(".")
         (sections[section] if section else sections).pop(field)
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+
+
+def _from_home(value: Any) -> Any:
+    """A value of settings in which `~` stands for the home."""
+    if isinstance(value, dict):
+        return {name: _from_home(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_from_home, value))
+    home = str(Path.home())
+    return f"~{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(f"{home}/") else value

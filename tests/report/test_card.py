@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from recipe.commands import card as command
-from recipe.config.command_line import load_config
+from recipe.config.command_line import load_config, read_config
 from recipe.errors import RecipeError
 from recipe.report.card import card_files, model_card
 from recipe.report.record import read_record
@@ -135,6 +135,42 @@ def test_config_beside_the_card_repeats_the_run(directory: Path, tmp_path: Path)
         assert getattr(again, section) == getattr(record.config, section), section
     assert (again.run.seed, again.precision) == (record.config.run.seed, record.config.precision)
     assert again.run.directory == "runs/default"
+
+
+def test_a_card_names_no_directory_of_the_author(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings, events and snippet; and `config.yaml`, which has to find the files again, says `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("recipe.report.card.curves_png", lambda _: b"")
+    author = f"{tmp_path}/secret project"
+    config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    config["data"] |= {"tokenizer": f"{author}/of words"}
+    config["evaluation"]["sets"] = {"mine": f"{author}/mine.txt"}
+    config["model"]["init_from"] = f"{author}/base"
+    (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    places = {"data.text_files": [[f"{author}/a.txt"], [f"{author}/b.txt"]]}
+    reason = f"cannot write '{author}/run/x': full; (~/y/z) of https://host/a/b and runs/x"
+    write_lines(
+        directory / EVENTS,
+        [
+            {"event": "resume", "update": 6, "checkpoint": f"{author}/step-000006", "changes": places},
+            {"event": "push_failed", "update": 9, "reason": reason},
+        ],
+    )
+    card = card_text(directory)
+    assert str(tmp_path) not in card
+    for words in (
+        f'name = "{directory.name}/final"',
+        "| tokenizer | of words |",
+        "the weights of base",
+        "full; (z) of https://host/a/b and runs/x",
+    ):
+        assert words in card, words
+    kept = card_files(directory)["config.yaml"].decode()
+    assert str(tmp_path) not in kept
+    (tmp_path / "again.yaml").write_text(kept, encoding="utf-8")
+    assert read_config(tmp_path / "again.yaml").data == read_record(directory).config.data
 
 
 def test_a_wrong_number_in_the_ledger_shows(directory: Path) -> None:

@@ -89,10 +89,10 @@ def test_config_beside_the_model_gives_the_same_configuration(directory: Path) -
 
 
 def test_snippet_of_the_card_runs(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a directory of its own."""
-    monkeypatch.chdir(tmp_path)
+    """Where the run's directory is: the card names none of the author's other ones."""
+    monkeypatch.chdir(directory.parent)
     text = (directory / "final/README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(snippet, {})
