@@ -46,7 +46,7 @@ def matches(place: str, part: str) -> list[str]:
 
 
 def links(path: str) -> int:
-    return sum(os.path.islink(directory) for directory in (path, *Path(path).parents))
+    return sum(os.path.islink(directory) for directory in map(str, (path, *Path(path).parents)))
 
 
 def shards_of_files(settings: Settings) -> list[list[str]]:
