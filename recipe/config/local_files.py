@@ -59,7 +59,7 @@ def _identity_of_file(path: str) -> Identity | None:
 
 
 def _by_links(path: str) -> tuple[int, str]:
-    return sum(map(os.path.islink, (path, *Path(path).parents))), path
+    return sum(map(os.path.islink, (path, *map(str, Path(path).parents)))), path
 
 
 def _why_no_file(pattern: str, others: Sequence[str]) -> str:
