@@ -1,9 +1,10 @@
-"""Card and page of a run that was trained: six updates on one rank, then six on two, with another micro-batch."""
+"""Card and page of a run that was trained: eight updates on one rank, then four on two, with another micro-batch."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,28 +15,21 @@ from recipe.commands import report as report_command
 from recipe.config.command_line import load_config
 from recipe.report.record import read_record
 from recipe.run.ledger import LEDGER, read_lines
-from tests.helpers import TINY, run_ranks, train, write_texts
+from tests.helpers import run_ranks
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
     """A finished run with a parity check and two validation sets, its page and its card written by the commands."""
-    root = tmp_path_factory.mktemp("trained")
-    write_texts(root / "texts", count=60)
-    arguments = [
-        *[*TINY, "--run.directory", str(root / "run"), "--data.text_files", f"{root}/texts/*.txt"],
-        *["--data.validation_one_in", "10", "--evaluation.every_tokens", "4608", "--schedule.total_tokens", "18432"],
-        *["--evaluation.sets.mine", f"{root}/texts/00*.txt", "--evaluation.prompts", 'print("é|😀")'],
-        *["--run.parity_check", "true"],
-    ]
-    first = train(*arguments, "--run.max_updates", "6", "--batch.micro_batch_size", "8")
-    assert first.returncode == 0, first.stderr
-    run_ranks(2, ["recipe/train.py", *arguments, "--batch.micro_batch_size", "5"])
+    run = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(finished, run)
+    longer = ["--schedule.total_tokens", "18432", "--batch.micro_batch_size", "5", "--run.directory", str(run)]
+    run_ranks(2, ["recipe/train.py", "--config", str(finished / "config.yaml"), *longer])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["recipe", str(root / "run")])
+        patch.setattr(sys, "argv", ["recipe", str(run)])
         report_command.main()
         card_command.main()
-    return root / "run"
+    return run
 
 
 def test_page_shows_the_numbers_of_the_ledger(directory: Path) -> None:
@@ -50,15 +44,15 @@ def test_page_shows_the_numbers_of_the_ledger(directory: Path) -> None:
         column = f"validation/{name}/bits_per_byte"
         values = {row["update"]: row["value"] for row in datasets[column]}
         known = {line["update"]: line[column] for line in ledger if line[column] is not None}
-        assert list(known) == [0, 3, 6, 9, 12]
+        assert list(known) == [0, 4, 8, 12]
         assert values == {update: pytest.approx(value, rel=1e-5) for update, value in known.items()}
     assert [event["event"] for event in datasets["events"]] == ["resume"]
     for words in (
         f"<b>{ledger[-1]['validation/held_out/loss']:.4f}</b>",
         "12 of 12",
         "ceil(12 blocks of the largest share / 5) = 3",
-        "1,536 / (8 x 64 x 1 rank) = 3",
-        "batch.micro_batch_size 8 → 5",
+        "1,536 / (4 x 64 x 1 rank) = 6",
+        "batch.micro_batch_size 4 → 5",
     ):
         assert words in page, words
 
@@ -70,7 +64,7 @@ def test_card_shows_the_numbers_of_the_run(directory: Path) -> None:
     words = [
         "18,432 of 18,432 tokens",
         "Each update is 1,536 tokens: 24 blocks of 64, from 8 lanes",
-        "| 1 to 6 | 1 | 8 | 3 | 1,536 / (8 x 64 x 1 rank) = 3 |",
+        "| 1 to 8 | 1 | 4 | 6 | 1,536 / (4 x 64 x 1 rank) = 6 |",
         f"| validation set | {after['tokens']:,} tokens, {after['text_bytes']:,} bytes |",
         f"{18432 / summary['parameters']:.2g} tokens per parameter, far fewer than the 20",
         f"python {sys.version.split()[0]}, torch ",
