@@ -125,17 +125,11 @@ def train(options: argparse.Namespace, ranks: int, directory: Path) -> dict[str,
 
 
 def read(options: argparse.Namespace, reading: Reading, directory: Path) -> dict[str, Any]:
-    """Read without a model.
-
-    Raises:
-        RecipeError: it cannot be read.
-    """
+    """Read without a model."""
     its_own = {"run.directory": str(directory / "run"), "batch.lanes": options.lanes}
     reading = replace(reading, settings={"data.dataset": options.dataset, **reading.settings, **its_own})
     counts, limits = Counts(options.counts), Limits(seconds=options.most_minutes * 60)
     answer = read_in_a_process(reading, limits, HF_HOME=str(directory / "home"))
-    if "refused" in answer:
-        raise RecipeError(f"{reading.settings['data.dataset']}: {answer['refused']}")
     return {"dataset": reading.settings["data.dataset"], **answer, **counts.since()}
 
 
@@ -153,35 +147,31 @@ validation set is read. The evaluation before update 1 runs while that is read; 
     titles["growth"] = "One lane of whole files, 1,024 documents at a time"
     for name, title in titles.items():
         if found := result.get(name):
-            count = len(found["seconds"])
-            shown = [number for number in range(count) if number < 3 or number % 10 == 9 or number == count - 1]
-            rows = [
-                {
-                    "update": f"{number + 1}",
-                    "s": f"{found['seconds'][number]:.1f}",
-                    "resident set, MB": f"{found['resident_bytes'][number] / 1e6:,.0f}",
-                }
-                for number in shown
-            ]
             asked = "".join(f", {what} {value}" for what, value in _asked(found).items())
-            text += (
-                f"\n## {title}\n\n{found['dataset']}: peak {found['peak_bytes'] / 1e6:,.0f} MB{asked}.\n\n{table(rows)}"
-            )
+            text += f"\n## {title}\n\n{found['dataset']}: peak {found['peak_bytes'] / 1e6:,.0f} MB{asked}.\n\n"
+            text += found["refused"] + "\n" if "refused" in found else table(_some_updates(found))
     return text
 
 
 def _training_row(training: Mapping[str, Any]) -> dict[str, str]:
-    row, waits = {"ranks": str(training["ranks"])}, training["data_wait_seconds"]
+    row = {"ranks": str(training["ranks"])}
     for what in ("begun", "update 1"):
         reached = training["reached"][what]
         row[f"{what}: s"] = f"{reached['seconds']:.0f}"
         row |= {f"{what}: {column}": value for column, value in _asked(reached).items()}
     if "last_request_seconds" in training["reached"]["update 1"]:
         row["its text: s"] = f"{training['reached']['update 1']['last_request_seconds']:.0f}"
-    row["s of update 1 without text"] = f"{waits[0]:.1f}"
-    row["of later ones, at most"] = f"{max(waits[1:], default=0):.2f}"
     row["peak of each rank, MB"] = ", ".join(f"{peak / 1e6:,.0f}" for peak in training["peak_bytes"])
     return row
+
+
+def _some_updates(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    last = len(found["seconds"]) - 1
+    return [
+        {"update": str(number + 1), "s": f"{seconds:.1f}", "resident set, MB": f"{size / 1e6:,.0f}"}
+        for number, (seconds, size) in enumerate(zip(found["seconds"], found["resident_bytes"], strict=True))
+        if number < 3 or number % 10 == 9 or number == last
+    ]
 
 
 def _asked(found: Mapping[str, Any]) -> dict[str, str]:
