@@ -90,7 +90,7 @@ def open_source(config: Config, files: Sequence[File] | None = None, say: Say = 
             "or give more text"
         )
     if retry_seconds and source.training.parquet:
-        _check_memory(lanes, 2 * source.training.parquet.largest_bytes)  # one is read while the next is fetched
+        _check_memory(lanes, source.training.parquet.largest_bytes)
     return source
 
 
@@ -105,7 +105,7 @@ def describe(source: Source, files: Sequence[File], lanes: int) -> str:
         *([f"{size_text(size)} of text"] if size else []),
     ]
     if source.retry_seconds and (parquet := source.training.parquet):
-        parts.append(f"up to {size_text(2 * lanes * parquet.largest_bytes)} of row groups in memory")
+        parts.append(f"up to {size_text(lanes * parquet.largest_bytes)} of row groups in memory")
     return ", ".join(parts)
 
 
@@ -117,7 +117,7 @@ def _check_memory(lanes: int, lane_bytes: int) -> None:
     needed, available = lanes * lane_bytes * share, psutil.virtual_memory().available
     if needed > available:
         raise RecipeError(
-            f"{lanes} lanes hold row groups of up to {size_text(lane_bytes / 2)} each, one in use and one on its way: "
+            f"{lanes} lanes hold up to {size_text(lane_bytes)} each, the text of a row group and the next one as stored: "
             f"{size_text(needed)}, and this machine has {size_text(available)} left; set --batch.lanes to less, or write the "
             "files with smaller row groups"
         )
