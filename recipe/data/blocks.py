@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from recipe.data.documents import Source
+from recipe.data.encode import DocumentEncoder
 from recipe.data.files import in_background
 from recipe.data.lanes import Lane, LaneOrder
-from recipe.data.tokenizer import document_encoder
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
@@ -60,12 +60,7 @@ def batch_index(update: int, skipped_batches: Iterable[int]) -> int:
 def make_lanes(run: Run, source: Source, tokenizer: Any) -> list[Lane]:
     """The lanes that this rank owns."""
     config, plan = run.config, run.plan.update
-    encoder = document_encoder(tokenizer)
-
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32) for encoding in encodings]
-
+    encode = DocumentEncoder(tokenizer).encode
     order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_blocks)
     return [Lane(source, lane, order, encode, plan.sequence_length) for lane in plan.lanes_of_rank(run.rank)]
 
@@ -211,18 +206,18 @@ def pack_validation(
 
     The stream starts with an end-of-text token, so that every token of every document is a target exactly once.
     """
-    encoder = document_encoder(tokenizer)
-    tokens, text_bytes = [tokenizer.eos_token_id], 0
+    encoder = DocumentEncoder(tokenizer)
+    parts, targets, text_bytes = [np.array([tokenizer.eos_token_id], dtype=np.int32)], 0, 0
     for document in documents:
-        tokens += [*encoder.encode(document, add_special_tokens=False).ids, tokenizer.eos_token_id]
+        parts += encoder.encode([document])
+        targets += len(parts[-1])
         text_bytes += len(document.encode("utf-8", "surrogatepass"))
-        if len(tokens) > max_tokens:
+        if targets >= max_tokens:
             break
     if not text_bytes:
         return None
-    targets = len(tokens) - 1
     rows = math.ceil(targets / sequence_length)
     stream = np.full(rows * sequence_length + 1, _PADDING, dtype=np.int32)
-    stream[: len(tokens)] = tokens
+    stream[: targets + 1] = np.concatenate(parts)
     blocks = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length].copy()
     return ValidationSet(blocks, targets, text_bytes)

@@ -117,17 +117,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def document_encoder(tokenizer: Any) -> Any:
-    """A `tokenizers.Tokenizer` for documents, in which special tokens that a document spells out are plain text."""
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
-
-
 def _save_atomically(tokenizer: Any, directory: Path) -> None:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from recipe.data.documents import Source
 from recipe.data.lanes import Lane, LaneOrder
 from recipe.data.shards import Shards
 from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
-from recipe.data.tokenizer import END_OF_TEXT, document_encoder, load_tokenizer, train_tokenizer
+from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.run.stop import Stopped
@@ -358,14 +358,6 @@ def test_files_of_very_different_sizes_are_split_by_rows(tmp_path: Path) -> None
     check_conservation(lanes, [*texts, "tiny"])
 
 
-def test_an_end_of_text_token_spelled_out_in_a_document_is_plain_text() -> None:
-    tokenizer = train_tokenizer(["some text to train on"], 300)
-    encoder = document_encoder(tokenizer)
-    ids = encoder.encode(f"before{END_OF_TEXT}after").ids
-    assert tokenizer.eos_token_id not in ids
-    assert encoder.decode(ids) == f"before{END_OF_TEXT}after"
-
-
 def expect_error(words: Sequence[str], action: Callable[[], object]) -> None:
     with pytest.raises(RecipeError) as caught:
         action()
@@ -457,8 +449,7 @@ def test_validation_counts_every_token_and_byte_of_whole_documents() -> None:
     tokenizer = train_tokenizer(texts, 300)
     validation = pack_validation(iter(texts), tokenizer, 16, float("inf"))
     assert validation is not None
-    encoder = document_encoder(tokenizer)
-    assert validation.tokens == sum(len(encoder.encode(text).ids) + 1 for text in texts)
+    assert validation.tokens == sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
     assert validation.text_bytes == sum(len(text.encode()) for text in texts)
     assert (validation.blocks[:, 1:] != -1).sum() == validation.tokens
     plan = UpdatePlan(len(validation.blocks) * 16, 16, 1, 1, 100)
