@@ -1,8 +1,8 @@
 """What shuffling the blocks of a lane does to the quickstart: `python -m benchmarks.shuffling`.
 
-Trains it for each number of shuffled blocks and each seed, and prints the validation loss on the way, by how much the training
-loss of an update jumps about its running median, and the noise of an update's gradient: its variance at one model's weights,
-against that of as many blocks drawn independently of each other (1.0).
+Trains it for each number of shuffled blocks and each seed, and prints the validation loss on the way; the largest rise of the
+training loss, as a running median over 21 updates, after warm-up; and the noise of an update's gradient: its variance at one
+model's weights, against that of as many blocks drawn independently of each other (1.0).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from recipe.data import load_tokenizer, make_lanes, next_update, open_source
 from recipe.model.export import load_pretrained
 
 PRESET = "configs/quickstart.yaml"
-SETTLED_UPDATE = 40  # the end of warm-up, behind which the spread of the training loss is measured
+SETTLED_UPDATE = 40  # the end of warm-up; windows have their size by then
 MEASURED_UPDATES = 100  # whose gradients are taken
 MEDIAN_OF = 21  # updates of the running median
 
@@ -38,10 +39,10 @@ def train(directory: Path, shuffle_blocks: int, seed: int) -> pd.DataFrame:
     return pd.read_json(directory / "ledger.jsonl", lines=True)
 
 
-def spread_of_loss(ledger: pd.DataFrame) -> float:
-    """Standard deviation of the training loss about its running median, in nats."""
-    loss = ledger["loss"][ledger["update"] > SETTLED_UPDATE]
-    return float((loss - loss.rolling(MEDIAN_OF, center=True).median()).std())
+def largest_rise(ledger: pd.DataFrame) -> float:
+    """By how many nats the smoothed training loss gets above what it has been."""
+    loss = ledger["loss"][ledger["update"] > SETTLED_UPDATE].rolling(MEDIAN_OF, center=True).median()
+    return float((loss - loss.cummin()).max())
 
 
 def noise_per_block(model: Path, shuffle_blocks: int, seed: int) -> float:
@@ -89,9 +90,12 @@ def main() -> None:
         "--blocks", type=int, nargs="+", default=[1, 32, 128, 480], help="values of data.shuffle_blocks"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--runs", type=Path, help="directory of the trainings, which are kept and need not be done again"
+    )
     options = parser.parse_args()
     rows, values = [], dict[str, Any]()
-    with TemporaryDirectory() as root:
+    with nullcontext(options.runs) if options.runs else TemporaryDirectory() as root:
         for blocks in options.blocks:
             ledgers = {seed: train(Path(root, f"{blocks}-{seed}"), blocks, seed) for seed in options.seeds}
             losses = [ledger.dropna(subset="validation/held_out/loss") for ledger in ledgers.values()]
@@ -104,7 +108,7 @@ def main() -> None:
             model = Path(root, f"{options.blocks[0]}-{options.seeds[0]}", "final")  # the same for all
             measured = {
                 **{f"validation loss after {update}": found for update, found in by_update.items()},
-                "spread of the training loss": [spread_of_loss(ledger) for ledger in ledgers.values()],
+                "largest rise of the training loss": [largest_rise(ledger) for ledger in ledgers.values()],
                 "noise per block": [noise_per_block(model, blocks, seed) for seed in options.seeds],
             }
             values[str(blocks)] = measured

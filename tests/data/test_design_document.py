@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 from itertools import islice
 from pathlib import Path
@@ -26,35 +27,40 @@ def check_order(run: Path, tokenizer: Tokenizer | None = None) -> Order:
 def test_the_document_gives_the_blocks_of_a_run_over_text_files(finished: Path) -> None:
     order = check_order(finished)
     documents = sum(len(list(order.documents(shard))) for shard in range(len(order.shards)))
-    assert documents < sum(map(len, order.shards)), "some are held out"
-    assert {len(shard) for shard in order.shards} == {1}
+    assert documents < len(order.shards), "some are held out"
 
 
 @pytest.mark.slow
-def test_the_document_gives_the_blocks_of_several_epochs_over_grouped_files_and_of_the_standard_library(
+def test_the_document_gives_the_blocks_of_several_epochs_of_a_file_that_is_cut_and_of_the_standard_library(
     tmp_path: Path,
 ) -> None:
     """Of one small run each; the second takes the tokenizer of the first."""
-    write_texts(tmp_path / "texts", count=36, largest=1400)
-    (tmp_path / "texts/000.txt").write_bytes(b"caf\xe9\r\nand <|endoftext|> in the\rmiddle\n" * 900)
-    (tmp_path / "texts/035.txt").write_bytes(b"")
-    (tmp_path / "texts/0.txt").symlink_to("001.txt")
-    os.link(tmp_path / "texts/002.txt", tmp_path / "texts/zzz.txt")
-    (tmp_path / "texts/up").symlink_to("..")
     texts = [
+        *write_texts(tmp_path / "written", count=36, largest=1400),
+        "café\r\nand <|endoftext|> in the\rmiddle\n" * 900,
+        "",
+    ]
+    (tmp_path / "texts").mkdir()
+    for name, part in (("a", texts[:5]), ("b", texts[5:])):
+        rows = [json.dumps({"id": number, "text": text}, ensure_ascii=False) for number, text in enumerate(part)]
+        (tmp_path / f"texts/{name}.jsonl").write_text("\n\n".join(rows), "utf-8", newline="")
+    (tmp_path / "texts/0.jsonl").symlink_to("a.jsonl")
+    os.link(tmp_path / "texts/b.jsonl", tmp_path / "texts/zzz.jsonl")
+    (tmp_path / "texts/up").symlink_to(".")
+    given = [
         "--data.text_files",
-        f"{tmp_path}/texts/**/*.txt",
+        f"{tmp_path}/texts/**/*.jsonl",
         "--data.validation_one_in",
         "4",
         "--data.shuffle_blocks",
         "20",
     ]
     short = ["--batch.lanes", "2", "--run.max_updates", "24", "--checkpoint.every_tokens", "null"]
-    done = train(*TINY, "--run.directory", str(tmp_path / "texts-run"), *texts, *short)
+    done = train(*TINY, "--run.directory", str(tmp_path / "texts-run"), *given, *short)
     assert done.returncode == 0, done.stderr
     order = check_order(tmp_path / "texts-run")
     assert order.epochs_begun >= 3
-    assert {len(shard) for shard in order.shards} == {1, 2}
+    assert 20 < len(order.shards) < 32, "some places coincide behind a long line"
 
     library = [
         "--data.tokenizer",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,15 @@ def divides(data: bytes, one_in: int | None) -> bool:
     return one_in is not None and int.from_bytes(h(data), "big") % one_in == 0
 
 
-def read(path: str) -> str:
-    return Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+Shard = tuple[str, int, int]  # path, and the bytes of it from one place to before another
+
+
+def read(shard: Shard) -> list[str]:
+    path, start, end = shard
+    data = Path(path).read_bytes()[start:end]
+    if path.endswith(".jsonl"):
+        return [json.loads(line)["text"] or "" for line in data.decode().split("\n") if line.strip()]
+    return [data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")]
 
 
 def files(patterns: Sequence[str]) -> list[str]:
@@ -49,27 +57,35 @@ def links(path: str) -> int:
     return sum(os.path.islink(directory) for directory in map(str, (path, *Path(path).parents)))
 
 
-def shards_of_files(settings: Settings) -> list[list[str]]:
-    """Paths of the .txt files of each shard."""
+def whole(path: str) -> Shard:
+    return path, 0, os.path.getsize(path)
+
+
+def shards_of_files(settings: Settings) -> list[Shard]:
     paths = files(settings["data"]["text_files"])
     lanes = settings["batch"]["lanes"]
     sizes = [sum(os.path.getsize(path) for path in paths[lane::lanes]) for lane in range(lanes)]
-    if max(sizes) <= 2 * min(sizes):
-        return [[path] for path in paths]
-    shards = min(len(paths), 16 * lanes)
-    lengths = [len(paths) // shards + (shard < len(paths) % shards) for shard in range(shards)]
-    rest = iter(paths)
-    return [list(islice(rest, length)) for length in lengths]
+    if paths[0].endswith(".txt") or (len(paths) >= lanes and max(sizes) <= 2 * min(sizes)):
+        return [whole(path) for path in paths]
+    shards: list[Shard] = []
+    for path in paths:
+        size = os.path.getsize(path)
+        count = max(1, round(16 * lanes * size / sum(sizes)))
+        lines = [0, *(place + 1 for place, byte in enumerate(Path(path).read_bytes()) if byte == ord("\n"))]
+        places = {min([line for line in lines if line >= size * n // count] or [size]) for n in range(1, count)}
+        bounds = sorted({0, size} | places)
+        shards += [(path, start, end) for start, end in pairwise(bounds)]
+    return shards
 
 
-def shards_of_the_standard_library() -> list[list[str]]:
+def shards_of_the_standard_library() -> list[Shard]:
     root = sysconfig.get_path("stdlib")
     found: list[tuple[str, ...]] = []
     for directory, folders, names in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in LEFT_OUT]
         parts = Path(directory).relative_to(root).parts
         found += [(*parts, name) for name in names if name.endswith(".py")]
-    return [[os.path.join(root, *parts)] for parts in sorted(found) if not divides("/".join(parts).encode(), 50)]
+    return [whole(os.path.join(root, *parts)) for parts in sorted(found) if not divides("/".join(parts).encode(), 50)]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -104,7 +120,7 @@ class Order:
         self.tokenizer.encode_special_tokens = True
 
     def documents(self, shard: int) -> Iterator[str]:
-        return (text for text in map(read, self.shards[shard]) if not divides(text.encode(), self.one_in))
+        return (text for text in read(self.shards[shard]) if not divides(text.encode(), self.one_in))
 
     def tokens(self, lane: int) -> Iterator[int]:
         """The endless stream of a lane."""
