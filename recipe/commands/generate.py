@@ -3,7 +3,7 @@
 import sys
 
 from recipe.config.command_line import make_parser, parse
-from recipe.evaluation.sample import GenerateConfig, generate
+from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
 
 
 def main() -> None:
@@ -16,4 +16,6 @@ def main() -> None:
 
     gpt2, tokenizer = load_pretrained(rest["model"])
     gpt2.eval()
+    if (count := tokens_to_generate(gpt2, tokenizer, config)) < config.max_new_tokens:
+        print(f"note: {count:,} tokens at most: the model has {gpt2.config.n_positions:,} positions", file=sys.stderr)
     print(generate(gpt2, tokenizer, config))

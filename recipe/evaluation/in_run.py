@@ -11,7 +11,7 @@ from recipe.data.documents import Source
 from recipe.data.sources import open_source
 from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import Evaluation, evaluate
-from recipe.evaluation.sample import GenerateConfig, generate
+from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
 from recipe.plan.schedule import crosses
 from recipe.run.ledger import EVENTS, LEDGER, LedgerEntry, read_events, read_lines
 from recipe.run.run import Run
@@ -61,6 +61,7 @@ class RunEvaluation:
         self.samples: dict[str, str] = {}
         if HELD_OUT not in sets:
             run.console.say("no validation on held-out documents: there are none")
+        self.prompts = self._prompts_with_room()
 
     def begin(self, update: int) -> None:
         """Evaluate before training, for the ledger's line of update 0; or do what was due after `update`. Collective.
@@ -86,7 +87,7 @@ class RunEvaluation:
             values = self._validate(update, missing)
             if line:
                 run.ledger.amend(update, values)
-        self._sample(update, [prompt for prompt in run.config.evaluation.prompts if prompt not in samples])
+        self._sample(update, [prompt for prompt in self.prompts if prompt not in samples])
 
     def add_to(self, entry: LedgerEntry) -> LedgerEntry:
         """The entry with its validation columns, null if none is due now or a rank is asked to stop meanwhile. Collective."""
@@ -94,8 +95,26 @@ class RunEvaluation:
         if self._is_due(entry.update):
             with suppress(Stopped):  # this update is done and has to be written down; the next one stops
                 values = self._validate(entry.update, self.sets)
-                self._sample(entry.update, self.run.config.evaluation.prompts)
+                self._sample(entry.update, self.prompts)
         return replace(entry, validation=values)
+
+    def _prompts_with_room(self) -> list[str]:
+        """The prompts that leave the model positions for a continuation; says which leave none, or few."""
+        settings, prompts = self.run.config.evaluation, list[str]()
+        gpt2 = self.run.accelerator.unwrap_model(self.model).gpt2
+        for prompt in settings.prompts if settings.sample_tokens else ():
+            try:
+                count = tokens_to_generate(gpt2, self.tokenizer, GenerateConfig(prompt, settings.sample_tokens))
+            except RecipeError as error:
+                self.run.console.say(f"no samples of one of evaluation.prompts: {error}")
+                continue
+            prompts.append(prompt)
+            if count < settings.sample_tokens:
+                self.run.console.say(
+                    f"samples of {prompt[:40]!r}: {count:,} tokens at most (evaluation.sample_tokens = "
+                    f"{settings.sample_tokens:,}): the model has {gpt2.config.n_positions:,} positions"
+                )
+        return prompts
 
     def of_line(self, line: dict[str, Any]) -> dict[str, Evaluation]:
         """What a line of the ledger says of each set; it may have been evaluated by another start of the run."""
@@ -135,7 +154,7 @@ class RunEvaluation:
             Stopped: a rank was asked to stop meanwhile; samples may be missing, also behind the last update.
         """
         run, settings = self.run, self.run.config.evaluation
-        if settings.sample_tokens is None:
+        if not self.prompts or settings.sample_tokens is None:
             return
         model = run.accelerator.unwrap_model(self.model)
         was_training = model.training

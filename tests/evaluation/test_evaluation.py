@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from recipe.run.stop import StopRequest
 from tests.helpers import TINY, read_events, read_ledger, run_ranks, write_texts
 
 UPDATES = 4
+TOO_LONG = "many words " * 500
 PROMPTS = ["def main", 'a "quoted" \N{GRINNING FACE}\nline']
 
 
@@ -43,11 +45,13 @@ def runs(root: Path) -> tuple[Path, Path]:
         *["--run.max_updates", str(UPDATES), "--model.dropout", "0.1", "--evaluation.every_tokens", "3072"],
     ]
     sets = ["--evaluation.sets.short", f"{root}/short.txt", "--evaluation.sets.rows", f"{root}/rows.jsonl"]
-    evaluated = [*common, "--run.directory", str(root / "with"), *sets, "--evaluation.prompts", *PROMPTS]
+    evaluated = [*common, "--run.directory", str(root / "with"), *sets, "--evaluation.prompts", *PROMPTS, TOO_LONG]
+    evaluated += ["--evaluation.sample_tokens", "62"]
     plain = [*common, "--run.directory", str(root / "without"), "--evaluation.sample_tokens", "null"]
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(run_ranks, 2, command) for command in (evaluated, plain)]:
-            done.result()
+        outputs = [pool.submit(run_ranks, 2, command) for command in (evaluated, plain)]
+        (root / "output.txt").write_text(outputs[0].result(), encoding="utf-8")
+        assert "samples of" not in outputs[1].result()
     return root / "with", root / "without"
 
 
@@ -65,6 +69,13 @@ def test_each_prompt_is_sampled_once_at_each_evaluation(runs: tuple[Path, Path])
     assert all(s["text"].startswith(s["prompt"]) and len(s["text"]) > len(s["prompt"]) for s in samples)
     assert samples[0]["text"] != samples[2]["text"], "the model has learnt something"
     assert not read_events(runs[1], "sample")
+    output = (runs[0].parent / "output.txt").read_text(encoding="utf-8")
+    assert output.count("no samples of one of evaluation.prompts: the prompt 'many words") == 1
+    fewer = re.findall(
+        r"samples of '.*': (\d+) tokens at most \(evaluation.sample_tokens = 62\): .* 64 positions", output
+    )
+    assert len(fewer) == 2
+    assert all(0 < int(count) < 62 for count in fewer)
 
 
 def test_the_ledger_holds_the_loss_of_each_named_set(runs: tuple[Path, Path]) -> None:
@@ -93,7 +104,7 @@ def test_the_ledger_holds_the_loss_of_each_named_set(runs: tuple[Path, Path]) ->
 
 def test_prompts_and_sets_survive_the_written_configuration(runs: tuple[Path, Path]) -> None:
     settings = load_config(["--config", str(runs[0] / "config.yaml")]).evaluation
-    assert settings.prompts == tuple(PROMPTS)
+    assert settings.prompts == (*PROMPTS, TOO_LONG)
     assert settings.sets == {"short": f"{runs[0].parent}/short.txt", "rows": f"{runs[0].parent}/rows.jsonl"}
 
 

@@ -15,7 +15,7 @@ from recipe.config.settings import Config, DataConfig, ModelConfig
 from recipe.data.blocks import pack_validation, to_tensors
 from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import RecipeError
-from recipe.evaluation.sample import GenerateConfig, generate
+from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
 from recipe.model.export import export_model, load_pretrained
 from recipe.model.gpt2 import build_gpt2
 from tests.support.tokenizers import write_gpt2_vocabulary
@@ -99,10 +99,18 @@ def test_generation_uses_a_cache_that_agrees_with_none(built: tuple[Any, Any]) -
     assert torch.equal(cached, plain)
 
 
-def test_a_long_prompt_and_a_long_answer_fit_the_positions(built: tuple[Any, Any]) -> None:
+def test_a_prompt_is_kept_whole_and_less_is_generated(built: tuple[Any, Any]) -> None:
+    """The model has 64 positions; each "word" is a token."""
     model, tokenizer = built
-    assert generate(model.gpt2, tokenizer, GenerateConfig("word " * 200, max_new_tokens=16))
+    prompt = "first" + " word" * 59
+    answer = generate(model.gpt2, tokenizer, GenerateConfig(prompt, max_new_tokens=16, top_k=0))
+    assert answer.startswith(prompt)
+    assert tokens_to_generate(model.gpt2, tokenizer, GenerateConfig(prompt, max_new_tokens=16)) == 4
+    assert tokens_to_generate(model.gpt2, tokenizer, GenerateConfig(prompt, max_new_tokens=3)) == 3
     assert generate(model.gpt2, tokenizer, GenerateConfig("word", max_new_tokens=500))
+    assert generate(model.gpt2, tokenizer, GenerateConfig("first" + " word" * 62))
+    with pytest.raises(RecipeError, match=r"has 64 tokens, and the model 64 positions .* of 63 tokens or fewer"):
+        generate(model.gpt2, tokenizer, GenerateConfig("first" + " word" * 63))
 
 
 def test_an_export_that_cannot_be_written_is_one_line_and_leaves_the_old_one(
