@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from recipe.errors import RecipeError
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64_000_000
+# The trainer takes minutes for a word of millions of characters, and holds some hundred bytes for each byte of a document.
+LONGEST_TRAINING_WORD = 1024
+_LONG_RUN = re.compile(r"(?<!\S)\S{1025,}|(?<!\s)\s{1025,}")
+_TRAINING_PIECE = 1 << 16  # characters
+_BEFORE_WORD = re.compile(r"(?<=\S) (?=\S)")  # where the words are the same with and without a cut
 
 
 def load_tokenizer(config: Config, source: Source, init_from: str | None = None) -> Any:
@@ -40,7 +46,7 @@ def load_tokenizer(config: Config, source: Source, init_from: str | None = None)
         raise RecipeError(
             f"model.init_from = {model!r} has no tokenizer: set --data.tokenizer to the one that it was trained with"
         )
-    tokenizer = tokenizer or _trained_tokenizer(config, source)
+    tokenizer = _adding_nothing(tokenizer or _trained_tokenizer(config, source))
     tokenizer.model_max_length = config.n_positions
     return tokenizer
 
@@ -72,13 +78,38 @@ def find_tokenizer(what: str, name: str) -> Any:
     return tokenizer
 
 
+def _adding_nothing(tokenizer: Any) -> Any:
+    """The tokenizer, but `tokenizer(text)` has the tokens of the text alone, as the model is trained on them.
+
+    Some add a token in front or behind, which would be new to the model or end the document, or `token_type_ids`, which GPT-2
+    embeds and adds. A plain class, because others make what adds tokens anew when they are loaded.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    encoded = tokenizer("a")
+    if (
+        encoded["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
+        and "token_type_ids" not in encoded
+    ):
+        return tokenizer
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
+
+
 def _trained_tokenizer(config: Config, source: Source) -> Any:
     """Train, or take from the cache: keyed by a hash of the text and of every setting."""
     settings = {
         "vocab_size": config.model.vocab_size,
         "end_of_text": END_OF_TEXT,
         "bytes": TRAINING_BYTES,
-        "version": 1,
+        "version": 2,
     }
     texts: list[str] = []
     digest, size = hashlib.sha256(json.dumps(settings).encode()), 0
@@ -111,10 +142,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator((piece for text in texts for piece in _training_pieces(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+
+
+def _training_pieces(text: str) -> Iterator[str]:
+    """The text in pieces with the same words, but for those that are longer than `LONGEST_TRAINING_WORD`: they are cut."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        for cut in range(run.start() + LONGEST_TRAINING_WORD, run.end(), LONGEST_TRAINING_WORD):
+            yield from _short_pieces(text[start:cut])
+            start = cut
+    yield from _short_pieces(text[start:])
+
+
+def _short_pieces(text: str) -> Iterator[str]:
+    start = 0
+    while place := _BEFORE_WORD.search(text, start + _TRAINING_PIECE):
+        yield text[start : place.start()]
+        start = place.start()
+    yield text[start:]
 
 
 def _save_atomically(tokenizer: Any, directory: Path) -> None:
