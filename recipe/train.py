@@ -50,9 +50,8 @@ def train(config: Config) -> None:
     source, init_from = open_text(run, point), config.model.init_from
     if init_from and point.checkpoint:
         init_from = str(point.checkpoint)  # it has weights and tokenizer
-    with run.accelerator.main_process_first():
-        tokenizer = load_tokenizer(config, source, init_from)
-    validation_sets = read_validation_sets(config, source, tokenizer)
+    tokenizer = load_tokenizer(config, source, init_from, run.on_main)
+    validation_sets = run.on_main(lambda: read_validation_sets(config, source, tokenizer))
 
     # ---- 3. Model and optimizer: the only two things that accelerate prepares --------------------------------------------
     model = build_model(run, tokenizer, init_from)

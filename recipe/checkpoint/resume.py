@@ -188,7 +188,7 @@ def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
         if changed := touched(earlier, record):
             run.console.say(f"written since, with the same size, head and tail: {_shown(changed)}")
     source = open_source(run.config, files, run.console.say)
-    run.console.say(describe(source, files, run.config.batch.lanes))
+    run.console.say(describe(source, files, run.config.batch.lanes, run.plan.total_tokens))
     return pack_record(record), source
 
 

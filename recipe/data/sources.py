@@ -22,6 +22,7 @@ from recipe.retry import growing_pauses, retry
 from recipe.run.files import new_file
 
 _NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+TYPICAL_TOKEN_BYTES = 4.5  # of English text in GPT-2's vocabulary
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 Say = Callable[[str], None]
@@ -94,16 +95,18 @@ def open_source(config: Config, files: Sequence[File] | None = None, say: Say = 
     return source
 
 
-def describe(source: Source, files: Sequence[File], lanes: int) -> str:
-    """What was opened, in one line."""
+def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> str:
+    """What was opened, in one line, for a run that trains so many tokens."""
     commits = {found[1] for file in files if (found := re.match(r"hf://datasets/[^@]+@(\w+)/", file.address))}
     size = source.training.text_bytes
     parts = [
         f"text: {source.name}{''.join(f' at {commit[:12]}' for commit in commits)}",
         f"{len(files):,} files",
         f"{len(source):,} shards for {lanes} lanes",
-        *([f"{size_text(size)} of text"] if size else []),
     ]
+    if size:
+        passes = tokens * TYPICAL_TOKEN_BYTES / size
+        parts.append(f"{size_text(size)} of text: {passes:.2g} passes, if a token is {TYPICAL_TOKEN_BYTES} bytes of it")
     if source.retry_seconds and (parquet := source.training.parquet):
         parts.append(f"up to {size_text(lanes * parquet.largest_bytes)} of row groups in memory")
     return ", ".join(parts)

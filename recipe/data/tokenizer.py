@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,15 @@ _TRAINING_PIECE = 1 << 16  # characters
 _BEFORE_WORD = re.compile(r"(?<=\S) (?=\S)")  # where the words are the same with and without a cut
 
 
-def load_tokenizer(config: Config, source: Source, init_from: str | None = None) -> Any:
+def load_tokenizer(
+    config: Config,
+    source: Source,
+    init_from: str | None = None,
+    on_main: Callable[[Any], Any] = lambda action: action(),
+) -> Any:
     """The fast tokenizer that `data.tokenizer` names, or that of the model in `init_from`, or one trained on `source`.
+
+    `on_main` does something on rank 0 and gives its result to all ranks: to read the text that a tokenizer is trained on.
 
     Raises:
         RecipeError: it cannot be loaded or used, or is not that of `init_from`, or nothing says which it is.
@@ -46,7 +53,7 @@ def load_tokenizer(config: Config, source: Source, init_from: str | None = None)
         raise RecipeError(
             f"model.init_from = {model!r} has no tokenizer: set --data.tokenizer to the one that it was trained with"
         )
-    tokenizer = _adding_nothing(tokenizer or _trained_tokenizer(config, source))
+    tokenizer = _adding_nothing(tokenizer or _trained_tokenizer(on_main(lambda: _train_once(config, source))))
     tokenizer.model_max_length = config.n_positions
     return tokenizer
 
@@ -103,8 +110,12 @@ def _adding_nothing(tokenizer: Any) -> Any:
     )
 
 
-def _trained_tokenizer(config: Config, source: Source) -> Any:
-    """Train, or take from the cache: keyed by a hash of the text and of every setting."""
+def _trained_tokenizer(directory: Path) -> Any:
+    return find_tokenizer(f"the tokenizer trained before (delete {directory})", str(directory))
+
+
+def _train_once(config: Config, source: Source) -> Path:
+    """The directory of the tokenizer, in the cache, keyed by a hash of the text and of every setting."""
     settings = {
         "vocab_size": config.model.vocab_size,
         "end_of_text": END_OF_TEXT,
@@ -125,7 +136,7 @@ def _trained_tokenizer(config: Config, source: Source) -> Any:
     directory = config.cache_directory / f"tokenizer-{digest.hexdigest()[:16]}"
     if not (directory / "tokenizer_config.json").is_file():
         _save_atomically(train_tokenizer(texts, config.model.vocab_size), directory)
-    return find_tokenizer(f"the tokenizer trained before (delete {directory})", str(directory))
+    return directory
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
