@@ -14,7 +14,7 @@ from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.documents import Source
 from recipe.data.lanes import Lane
-from recipe.data.record import pack_record, record_text, touched, unpack_record, what_changed
+from recipe.data.record import Record, pack_record, record_text, touched, unpack_record, what_changed
 from recipe.data.sources import describe, find_text, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
@@ -176,10 +176,10 @@ def open_text(run: Run, point: ResumePoint) -> Source:
 
 
 def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
-    files = find_text(run.config, run.console.say)
+    earlier = unpack_record(point.state.text) if point.state and point.state.text else []
+    files = find_text(_at_commit(run.config, earlier), run.console.say)
     record = record_text(files)
-    if point.state and point.state.text:
-        earlier = unpack_record(point.state.text)
+    if earlier:
         change = what_changed(earlier, record)
         if change:
             raise RecipeError(
@@ -188,8 +188,18 @@ def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
         if changed := touched(earlier, record):
             run.console.say(f"written since, with the same size, head and tail: {_shown(changed)}")
     source = open_source(run.config, files, run.console.say)
-    run.console.say(describe(source, files, run.config.batch.lanes, run.plan.total_tokens))
+    run.text = describe(source, files, run.config.batch.lanes, run.plan.total_tokens)
+    run.console.say(f"text: {run.text}")
     return pack_record(record), source
+
+
+def _at_commit(config: Config, earlier: Record) -> Config:
+    """A dataset goes on at the commit that was read, if none is asked for."""
+    data = config.data
+    commits = [file.hash for file in earlier if file.size_bytes is None and file.name == data.repository]
+    if data.text_files or data.revision or not commits:
+        return config
+    return replace(config, data=replace(data, revision=commits[0]))
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

@@ -100,7 +100,7 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
     commits = {found[1] for file in files if (found := re.match(r"hf://datasets/[^@]+@(\w+)/", file.address))}
     size = source.training.text_bytes
     parts = [
-        f"text: {source.name}{''.join(f' at {commit[:12]}' for commit in commits)}",
+        f"{source.name}{''.join(f' at {commit[:12]}' for commit in commits)}",
         f"{len(files):,} files",
         f"{len(source):,} shards for {lanes} lanes",
     ]
@@ -155,7 +155,7 @@ def _find_dataset(data: DataConfig) -> list[File]:
     splits = {split.strip() for split in data.split.split("+")}
     found = _load_builder(data.repository, data.configuration, data.revision).config.data_files or {}
     if found and not splits <= found.keys():
-        raise RecipeError(f"data.split = {data.split!r}: {data.dataset} has {', '.join(map(repr, found))}")
+        raise RecipeError(f"data.split = {data.split!r}: {data.dataset} has {', '.join(map(str, found))}")
     addresses = [address for split in found if split in splits for address in found[split]]
     kinds = {text_file_format(address): address for address in addresses}
     if not addresses or len(kinds) > 1 or None in kinds:

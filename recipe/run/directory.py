@@ -124,7 +124,9 @@ def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
     previous = run.on_main(lambda: _make_room(run, update, checkpoint))
     if previous:
         run.console.say(f"what this run replaces is now in {' and '.join(map(str, previous))}")
-    run.ledger.event("start", update, **describe_environment(run.accelerator, run.precision), **run.kernels)
+    run.ledger.event(
+        "start", update, **describe_environment(run.accelerator, run.precision), **run.kernels, text=run.text
+    )
     if run.is_main:
         run.ledger.trackers.start(update)
     run.stop.prepared()

@@ -35,6 +35,7 @@ class Run:
     console: Console  # what a person sees
     ledger: Ledger  # what is written of each update, and of everything else that happens
     kernels: dict[str, Any] = field(default_factory=dict)  # which ones compute the model, for the start event
+    text: str = ""  # what was opened, on rank 0, for the start event
     text_record: str = ""  # which text it reads, for its checkpoints
     lock: Any = None  # holds the run directory until the process ends
 

@@ -36,6 +36,10 @@ class HttpServer(ThreadingHTTPServer):
         self.directory = directory
         self.requests: list[str] = []  # name of the file of each request for data
         self.paths: list[str] = []  # and its whole path, with the query
+        self.ranges: list[tuple[int, int]] = []  # first byte and the one behind the last of each that was answered
+        self.api: list[str] = []  # paths of what a Hub was asked
+        self.commit = HUB_COMMIT  # at which the dataset is
+        self._gathering: threading.Barrier | None = None
         self.closing = threading.Event()
         self.secret = ""  # in the query or as the password of every request for data; others are answered 403
         self._plans: dict[str, Iterator[str | None]] = {}
@@ -63,6 +67,14 @@ class HttpServer(ThreadingHTTPServer):
         with self._lock:
             return next(self._plans.get(name, iter(())), "over") == "over"
 
+    def gather(self, requests: int) -> None:
+        """Answer the next requests for data when so many have come."""
+        self._gathering = threading.Barrier(requests, timeout=20)
+
+    def wait_for_others(self) -> None:
+        if self._gathering and not self._gathering.broken:
+            self._gathering.wait()
+
     def next_fault(self, name: str) -> str | None:
         with self._lock:
             self.requests.append(name)
@@ -89,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         if name.startswith("api/"):
             return self.answer_hub(name)
-        name = name.removeprefix(f"datasets/{HUB_DATASET}/resolve/{HUB_COMMIT}/")
+        name = re.sub(f"^datasets/{HUB_DATASET}/resolve/[0-9a-f]{{40}}/", "", name)
         fault = self.server.next_fault(name) if self.command == "GET" else None
         self.server.paths.append(self.path)
         password = b64decode(self.headers.get("Authorization", "").removeprefix("Basic ")).decode()
@@ -107,20 +119,26 @@ class Handler(BaseHTTPRequestHandler):
         start, end = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
         if start >= end:
             return self.answer(416, b"", length=0, content_range=f"bytes */{len(data)}")
+        self.server.wait_for_others()
+        self.server.ranges.append((start, end))
         FAULTS.get(fault or "", Handler.answer_range)(self, data, start, end)
 
     def answer_hub(self, name: str) -> None:
         """What `datasets` asks the Hub before it streams a dataset: here one that holds the files of the directory."""
+        self.server.api.append(self.path)
+        fault = self.server.next_fault("api")
+        if fault:
+            return self.answer(int(fault), b"<html>no</html>", length=15)
         answer: Any = {
             "id": HUB_DATASET,
-            "sha": HUB_COMMIT,
+            "sha": found[1] if (found := re.search(r"/revision/([0-9a-f]{40})$", name)) else self.server.commit,
             "siblings": [],
             "tags": [],
             "private": False,
             "gated": False,
         }
-        if f"/tree/{HUB_COMMIT}" in name:
-            files = sorted(self.server.directory.iterdir()) if name.endswith(HUB_COMMIT) else []
+        if re.search("/tree/[0-9a-f]{40}", name):
+            files = sorted(self.server.directory.iterdir()) if re.search("/[0-9a-f]{40}$", name) else []
             answer = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
         body = json.dumps(answer).encode()
         self.answer(200 if HUB_DATASET in name else 404, body, length=len(body))
