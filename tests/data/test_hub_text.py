@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem, constants
 
 import recipe.data.documents as documents_module
 import recipe.data.remote_files as remote_files
@@ -35,7 +36,6 @@ TEXTS = [f"{number} " + "some words of a text " * 20 for number in range(GROUPS 
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
     """A Hub with one dataset of one Parquet file, of which the text is a small part."""
     import datasets
-    from huggingface_hub import HfFileSystem, constants
 
     served = tmp_path / "served"
     served.mkdir()
@@ -132,6 +132,7 @@ def test_a_start_that_cannot_be_is_one_line(server: HttpServer, tmp_path: Path) 
     with pytest.raises(RecipeError, match=r"data\.split = .dev.: .* has train"):
         find_text(config_of(tmp_path, split="dev"))
     (server.directory / "a.parquet").rename(server.directory / "a.csv")
+    HfFileSystem.clear_instance_cache()  # of listings
     with pytest.raises(RecipeError, match=r"not of one of the formats .*a\.csv.*--data\.revision refs/convert/parquet"):
         find_text(config_of(tmp_path))
     server.plan("api", for_ever("500"))
