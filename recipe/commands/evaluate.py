@@ -88,5 +88,5 @@ def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerato
     print(f"text           {text.tokens:,} tokens, {text.text_bytes:,} bytes of {source.name}")
     print(f"loss           {text.loss:.4f} nats per token")
     print(f"perplexity     {text.perplexity:.2f}")
-    print(f"bits per byte  {text.bits_per_byte:.4f}")
+    print(f"bits per byte  {f'none: {lost}' if (lost := validation.loss_of_text) else f'{text.bits_per_byte:.4f}'}")
     return {"name": source.name, **asdict(text), "perplexity": text.perplexity}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recipe.data.documents import Source
-from recipe.data.encode import DocumentEncoder
+from recipe.data.encode import DocumentEncoder, gives_back
 from recipe.data.files import in_background
 from recipe.data.lanes import Lane, LaneOrder
 from recipe.errors import RecipeError
@@ -197,6 +197,16 @@ class ValidationSet:
     blocks: np.ndarray  # int32 [blocks, sequence_length + 1]; the last one is padded
     tokens: int  # targets that are not padding
     text_bytes: int  # UTF-8 bytes of the documents, the measure of bits per byte
+    unknown_tokens: int = 0  # for what the tokenizer cannot represent
+    is_exact: bool = True  # whether the tokens give the text back, so that bits per byte mean something
+
+    @property
+    def loss_of_text(self) -> str | None:
+        """What the tokenizer does not keep of the text; None if it keeps all."""
+        if self.unknown_tokens:
+            share = 100 * self.unknown_tokens / self.tokens
+            return f"{share:.2g} % of the tokens are unknown: the tokenizer cannot represent this text"
+        return None if self.is_exact else "the tokenizer does not give this text back (case, accents, characters)"
 
 
 def pack_validation(
@@ -208,9 +218,13 @@ def pack_validation(
     """
     encoder = DocumentEncoder(tokenizer)
     parts, targets, text_bytes = [np.array([tokenizer.eos_token_id], dtype=np.int32)], 0, 0
+    unknown, unknown_tokens, is_exact = tokenizer.unk_token_id, 0, True
     for document in documents:
         parts += encoder.encode([document])
         targets += len(parts[-1])
+        if unknown not in (None, tokenizer.eos_token_id):
+            unknown_tokens += int((parts[-1] == unknown).sum())
+        is_exact = is_exact and not unknown_tokens and gives_back(tokenizer, parts[-1][:-1], document)
         text_bytes += len(document.encode("utf-8", "surrogatepass"))
         if targets >= max_tokens:
             break
@@ -220,4 +234,4 @@ def pack_validation(
     stream = np.full(rows * sequence_length + 1, _PADDING, dtype=np.int32)
     stream[: targets + 1] = np.concatenate(parts)
     blocks = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length].copy()
-    return ValidationSet(blocks, targets, text_bytes)
+    return ValidationSet(blocks, targets, text_bytes, unknown_tokens, is_exact)

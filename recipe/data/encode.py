@@ -13,10 +13,11 @@ import numpy as np
 # An encoding of `tokenizers` takes hundreds of bytes a token, so these bound what is encoded at once, in characters.
 BATCH_LENGTH = 1 << 19
 PIECE_LENGTH = 1 << 16  # a longer document is cut at the first place behind this
-LONGEST_PIECE = 1 << 19  # and here if there is none
+LONGEST_PIECE = 1 << 19  # and here at the latest, if there is none
 _PLACE = re.compile(r"(?<=\S)(?: (?=\S)|\r?\n(?=\w))")  # where almost every tokenizer begins a new token
 _PLACES_TRIED = 64
 _CONTEXT = 128  # characters on each side that tell whether a cut changes tokens
+_DECODED = 1 << 17  # tokens
 _ANCHOR = "\n"  # in front of a piece, for tokenizers that treat the start of a text in another way
 
 
@@ -77,6 +78,18 @@ class DocumentEncoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def gives_back(tokenizer: Any, ids: np.ndarray, text: str) -> bool:
+    """Whether these tokens are the text but for its white space: not if case, accents or characters are lost.
+
+    Of a very long document its beginning is decoded.
+    """
+    decoded = tokenizer.decode(ids[:_DECODED], clean_up_tokenization_spaces=False)
+    found, expected = "".join(decoded.split()), "".join(text.split())
+    return (
+        found == expected if len(ids) <= _DECODED else expected.startswith(found[:-8])
+    )  # it may end within a character
 
 
 def _text_encoder(tokenizer: Any) -> Any:

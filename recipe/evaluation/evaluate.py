@@ -16,7 +16,8 @@ class Evaluation:
     """The loss of a model on a validation set."""
 
     loss: float  # mean over the targets, in nats per token
-    bits_per_byte: float  # total bits over the UTF-8 bytes of the text; comparable between tokenizers
+    # Total bits over the UTF-8 bytes of the text; comparable between tokenizers. None if the tokenizer does not keep the text
+    bits_per_byte: float | None
     tokens: int  # targets
     text_bytes: int  # UTF-8 bytes
 
@@ -26,7 +27,8 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def __str__(self) -> str:
-        return f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
+        nats = f"{self.loss:.4f} nats per token"
+        return nats if self.bits_per_byte is None else f"{nats}, {self.bits_per_byte:.4f} bits per byte"
 
 
 def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size: int, stop: StopRequest) -> Evaluation:
@@ -56,7 +58,7 @@ def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size
     nats = float(accelerator.reduce(local, reduction="sum"))
     return Evaluation(
         loss=nats / validation.tokens,
-        bits_per_byte=nats / math.log(2) / validation.text_bytes,
+        bits_per_byte=nats / math.log(2) / validation.text_bytes if validation.is_exact else None,
         tokens=validation.tokens,
         text_bytes=validation.text_bytes,
     )

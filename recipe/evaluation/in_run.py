@@ -61,6 +61,9 @@ class RunEvaluation:
         self.samples: dict[str, str] = {}
         if HELD_OUT not in sets:
             run.console.say("no validation on held-out documents: there are none")
+        for name, blocks in sets.items():
+            if lost := blocks.loss_of_text:
+                run.console.say(f"no bits per byte of {'validation' if name == HELD_OUT else name}: {lost}")
         self.prompts = self._prompts_with_room()
 
     def begin(self, update: int) -> None:
@@ -100,19 +103,21 @@ class RunEvaluation:
 
     def _prompts_with_room(self) -> list[str]:
         """The prompts that leave the model positions for a continuation; says which leave none, or few."""
-        settings, prompts = self.run.config.evaluation, list[str]()
+        wanted, prompts = self.run.config.evaluation.sample_tokens, list[str]()
         gpt2 = self.run.accelerator.unwrap_model(self.model).gpt2
-        for prompt in settings.prompts if settings.sample_tokens else ():
+        if wanted is None:
+            return prompts
+        for prompt in self.run.config.evaluation.prompts:
             try:
-                count = tokens_to_generate(gpt2, self.tokenizer, GenerateConfig(prompt, settings.sample_tokens))
+                count = tokens_to_generate(gpt2, self.tokenizer, GenerateConfig(prompt, wanted))
             except RecipeError as error:
                 self.run.console.say(f"no samples of one of evaluation.prompts: {error}")
                 continue
             prompts.append(prompt)
-            if count < settings.sample_tokens:
+            if count < wanted:
                 self.run.console.say(
                     f"samples of {prompt[:40]!r}: {count:,} tokens at most (evaluation.sample_tokens = "
-                    f"{settings.sample_tokens:,}): the model has {gpt2.config.n_positions:,} positions"
+                    f"{wanted:,}): the model has {gpt2.config.n_positions:,} positions"
                 )
         return prompts
 
@@ -121,7 +126,7 @@ class RunEvaluation:
         found = {}
         for name, blocks in self.sets.items():
             loss, bits_per_byte = (line.get(column) for column in _columns(name))
-            if loss is not None and bits_per_byte is not None:
+            if loss is not None:
                 found[name] = Evaluation(loss, bits_per_byte, blocks.tokens, blocks.text_bytes)
         return found
 

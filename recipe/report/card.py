@@ -126,5 +126,6 @@ def _results(record: Record, held_out: str) -> list[EvalResult]:
                 ("perplexity", "Perplexity"),
                 ("bits_per_byte", "Bits per byte"),
             )
+            if not math.isnan(evaluation[metric])
         ]
     return results

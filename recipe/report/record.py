@@ -94,9 +94,13 @@ class Record:
         return sorted(names, key=lambda name: name != HELD_OUT)
 
     def evaluations(self, validation_set: str) -> pd.DataFrame:
-        """(update, loss, bits_per_byte) of each evaluation on a set; update 0 is that before training."""
+        """(update, loss, bits_per_byte) of each evaluation on a set, NaN for no bits; update 0 is that before training."""
         columns = ["update", *(f"validation/{validation_set}/{name}" for name in ("loss", "bits_per_byte"))]
-        found = self.updates.reindex(columns=columns).dropna().set_axis(["update", "loss", "bits_per_byte"], axis=1)
+        found = (
+            self.updates.reindex(columns=columns)
+            .dropna(subset=columns[:2])
+            .set_axis(["update", "loss", "bits_per_byte"], axis=1)
+        )
         return found.astype({"update": int})
 
     def last_evaluation(self, validation_set: str) -> dict[str, Any] | None:

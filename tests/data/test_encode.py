@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from recipe.data import encode as encode_module
+from recipe.data.blocks import pack_validation
 from recipe.data.encode import DocumentEncoder
 from recipe.data.sources import standard_library_files
 from recipe.data.tokenizer import END_OF_TEXT, train_tokenizer
@@ -158,3 +159,40 @@ def test_threads_share_an_encoder(tokenizers: dict[str, Any], texts: list[str]) 
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(encoder.encode, [texts] * 8):
             assert are_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "is_exact", "unknown"),
+    [
+        ("gpt2", "Any t\N{LATIN SMALL LETTER E WITH ACUTE}xt \N{GRINNING FACE}\r\n </s>", True, 0),
+        ("gpt4", "Any t\N{LATIN SMALL LETTER E WITH ACUTE}xt \N{GRINNING FACE}\r\n  ", True, 0),
+        ("llama", "some words  and more", True, 0),
+        ("llama", "some \N{GRINNING FACE} words", True, 0),
+        ("wordpiece", "Capitals are lost", False, 0),
+        ("wordpiece", "the import, of a class", True, 0),
+        ("t5", "\N{LATIN SMALL LIGATURE FI}n", False, 0),
+        ("wordlevel", "neverseen neverheard", False, 2),
+        ("unigram", "a \N{SNOWMAN} b", False, 1),
+    ],
+)
+def test_bits_per_byte_are_for_text_that_the_tokens_give_back(
+    tokenizers: dict[str, Any], kind: str, text: str, is_exact: bool, unknown: int
+) -> None:
+    validation = pack_validation(iter([text]), tokenizers[kind], 16, float("inf"))
+    assert validation is not None
+    assert (validation.is_exact, validation.unknown_tokens) == (is_exact, unknown)
+    assert (validation.loss_of_text is None) == is_exact
+    if unknown:
+        assert f"{100 * unknown / validation.tokens:.2g} % of the tokens are unknown" in str(validation.loss_of_text)
+
+
+def test_a_very_long_text_is_compared_by_its_beginning(
+    tokenizers: dict[str, Any], texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = DocumentEncoder(tokenizers["gpt2"])
+    for decoded in range(1000, 1030):
+        monkeypatch.setattr(encode_module, "_DECODED", decoded)
+        for text in texts:
+            (ids,) = encoder.encode([text])
+            assert encode_module.gives_back(tokenizers["gpt2"], ids[:-1], text)
+            assert not encode_module.gives_back(tokenizers["gpt2"], ids[:-1], f"x{text}")

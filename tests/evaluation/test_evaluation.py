@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipe.commands import evaluate as evaluate_command
 from recipe.config.command_line import load_config
 from recipe.data.blocks import pack_validation
 from recipe.errors import RecipeError
@@ -18,7 +19,8 @@ from recipe.evaluation.evaluate import evaluate
 from recipe.model.export import load_pretrained
 from recipe.model.gpt2 import CausalLanguageModel
 from recipe.run.stop import StopRequest
-from tests.helpers import TINY, read_events, read_ledger, run_ranks, write_texts
+from tests.helpers import TINY, read_events, read_ledger, run_ranks, train, write_texts
+from tests.support.tokenizers import make_tokenizer
 
 UPDATES = 4
 TOO_LONG = "many words " * 500
@@ -119,3 +121,27 @@ def test_prompts_and_sets_survive_the_written_configuration(runs: tuple[Path, Pa
 def test_a_wrong_validation_set_is_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_config(arguments)
+
+
+def test_text_that_the_tokenizer_does_not_keep_has_no_bits_per_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer that knows half of the text, in a run and in the command."""
+    texts = write_texts(tmp_path / "texts", count=60)
+    make_tokenizer("wordlevel", texts[::4]).save_pretrained(tmp_path / "tokenizer")
+    where = ["--run.directory", str(tmp_path / "run"), "--data.text_files", f"{tmp_path}/texts/*.txt"]
+    done = train(*TINY, *where, "--data.tokenizer", str(tmp_path / "tokenizer"), "--data.validation_one_in", "10",
+                 "--run.max_updates", "1", "--model.vocab_size", "1024")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"no bits per byte of validation: [\d.]+ % of the tokens are unknown", done.stdout)) == 1
+    last = read_ledger(tmp_path / "run")[-1]
+    assert last["validation/held_out/loss"] > 0
+    assert last["validation/held_out/bits_per_byte"] is None
+    after = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))["validation"]["held_out"]["after"]
+    assert (after["loss"], after["bits_per_byte"]) == (last["validation/held_out/loss"], None)
+    output = ["--output", str(tmp_path / "output.json")]
+    arguments = [str(tmp_path / "run/final"), "--data.text_files", f"{tmp_path}/texts/*.txt", *output]
+    monkeypatch.setattr("sys.argv", ["recipe", *arguments])
+    evaluate_command.main()
+    assert re.search(r"bits per byte  none: [\d.]+ % of the tokens are unknown", capsys.readouterr().out)
+    assert json.loads((tmp_path / "output.json").read_text(encoding="utf-8"))["text"]["bits_per_byte"] is None

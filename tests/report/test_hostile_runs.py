@@ -65,7 +65,7 @@ def spoil(directory: Path, text: str) -> Path:
         return event
 
     edit_lines(directory / EVENTS, change)
-    edit_lines(directory / LEDGER, lambda line: line | {f"validation/{text}/loss": 1.0, text: text})
+    edit_lines(directory / LEDGER, lambda line: line | {f"validation/{text} /loss": 1.0, text: text})
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     summary |= {"precision": text, "finished_utc": text, "parity_check": {**summary["parity_check"], "reference": text}}
     summary["parity_check"]["differences"][0][0] = text

@@ -7,15 +7,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 
 from recipe.commands import card as card_command
 from recipe.commands import report as report_command
 from recipe.errors import RecipeError
+from recipe.report.card import card_files
 from recipe.report.record import read_record, some_of_each_kind, thin
+from recipe.report.summary import rows_of
 from recipe.run.ledger import EVENTS, LEDGER, read_lines
 from tests.helpers import run
 from tests.support.run_files import UPDATES, edit_lines, write_lines
@@ -120,3 +124,22 @@ def test_one_kind_of_event_hides_no_other() -> None:
     assert [event["update"] for event in shown if event["event"] == "push_failed"] == list(range(0, 1000, 50))
     assert {"event": "spike", "update": 500} in shown
     assert some_of_each_kind([], 20) == []
+
+
+def test_an_evaluation_without_bits_per_byte_is_one(directory: Path) -> None:
+    """As where the tokenizer does not keep the text: the loss is shown, and nothing in place of the other."""
+    edit_lines(directory / LEDGER, lambda line: line | {"validation/held_out/bits_per_byte": None})
+    record = read_record(directory)
+    last = record.last_evaluation("held_out")
+    assert last is not None
+    assert last["loss"] == read_lines(directory / LEDGER)[-1]["validation/held_out/loss"]
+    assert np.isnan(last["bits_per_byte"])
+    card = card_files(directory, None)["README.md"].decode()
+    results: Any = ModelCard(card).data
+    metrics = [(result.dataset_type, result.metric_type) for result in results.eval_results]
+    assert ("local-text-files", "bits_per_byte") not in metrics
+    assert {("local-text-files", "loss"), ("local-text-files", "perplexity"), ("mine", "bits_per_byte")} < set(metrics)
+    assert "nan" not in card.lower().split("## training")[0]
+    summary = dict(rows_of(record, record.validation_sets).summary)
+    assert summary["validation loss"]
+    assert not summary["bits per byte"]

@@ -31,8 +31,8 @@ def write_gpt2_vocabulary(directory: Path) -> Path:
 
 def make_tokenizer(kind: str, texts: Sequence[str]) -> Any:
     """A tokenizer that is trained on `texts`, with "</s>" as its end-of-text token."""
-    options = {"vocab_size": 1000, "special_tokens": SPECIAL, "show_progress": False}
-    unigram = {**options, "unk_token": "<unk>"}
+    options: dict[str, Any] = {"vocab_size": 1000, "special_tokens": SPECIAL, "show_progress": False}
+    unigram: dict[str, Any] = {**options, "unk_token": "<unk>"}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     after_split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     t5 = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
