@@ -15,7 +15,8 @@ from benchmarks.step.turns import Setting, Turns
 from benchmarks.training import Training, linear_products, read_preset
 from recipe.checkpoint import CheckpointSaver
 from recipe.config.settings import PerformanceConfig
-from recipe.data.blocks import ValidationSet, split_into_micro_batches
+from recipe.data.blocks import split_into_micro_batches
+from recipe.data.validation import ValidationSet
 from recipe.evaluation.evaluate import evaluate
 from recipe.model.onednn import choose_matmul, onednn_matmul
 from recipe.run.ledger import LEDGER, read_lines

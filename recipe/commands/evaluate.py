@@ -68,8 +68,8 @@ def main() -> None:
 
 def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerator: Any) -> dict[str, Any]:
     """Print and return the loss on the text that `config.data` names."""
-    from recipe.data.blocks import pack_validation
     from recipe.data.sources import open_source
+    from recipe.data.validation import pack_validation
     from recipe.evaluation.evaluate import evaluate
     from recipe.model.gpt2 import CausalLanguageModel
     from recipe.run.stop import StopRequest

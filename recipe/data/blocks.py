@@ -1,11 +1,10 @@
-"""Blocks for the model: the lanes of a rank, read ahead in the background, micro-batches, and validation sets."""
+"""Blocks for the model: the lanes of a rank, read ahead in the background, and micro-batches."""
 
 import atexit
-import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recipe.data.documents import Source
-from recipe.data.encode import DocumentEncoder, gives_back
+from recipe.data.encode import DocumentEncoder
 from recipe.data.files import in_background
 from recipe.data.lanes import Lane, LaneOrder
 from recipe.errors import RecipeError
@@ -27,7 +26,7 @@ IGNORED_TARGET = -100  # of a masked target, as in torch.nn.functional.cross_ent
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
 UPDATES_READ_AHEAD = 2
 REPORT_SECONDS = 10.0  # between lines that say how far reading is, while an update waits for it
-_PADDING = -1  # in the last validation block
+PADDING = -1  # in the last block of a validation set
 
 
 @dataclass(frozen=True)
@@ -187,51 +186,4 @@ def to_tensors(blocks: np.ndarray, device: torch.device) -> MicroBatch:
         tokens = tokens.pin_memory()
     tokens = tokens.to(device, non_blocking=True)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    return inputs.clamp(min=0), targets.masked_fill(targets == _PADDING, IGNORED_TARGET)
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Held-out documents in blocks."""
-
-    blocks: np.ndarray  # int32 [blocks, sequence_length + 1]; the last one is padded
-    tokens: int  # targets that are not padding
-    text_bytes: int  # UTF-8 bytes of the documents, the measure of bits per byte
-    unknown_tokens: int = 0  # for what the tokenizer cannot represent
-    is_exact: bool = True  # whether the tokens give the text back, so that bits per byte mean something
-
-    @property
-    def loss_of_text(self) -> str | None:
-        """What the tokenizer does not keep of the text; None if it keeps all."""
-        if self.unknown_tokens:
-            share = 100 * self.unknown_tokens / self.tokens
-            return f"{share:.2g} % of the tokens are unknown: the tokenizer cannot represent this text"
-        return None if self.is_exact else "the tokenizer does not give this text back (case, accents, characters)"
-
-
-def pack_validation(
-    documents: Iterator[str], tokenizer: Any, sequence_length: int, max_tokens: float
-) -> ValidationSet | None:
-    """Whole documents until `max_tokens` are reached; None if there are none.
-
-    The stream starts with an end-of-text token, so that every token of every document is a target exactly once.
-    """
-    encoder = DocumentEncoder(tokenizer)
-    parts, targets, text_bytes = [np.array([tokenizer.eos_token_id], dtype=np.int32)], 0, 0
-    unknown, unknown_tokens, is_exact = tokenizer.unk_token_id, 0, True
-    for document in documents:
-        parts += encoder.encode([document])
-        targets += len(parts[-1])
-        if unknown not in (None, tokenizer.eos_token_id):
-            unknown_tokens += int((parts[-1] == unknown).sum())
-        is_exact = is_exact and not unknown_tokens and gives_back(tokenizer, parts[-1][:-1], document)
-        text_bytes += len(document.encode("utf-8", "surrogatepass"))
-        if targets >= max_tokens:
-            break
-    if not text_bytes:
-        return None
-    rows = math.ceil(targets / sequence_length)
-    stream = np.full(rows * sequence_length + 1, _PADDING, dtype=np.int32)
-    stream[: targets + 1] = np.concatenate(parts)
-    blocks = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length].copy()
-    return ValidationSet(blocks, targets, text_bytes, unknown_tokens, is_exact)
+    return inputs.clamp(min=0), targets.masked_fill(targets == PADDING, IGNORED_TARGET)

@@ -5,7 +5,6 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def open_source(config: Config, files: Sequence[File] | None = None, say: Say = 
 
     def copy(shards: Shards) -> File:
         whole = Source(name, shards, retry_seconds=retry_seconds, skips_bad_rows=skips)
-        return _copy(whole, files, config.cache_directory / "text", say)
+        return _copy(whole, config.cache_directory / "text", say)
 
     if is_library:
         held_out = Shards(reading, list(map(Part, _find_files(split_standard_library()[1]))))
@@ -110,6 +109,12 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
     if source.retry_seconds and (parquet := source.training.parquet):
         parts.append(f"up to {size_text(lanes * parquet.largest_bytes)} of row groups in memory")
     return ", ".join(parts)
+
+
+def identity_of(source: Source) -> list[Any]:
+    """JSON value that is another where the documents are others."""
+    files = dict.fromkeys(part.file for part in source.training.parts)
+    return [source.training.reading.column, *([name_of(file), file.size, file.version] for file in files)]
 
 
 def _check_memory(lanes: int, lane_bytes: int) -> None:
@@ -208,16 +213,13 @@ def _may_answer_later(error: Any) -> bool:
     )
 
 
-def _copy(source: Source, files: Sequence[File], directory: Path, say: Say) -> File:
+def _copy(source: Source, directory: Path, say: Say) -> File:
     """All documents as one file of JSON Lines with nothing but the text, made once.
 
     Raises:
         RecipeError: it cannot be read or written.
     """
-    identity = json.dumps(
-        [source.training.reading.column, *((name_of(file), file.size, file.version) for file in files)]
-    )
-    path = directory / f"{blake2b(identity.encode(), digest_size=8).hexdigest()}.jsonl"
+    path = directory / f"{hash_number(json.dumps(identity_of(source)).encode()):016x}.jsonl"
     if not path.exists():
         say(f"copying the text of {source.name} to {path}, to share it out over the lanes")
         try:

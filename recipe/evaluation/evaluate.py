@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from recipe.data.blocks import ValidationSet, to_tensors
+from recipe.data.blocks import to_tensors
+from recipe.data.validation import ValidationSet
 from recipe.model.kernels import eager
 from recipe.run.stop import StopRequest
 

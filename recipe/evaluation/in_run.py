@@ -1,14 +1,15 @@
 """Evaluation in a run: the loss on the held-out documents and on other text, and samples."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from recipe.config.settings import HELD_OUT, Config
-from recipe.data.blocks import ValidationSet, pack_validation
-from recipe.data.documents import Source
-from recipe.data.sources import open_source
+from recipe.data.documents import Source, hash_number
+from recipe.data.sources import identity_of, open_source
+from recipe.data.validation import ValidationSet, pack_once, pack_validation
 from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import Evaluation, evaluate
 from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
@@ -28,7 +29,16 @@ def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict
     def pack(documents: Iterator[str]) -> ValidationSet | None:
         return pack_validation(documents, tokenizer, config.data.sequence_length, config.evaluation.tokens)
 
-    held_out = pack(source.validation_documents())
+    def pack_held_out() -> ValidationSet | None:
+        return pack(source.validation_documents())
+
+    if source.retry_seconds:  # it is far away
+        tokens, length = config.evaluation.tokens, config.data.sequence_length
+        key = [identity_of(source), source.validation_one_in, tokens, length, tokenizer.backend_tokenizer.to_str()]
+        name = f"{hash_number(json.dumps(key).encode()):016x}.npz"
+        held_out = pack_once(config.cache_directory / "validation" / name, pack_held_out)
+    else:
+        held_out = pack_held_out()
     sets = {HELD_OUT: held_out} if held_out else {}
     for name, pattern in config.evaluation.sets.items():
         data = replace(

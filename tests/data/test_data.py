@@ -26,7 +26,6 @@ from recipe.data.blocks import (
     hash_blocks,
     make_lanes,
     next_update,
-    pack_validation,
     split_into_micro_batches,
     to_tensors,
 )
@@ -35,6 +34,7 @@ from recipe.data.lanes import Lane, LaneOrder
 from recipe.data.shards import Shards
 from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
 from recipe.data.tokenizer import load_tokenizer, train_tokenizer
+from recipe.data.validation import pack_validation
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.run.stop import Stopped

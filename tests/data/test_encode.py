@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from recipe.data import encode as encode_module
-from recipe.data.blocks import pack_validation
 from recipe.data.encode import DocumentEncoder
 from recipe.data.sources import standard_library_files
 from recipe.data.tokenizer import END_OF_TEXT, train_tokenizer
+from recipe.data.validation import pack_validation
 from tests.support.tokenizers import make_tokenizer, write_gpt2_vocabulary
 
 SPLITTING = ["gpt2", "gpt4", "prefix_space", "metaspace", "llama", "unigram", "t5", "wordpiece", "wordlevel"]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,7 +61,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServ
 
 def config_of(tmp_path: Path, lanes: int = 2, **data: object) -> Config:
     config = config_for(tmp_path, lanes=lanes)
-    settings = {"dataset": HUB_DATASET, "text_files": (), "retry_seconds": 20.0, **data}
+    settings: dict[str, Any] = {"dataset": HUB_DATASET, "text_files": (), "retry_seconds": 20.0, **data}
     return replace(config, data=replace(config.data, **settings))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from recipe.commands import evaluate as evaluate_command
 from recipe.config.command_line import load_config
-from recipe.data.blocks import pack_validation
+from recipe.data.validation import pack_validation
 from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import evaluate
 from recipe.model.export import load_pretrained

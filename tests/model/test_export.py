@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from recipe.config.settings import Config, DataConfig, ModelConfig
-from recipe.data.blocks import pack_validation, to_tensors
+from recipe.data.blocks import to_tensors
 from recipe.data.tokenizer import load_tokenizer
+from recipe.data.validation import pack_validation
 from recipe.errors import RecipeError
 from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
 from recipe.model.export import export_model, load_pretrained
