@@ -7,6 +7,7 @@ import json
 import os
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,8 +151,13 @@ def test_a_file_counts_once_in_whatever_order_its_paths_come(given: list[str], p
 
 def test_a_file_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     write(*(f"d/{number}.jsonl" for number in range(300)))
-    looked_at, stat = [], os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **options: looked_at.append(path) or stat(path, **options))
+    looked_at, original = list[Any](), os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        looked_at.append(path)
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
     assert len(expand_text_files(["d/*.jsonl", "**/*.jsonl"]).paths) == 300
     assert len(looked_at) < 310
 

@@ -341,7 +341,7 @@ def test_a_shard_that_is_gone_stops_all_ranks_with_a_checkpoint_and_one_message(
     expected, requests = undisturbed()
     with HttpServer(texts) as server:
         command = [SCRIPT, *training(server, tmp_path, "jsonl", "--data.retry_seconds", "2")]
-        server.plan("005.jsonl", itertools.chain(itertools.repeat(None, requests // 2 + 2), for_ever("404")))
+        server.plan("005.jsonl", itertools.chain(itertools.repeat(None, requests - 3), for_ever("404")))
         exit_codes, _, errors = end_of(start_ranks(2, command, stderr=subprocess.PIPE))
         assert exit_codes == [DATA_EXIT_CODE] * 2, errors
         (message,) = errors.splitlines()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import fsspec
@@ -13,12 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recipe.checkpoint.files import read_state
 from recipe.data.documents import Source
 from recipe.data.files import LocalFile
 from recipe.data.formats import BadRow
 from recipe.data.shards import cut
 from recipe.data.sources import open_source
+from recipe.data.tokenizer import train_tokenizer
 from recipe.errors import RecipeError
+from recipe.run.directory import list_checkpoints
+from tests.helpers import SCRIPT, TINY, end_of, read_events, read_ledger, start_ranks, write_texts
 from tests.support.lanes import config_for, documents_of, lane_of, read_epoch
 
 TEXTS = [f'text number {number}, with "quotes" and a \\ backslash' for number in range(60)]
@@ -199,3 +205,35 @@ def test_an_object_store_is_read_as_any_address(tmp_path: Path) -> None:
     assert read_by_lanes(source, 5) == sorted(TEXTS)
     with pytest.raises(RecipeError, match=r"s3:// cannot be read: .*s3fs"):
         open_source(config_for(tmp_path, "s3://bucket/a.jsonl"))
+
+
+def test_a_bad_row_stops_all_ranks_with_a_checkpoint_and_skipping_it_goes_on(tmp_path: Path) -> None:
+    """It is in a file that rank 1 alone reads, behind what the first updates need."""
+    text = "".join(write_texts(tmp_path / "written", count=80))
+    texts = [text[350 * number : 350 * number + 350] for number in range(320)]
+    for lane in range(8):
+        own = texts[40 * lane : 40 * lane + 40]
+        (tmp_path / f"{lane}.jsonl").write_bytes(
+            rows_of(own[:29]) + rows_of([2024 if lane == 6 else "fine"]) + rows_of(own[29:])
+        )
+    given = [
+        "--run.directory",
+        f"{tmp_path}/run",
+        "--data.text_files",
+        f"{tmp_path}/*.jsonl",
+        "--data.validation_one_in",
+        "null",
+    ]
+    tokenizer = ["--data.tokenizer", str(tmp_path / "tokenizer"), "--data.shuffle_blocks", "1"]
+    train_tokenizer(texts, 300).save_pretrained(tmp_path / "tokenizer")
+    codes, _, errors = end_of(start_ranks(2, [SCRIPT, *TINY, *given, *tokenizer], stderr=PIPE))
+    assert codes == [2, 2], errors
+    (line,) = [line for line in errors.splitlines() if line]
+    assert re.match(r"error \(rank 1\): row 30 of .*6\.jsonl has a number in column 'text', not text \(2024\)", line)
+    done = len(read_ledger(tmp_path / "run"))
+    assert done == read_state(list_checkpoints(tmp_path / "run/checkpoints")[0]).update > 0
+    codes, output, _ = end_of(start_ranks(2, [SCRIPT, *TINY, *given, *tokenizer, "--data.on_bad_row", "skip"]))
+    assert codes == [0, 0], output
+    assert "left out so far, since they hold no text: 1 rows" in output
+    events = read_events(tmp_path / "run", "bad_rows")
+    assert [event["rows"] for event in events] == list(range(1, len(events) + 1)), "once in each epoch"
