@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 from recipe.data.files import name_of
 from recipe.data.formats import BadRow, State
+from recipe.data.remote_files import RemoteFile
 from recipe.data.shards import Shards
 from recipe.errors import DATA_EXIT_CODE, RecipeError
 from recipe.retry import growing_pauses
@@ -33,6 +34,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.training)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is asked for over a network."""
+        return any(isinstance(part.file, RemoteFile) for part in self.training.parts[:1])
 
     def is_held_out(self, text: str) -> bool:
         """Whether a document of `training` belongs to validation: the same answer on every rank and in every epoch."""

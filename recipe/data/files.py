@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
 from fsspec.compression import compr
 
 from recipe.config.text_files import is_remote, public_name
-from recipe.data.remote_files import RemoteFile, find_remote_file
+from recipe.data.remote_files import REQUESTS_AT_ONCE, RemoteFile, find_remote_file
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes, whatever the file is called
 BLOCK_BYTES = 4 << 20  # read at once of a remote file; the next block is fetched meanwhile
@@ -71,6 +72,12 @@ def compression_of(stream: IO[bytes]) -> str | None:
 def decompressed(stream: IO[bytes], compression: str | None) -> Any:
     """What a stream holds, from its start on; an EOFError if it is cut off."""
     return compr[compression](stream, mode="rb") if compression else stream
+
+
+def side_by_side(action: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What `action` gives for each of them, in order; it may wait for a network."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(action, items))
 
 
 def in_background(action: Callable[..., Result], *arguments: Any) -> Future[Result]:

@@ -22,13 +22,9 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-JSON_TYPES = {
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    list: "an array",
-    dict: "an object",
-    str: "a string",
+JSON_TYPES: dict[type, str] = {
+    **{bool: "a boolean", int: "a number", float: "a number"},
+    **{list: "an array", dict: "an object", str: "a string"},
 }
 
 
@@ -75,8 +71,7 @@ def _decode(data: bytes, encoding: str | None, name: str) -> str | BadRow:
         return BadRow(name, f"{what}: set --data.encoding to what it is in, such as latin-1, or convert it")
     if "\0" in text and not (encoding or found):
         return BadRow(
-            name,
-            "has zero bytes: it is no text, or UTF-16 without a mark, then set --data.encoding utf-16-le",
+            name, "has zero bytes: it is no text, or UTF-16 without a mark, then set --data.encoding utf-16-le"
         )
     return text
 

@@ -24,9 +24,7 @@ from recipe.errors import RecipeError
 
 ROWS_AT_ONCE = 32
 TAIL_BYTES = 1 << 16  # of a remote file, read in the hope that they hold its footer; pyarrow asks for as many
-AT_ONCE_BYTES = (
-    64 << 20
-)  # of text: such a row group is decoded at once, so that nothing else of the file stays in memory
+AT_ONCE_BYTES = 64 << 20  # of text: a row group of so much is decoded at once, so that nothing else of the file is kept
 FETCH_AHEAD = 0.75  # of a row group's rows have been read when the next one is fetched
 
 _DECODING = threading.Lock()

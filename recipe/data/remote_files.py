@@ -29,7 +29,8 @@ from recipe.retry import retry
 SILENCE_SECONDS = 30.0  # a server that sends nothing for so long has failed
 # Before a range is asked for a second and a third time: to start from the last document may read its file up to there again.
 PAUSES_SECONDS = (0.5, 2.0)
-_REQUESTS = threading.Semaphore(16)  # at the same time
+REQUESTS_AT_ONCE = 16
+_REQUESTS = threading.Semaphore(REQUESTS_AT_ONCE)
 
 
 @dataclass(frozen=True)

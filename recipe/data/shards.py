@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
-from recipe.data.files import File, LocalFile, compression_of, in_background, open_bytes
+from recipe.data.files import File, LocalFile, compression_of, open_bytes, side_by_side
 from recipe.data.formats import Document, Part, State, read_json_lines, read_text
 
 # Files are cut into this many shards per lane, so that shard order shuffles something.
@@ -87,23 +88,20 @@ def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Calla
         if reading.format == "text":
             whole.text_bytes = sum(file.size for file in files)
         if reading.format == "parquet":  # a look at one file also tells at the start whether it has the column
-            whole.text_bytes = (
-                sum(whole.parquet.row_groups(files[0])) / files[0].size * sum(file.size for file in files)
-            )
+            share = sum(whole.parquet.row_groups(files[0])) / files[0].size
+            whole.text_bytes = share * sum(file.size for file in files)
             whole.parquet.tails.clear()
         return whole
     if reading.format == "parquet":
         reader = parquet_reader(reading)
-        groups = [future.result() for future in [in_background(reader.row_groups, file) for file in files]]
         sizes = {
             Part(file, group, group + 1): size
-            for file, sizes_of_file in zip(files, groups, strict=True)
+            for file, sizes_of_file in zip(files, side_by_side(reader.row_groups, files), strict=True)
             for group, size in enumerate(sizes_of_file)
             if size
         }
-        if is_even([*sizes.values()], lanes) or (
-            not is_local and len(sizes) >= lanes
-        ):  # nothing is downloaded for that
+        # to make lanes even nothing is downloaded
+        if is_even([*sizes.values()], lanes) or (not is_local and len(sizes) >= lanes):
             shards = Shards(reading, [*sizes], reader)
             shards.text_bytes = sum(sizes.values())
             return shards
@@ -132,8 +130,7 @@ def cut(files: Sequence[File], lanes: int) -> list[Part]:
     for file in files:
         count = max(1, round(file.size * SHARDS_PER_LANE * lanes / size))
         places = [file.size * number // count for number in range(1, count)]
-        starts = [future.result() for future in [in_background(line_start, file, place) for place in places]]
-        parts += _between(file, starts)
+        parts += _between(file, side_by_side(partial(line_start, file), places))
     if len(parts) < lanes:
         parts = [part for file in files for part in _between(file, line_starts(file))]
     return parts

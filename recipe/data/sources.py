@@ -11,7 +11,7 @@ from typing import Any
 from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config, DataConfig
 from recipe.config.text_files import TEXT_FILE_FORMATS, expand_text_files, is_remote, text_file_format
 from recipe.data.documents import Source, hash_number, may_pass, reason_of
-from recipe.data.files import File, LocalFile, find_file, in_background, name_of
+from recipe.data.files import File, LocalFile, find_file, name_of, side_by_side
 from recipe.data.formats import Part
 from recipe.data.remote_files import RemoteFile, find_pattern
 from recipe.data.shards import COPIED_COLUMN, Reading, Shards, make_shards
@@ -89,7 +89,7 @@ def open_source(config: Config, files: Sequence[File] | None = None, say: Say = 
             f"{name} has {len(source)} {unit}, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or less, "
             "or give more text"
         )
-    if retry_seconds and source.training.parquet:
+    if source.is_remote and source.training.parquet:
         _check_memory(lanes, source.training.parquet.largest_bytes)
     return source
 
@@ -106,7 +106,7 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
     if size:
         passes = tokens * TYPICAL_TOKEN_BYTES / size
         parts.append(f"{size_text(size)} of text: {passes:.2g} passes, if a token is {TYPICAL_TOKEN_BYTES} bytes of it")
-    if source.retry_seconds and (parquet := source.training.parquet):
+    if source.is_remote and (parquet := source.training.parquet):
         parts.append(f"up to {size_text(lanes * parquet.largest_bytes)} of row groups in memory")
     return ", ".join(parts)
 
@@ -114,7 +114,8 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
 def identity_of(source: Source) -> list[Any]:
     """JSON value that is another where the documents are others."""
     files = dict.fromkeys(part.file for part in source.training.parts)
-    return [source.training.reading.column, *([name_of(file), file.size, file.version] for file in files)]
+    reading = [source.training.reading.column, source.skips_bad_rows]
+    return [*reading, *([name_of(file), file.size, file.version] for file in files)]
 
 
 def _check_memory(lanes: int, lane_bytes: int) -> None:
@@ -150,9 +151,7 @@ def split_standard_library() -> tuple[list[str], list[str]]:
 
 def _find_files(paths: Sequence[str]) -> list[File]:
     paths = [found for path in paths for found in (find_pattern(path) if is_remote(path) else [path])]
-    if not any(map(is_remote, paths)):
-        return list(map(find_file, paths))
-    return [future.result() for future in [in_background(find_file, path) for path in paths]]
+    return side_by_side(find_file, paths) if any(map(is_remote, paths)) else list(map(find_file, paths))
 
 
 def _find_dataset(data: DataConfig) -> list[File]:

@@ -32,7 +32,7 @@ def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict
     def pack_held_out() -> ValidationSet | None:
         return pack(source.validation_documents())
 
-    if source.retry_seconds:  # it is far away
+    if source.is_remote:
         tokens, length = config.evaluation.tokens, config.data.sequence_length
         key = [identity_of(source), source.validation_one_in, tokens, length, tokenizer.backend_tokenizer.to_str()]
         name = f"{hash_number(json.dumps(key).encode()):016x}.npz"
