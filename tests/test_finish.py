@@ -60,7 +60,8 @@ def test_a_validation_loss_that_is_not_finite_is_null_in_the_summary(
     run = replace(run, console=Console(True, 1))
     run.accelerator.end_training = lambda: None
     gpt2, tokenizer = load_pretrained(str(finished / "final"))
-    evaluation = RunEvaluation(run, {}, gpt2, tokenizer)
+    run.accelerator.unwrap_model = lambda model: model
+    evaluation = RunEvaluation(run, {}, SimpleNamespace(gpt2=gpt2), tokenizer)
     evaluation.latest["held_out"] = Evaluation(float("nan"), float("inf"), 10, 20)
     finish_run(run, SimpleNamespace(gpt2=gpt2), tokenizer, evaluation)
     assert "nan nats per token, inf bits per byte" in capsys.readouterr().out

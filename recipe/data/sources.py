@@ -84,10 +84,9 @@ def open_source(config: Config, files: Sequence[File] | None = None, say: Say = 
         shards = _patiently(retry_seconds, name, lambda: make_shards(files, reading, lanes, copy), say)
         source = Source(name, shards, data.validation_one_in, retry_seconds=retry_seconds, skips_bad_rows=skips)
     if len(source) < lanes:
-        unit = "files" if kind == "text" else "documents"
         raise RecipeError(
-            f"{name} has {len(source)} {unit}, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or less, "
-            "or give more text"
+            f"{name} has {len(source)} documents, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or "
+            "less, or give more text"
         )
     if source.is_remote and source.training.parquet:
         _check_memory(lanes, source.training.parquet.largest_bytes)

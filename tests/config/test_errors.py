@@ -232,14 +232,16 @@ def test_unusable_data_is_one_line(given: list[str], words: list[str], tmp_path:
 
 @pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
-    given = ["--data.dataset", "nobody/nothing", "--run.directory", str(tmp_path / "run")]
+    given = ["--data.dataset", "nobody/nothing", "--run.directory", str(tmp_path / "run"), "--data.retry_seconds", "0"]
     done = train(*TINY, *given, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
     assert_one_line(done, ["nobody/nothing", "--data.text_files"])
 
 
 def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     address = "http://127.0.0.1:9/a.jsonl"
-    done = train(*TINY, "--run.directory", str(tmp_path / "run"), "--data.text_files", address)
+    done = train(
+        *TINY, "--run.directory", str(tmp_path / "run"), "--data.text_files", address, "--data.retry_seconds", "0"
+    )
     assert_one_line(done, [f"cannot read {address}", "Connection refused"])
 
 

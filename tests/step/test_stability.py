@@ -125,9 +125,10 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = random.Random(1)
     (root / "spiky").mkdir()
     for lane in range(8):
-        part = text[lane * 16_000 : (lane + 1) * 16_000]
-        junk = "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(100))
-        rows = [part[:4000], junk, part[4000:]]
+        part = text[lane * 14_000 : (lane + 1) * 14_000]
+        assert len(part) == 14_000, "each lane has a file"
+        junk = "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(150))
+        rows = [text[:4000], junk, part]  # the first is the same for all, so that the noise comes at the same time
         lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
         (root / "spiky" / f"{lane}.jsonl").write_text(lines, encoding="utf-8")
     done = train(*spiky_arguments(root / "continued"))
