@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,12 +19,14 @@ import recipe.data.documents as documents_module
 import recipe.data.remote_files as remote_files
 import recipe.data.sources as sources_module
 from recipe.checkpoint.resume import ResumePoint, open_text
-from recipe.config.settings import Config
+from recipe.config.settings import Config, EvaluationConfig
 from recipe.data.blocks import next_update
 from recipe.data.parquet import TAIL_BYTES
 from recipe.data.record import unpack_record
 from recipe.data.sources import describe, find_text, open_source
+from recipe.data.tokenizer import train_tokenizer
 from recipe.errors import RecipeError
+from recipe.evaluation.in_run import read_validation_sets
 from tests.support.checkpoints import state_of
 from tests.support.http_server import HUB_COMMIT, HUB_DATASET, HttpServer, for_ever
 from tests.support.lanes import CPU, config_for, lane_of
@@ -112,9 +115,10 @@ def test_the_next_row_group_is_fetched_before_it_is_needed(server: HttpServer, t
 def test_lanes_are_read_side_by_side(server: HttpServer, tmp_path: Path) -> None:
     """The server answers when as many requests as lanes have come; one after the other they would wait for ever."""
     source = open_source(config_of(tmp_path, lanes=4))
-    server.gather(4)
+    gathering = server.gather(4)
     blocks = next_update([lane_of(source, index, 4) for index in range(4)], 2, CPU)
     assert blocks.blocks.shape[0] == 8
+    assert not gathering.broken
 
 
 @pytest.mark.parametrize("fault", ["500", "429"])
@@ -154,3 +158,23 @@ def test_a_resumed_run_reads_the_commit_it_has_read(server: HttpServer, tmp_path
     again = replace(run, config=config_of(tmp_path, revision="main"))
     with pytest.raises(RecipeError, match=f"is at commit {'f' * 40} now and was at {HUB_COMMIT}"):
         open_text(again, ResumePoint(Path("step-1"), earlier))
+
+
+def test_the_validation_set_is_asked_for_once(server: HttpServer, tmp_path: Path) -> None:
+    """Also where what is kept of it is not whole."""
+    config = replace(config_of(tmp_path, validation_one_in=4), evaluation=EvaluationConfig(tokens=2000))
+    tokenizer = train_tokenizer(TEXTS[:20], 300)
+    source = open_source(config)
+    first = read_validation_sets(config, source, tokenizer)["held_out"]
+    asked = len(server.ranges)
+    again = read_validation_sets(config, source, tokenizer)["held_out"]
+    assert len(server.ranges) == asked
+    (kept,) = config.cache_directory.glob("validation/*.npz")
+    kept.write_bytes(kept.read_bytes()[:200])
+    third = read_validation_sets(config, source, tokenizer)["held_out"]
+    assert len(server.ranges) > asked
+    for found in (again, third):
+        np.testing.assert_array_equal(found.blocks, first.blocks)
+        assert replace(found, blocks=first.blocks) == first
+    read_validation_sets(config, source, train_tokenizer(["other words entirely"], 300))
+    assert len(list(config.cache_directory.glob("validation/*.npz"))) == 2, "another tokenizer, another set"

@@ -67,9 +67,10 @@ class HttpServer(ThreadingHTTPServer):
         with self._lock:
             return next(self._plans.get(name, iter(())), "over") == "over"
 
-    def gather(self, requests: int) -> None:
-        """Answer the next requests for data when so many have come."""
+    def gather(self, requests: int) -> threading.Barrier:
+        """Answer the next requests for data when so many have come; after 20 s they are not, and it is broken."""
         self._gathering = threading.Barrier(requests, timeout=20)
+        return self._gathering
 
     def wait_for_others(self) -> None:
         if self._gathering and not self._gathering.broken:
