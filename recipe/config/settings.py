@@ -109,7 +109,7 @@ class DataConfig:
     retry_seconds: WaitSeconds = 600.0
     """Try for this long, with growing pauses, to read streamed text again; then save the run and stop. At most 1,200."""
     cache_directory: str | None = None
-    """Directory of trained tokenizers and memory-mapped copies of files. Null: cache/ in the run directory."""
+    """Directory of trained tokenizers, packed validation sets and copies of text. Null: cache/ in the run directory."""
 
     @property
     def repository(self) -> str:
@@ -326,7 +326,7 @@ class Config:
 
     @property
     def cache_directory(self) -> Path:
-        """Directory of trained tokenizers and memory-mapped copies of local files."""
+        """Directory of what is made once of the text."""
         return Path(self.data.cache_directory or Path(self.run.directory) / "cache")
 
 
