@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 PRELOADED = (
-    *("accelerate", "datasets", "jsonargparse", "pandas", "tokenizers.trainers", "typeshed_client", "yaml"),
+    *("accelerate", "jsonargparse", "pandas", "pyarrow.parquet", "tokenizers.trainers", "typeshed_client", "yaml"),
     *("torch.distributed.checkpoint.hf_storage", "transformers.models.gpt2.modeling_gpt2"),
     *("transformers.convert_slow_tokenizer", "transformers.pipelines"),
     *("recipe.checkpoint", "recipe.data.remote_files", "recipe.finish", "recipe.model", "recipe.step"),
