@@ -205,7 +205,8 @@ def main() -> None:
             result["trainings"].append(train(options, ranks, directory))
             print(json.dumps(result["trainings"][-1]), flush=True)
         default = {"data.tokenizer": options.tokenizer} if options.tokenizer else {}
-        a_block = {"batch.tokens_per_update": options.lanes * 2048}
+        # Without windows of blocks, which would read more documents than are counted.
+        a_block = {"batch.tokens_per_update": options.lanes * 2048, "data.shuffle_blocks": 1}
         whole_files = {"data.dataset": options.whole_files or options.dataset}
         readings = {
             "first": Reading(default, options.first),
