@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import io
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -27,6 +26,8 @@ TAIL_BYTES = 1 << 16  # of a remote file, read in the hope that they hold its fo
 AT_ONCE_BYTES = 64 << 20  # of text: a row group of so much is decoded at once, so that nothing else of the file is kept
 FETCH_AHEAD = 0.75  # of a row group's rows have been read when the next one is fetched
 
+Tail = tuple[int, bytes]  # so many bytes, compressed, since a footer repeats itself
+_TAIL_CODEC = pa.Codec("zstd")
 _DECODING = threading.Lock()
 
 
@@ -34,7 +35,7 @@ _DECODING = threading.Lock()
 class RowGroup:
     """What has been fetched of a remote file to read one row group of it."""
 
-    tail: bytes  # its end, with the footer, compressed: a footer repeats itself
+    tail: Tail  # its end, with the footer
     start: int = 0
     data: bytes = b""  # the text column's, from `start` on
 
@@ -44,7 +45,9 @@ class ParquetReader:
 
     def __init__(self, column: str) -> None:
         self.column = column
-        self.tails: dict[str, bytes] = {}  # by address of a remote file whose row groups were asked for, see `RowGroup`
+        # Of remote files whose row groups were asked for, by address: the end, and where the text of each group is
+        self.tails: dict[str, Tail] = {}
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
         self.largest_bytes = 0  # of the text column in a row group: read, and the next one fetched, as stored
         self._ahead: dict[tuple[str, int], Future[RowGroup]] = {}
 
@@ -64,6 +67,8 @@ class ParquetReader:
             index = self._index(parquet, file)
             groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
             texts = [group.column(index) for group in groups]
+            if not isinstance(file, LocalFile):
+                self.ranges[file.address] = list(map(_range, texts))
             sizes = [text.total_uncompressed_size + text.total_compressed_size for text in texts]
             self.largest_bytes = max([self.largest_bytes, *sizes])
             return [t.total_uncompressed_size if g.num_rows else 0 for t, g in zip(texts, groups, strict=True)]
@@ -139,30 +144,35 @@ class ParquetReader:
         except pa.ArrowInvalid as error:
             raise RecipeError(f"{name_of(file)} ({file.size:,} bytes) is no Parquet file: {error}") from None
 
-    def _take(self, file: File, group: int, tail: bytes | None) -> RowGroup:
+    def _take(self, file: File, group: int, tail: Tail | None) -> RowGroup:
         ahead = self._ahead.pop((file.address, group), None)
         return ahead.result() if ahead else self._fetch(file, group, tail)
 
-    def _fetch_ahead(self, part: Part, file: File, tail: bytes | None) -> None:
+    def _fetch_ahead(self, part: Part, file: File, tail: Tail | None) -> None:
         """Begin to fetch it; `tail` is that of `file`."""
         key = part.file.address, part.start
         if not isinstance(part.file, LocalFile) and key not in self._ahead:
             self._ahead[key] = in_background(self._fetch, part.file, part.start, tail if part.file == file else None)
 
-    def _fetch(self, file: File, group: int, tail: bytes | None) -> RowGroup:
+    def _fetch(self, file: File, group: int, tail: Tail | None) -> RowGroup:
         """The text of a row group, or nothing behind the last one."""
         tail = tail or self.tails.get(file.address) or _read_tail(file)
-        start, end = self._range(file, group, tail)
+        known = self.ranges.get(file.address)
+        start, end = known[group] if known else self._find_range(file, group, tail)
         return RowGroup(tail, start, file.read_range(start, end) if start < end else b"")
 
-    def _range(self, file: File, group: int, tail: bytes) -> tuple[int, int]:
-        """First byte of the text of a row group, and the one behind its last. pyarrow's footer is gone when it returns."""
+    def _find_range(self, file: File, group: int, tail: Tail) -> tuple[int, int]:
+        """As `_range`; nothing behind the last group. pyarrow's footer is gone when it returns."""
         with _DECODING, self._open(file, RowGroup(tail)) as parquet:
             if group >= parquet.metadata.num_row_groups:
                 return 0, 0
-            column = parquet.metadata.row_group(group).column(self._index(parquet, file))
-            start = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
-            return start, start + column.total_compressed_size
+            return _range(parquet.metadata.row_group(group).column(self._index(parquet, file)))
+
+
+def _range(column: Any) -> tuple[int, int]:
+    """First byte of a row group's column, and the one behind its last."""
+    start = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+    return start, start + column.total_compressed_size
 
 
 def _give_back_memory() -> None:
@@ -171,19 +181,20 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _read_tail(file: File) -> bytes:
+def _read_tail(file: File) -> Tail:
     tail = file.read_range(max(file.size - TAIL_BYTES, 0), file.size)
     footer = int.from_bytes(tail[-8:-4], "little") + 8
     if tail.endswith(b"PAR1") and len(tail) < footer <= file.size:
         tail = file.read_range(file.size - footer, file.size - len(tail)) + tail
-    return zlib.compress(tail, 1)
+    return len(tail), _TAIL_CODEC.compress(tail, asbytes=True)
 
 
 class _HeldFile(io.RawIOBase):
     """A remote file of which two pieces are at hand. What lies elsewhere is fetched."""
 
     def __init__(self, file: File, held: RowGroup) -> None:
-        tail = zlib.decompress(held.tail)
+        size, compressed = held.tail
+        tail = _TAIL_CODEC.decompress(compressed, size, asbytes=True)
         self._file, self._place = file, 0
         self._pieces = [(file.size - len(tail), tail), (held.start, held.data)]
 

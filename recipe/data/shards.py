@@ -91,6 +91,7 @@ def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Calla
             share = sum(whole.parquet.row_groups(files[0])) / files[0].size
             whole.text_bytes = share * sum(file.size for file in files)
             whole.parquet.tails.clear()
+            whole.parquet.ranges.clear()
         return whole
     if reading.format == "parquet":
         reader = parquet_reader(reading)
