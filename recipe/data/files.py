@@ -94,13 +94,11 @@ def in_background(action: Callable[..., Result], *arguments: Any) -> Future[Resu
     return future
 
 
-class _Blocks(io.RawIOBase):
-    """A remote file in blocks; where it is read on from block to block, the next one is on its way."""
+class PlaceInFile(io.RawIOBase):
+    """A remote file and a place in it; what reads there is for subclasses."""
 
-    def __init__(self, file: RemoteFile) -> None:
-        self._file, self._place = file, 0
-        self._number, self._block = -1, b""  # the block in hand
-        self._next: Future[bytes] | None = None
+    def __init__(self, file: File) -> None:
+        self.file, self.place = file, 0
 
     def readable(self) -> bool:
         return True
@@ -109,28 +107,37 @@ class _Blocks(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self.place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        return self._place
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.file.size}[whence]
+        return self.place
+
+
+class _Blocks(PlaceInFile):
+    """Reads in blocks; where it is read on from block to block, the next one is on its way."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        super().__init__(file)
+        self._number, self._block = -1, b""  # the block in hand
+        self._next: Future[bytes] | None = None
 
     def readinto(self, buffer: Any) -> int:
-        if self._place >= self._file.size:
+        if self.place >= self.file.size:
             return 0
-        number, offset = divmod(self._place, BLOCK_BYTES)
+        number, offset = divmod(self.place, BLOCK_BYTES)
         if number != self._number:
             follows, ahead = number == self._number + 1, self._next
             self._next = None
             self._block = ahead.result() if ahead and follows else self._fetch(number)
-            if follows and number and (number + 1) * BLOCK_BYTES < self._file.size:
+            if follows and number and (number + 1) * BLOCK_BYTES < self.file.size:
                 self._next = in_background(self._fetch, number + 1)
             self._number = number
         part = self._block[offset : offset + len(buffer)]
         buffer[: len(part)] = part
-        self._place += len(part)
+        self.place += len(part)
         return len(part)
 
     def _fetch(self, number: int) -> bytes:
         start = number * BLOCK_BYTES
-        return self._file.read_range(start, min(start + BLOCK_BYTES, self._file.size))
+        return self.file.read_range(start, min(start + BLOCK_BYTES, self.file.size))

@@ -6,7 +6,6 @@ pyarrow's dataset scanner, through which `datasets` streams, gives nothing back 
 from __future__ import annotations
 
 import ctypes
-import io
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipe.data.files import File, LocalFile, in_background, name_of
+from recipe.data.files import File, LocalFile, PlaceInFile, in_background, name_of
 from recipe.data.formats import BadRow, Document, Part, State
 from recipe.errors import RecipeError
 
@@ -189,33 +188,20 @@ def _read_tail(file: File) -> Tail:
     return len(tail), _TAIL_CODEC.compress(tail, asbytes=True)
 
 
-class _HeldFile(io.RawIOBase):
-    """A remote file of which two pieces are at hand. What lies elsewhere is fetched."""
+class _HeldFile(PlaceInFile):
+    """Two pieces of it are at hand. What lies elsewhere is fetched."""
 
     def __init__(self, file: File, held: RowGroup) -> None:
+        super().__init__(file)
         size, compressed = held.tail
         tail = _TAIL_CODEC.decompress(compressed, size, asbytes=True)
-        self._file, self._place = file, 0
         self._pieces = [(file.size - len(tail), tail), (held.start, held.data)]
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        return self._place
-
     def read(self, size: int = -1) -> bytes:
-        start = self._place
-        end = self._file.size if size < 0 else min(start + size, self._file.size)
-        self._place = end
+        start = self.place
+        end = self.file.size if size < 0 else min(start + size, self.file.size)
+        self.place = end
         for first, piece in self._pieces:
             if first <= start and end <= first + len(piece):
                 return piece[start - first : end - first]
-        return self._file.read_range(start, end) if start < end else b""
+        return self.file.read_range(start, end) if start < end else b""
