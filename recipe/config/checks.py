@@ -107,6 +107,13 @@ def validate(config: Config) -> None:
         and not os.path.isdir(config.resume)  # which never raises
     ):
         raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or the path of a checkpoint")
+    if data.encoding is not None:
+        try:
+            "".encode(data.encoding)
+        except LookupError:
+            raise RecipeError(
+                f"data.encoding = {data.encoding!r} is no encoding of text that Python knows, such as latin-1, cp1252, utf-16-le"
+            ) from None
     if data.text_files:
         expand_text_files(data.text_files)
     for name, pattern in config.evaluation.sets.items():

@@ -130,7 +130,7 @@ def cut(files: Sequence[File], lanes: int) -> list[Part]:
     parts = []
     for file in files:
         count = max(1, round(file.size * SHARDS_PER_LANE * lanes / size))
-        places = [file.size * number // count for number in range(1, count)]
+        places = sorted({file.size * number // count for number in range(1, count)} - {0})
         parts += _between(file, side_by_side(partial(line_start, file), places))
     if len(parts) < lanes:
         parts = [part for file in files for part in _between(file, line_starts(file))]

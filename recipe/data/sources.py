@@ -104,7 +104,8 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
     ]
     if size:
         passes = tokens * TYPICAL_TOKEN_BYTES / size
-        parts.append(f"{size_text(size)} of text: {passes:.2g} passes, if a token is {TYPICAL_TOKEN_BYTES} bytes of it")
+        shown = f"{passes:,.1f}" if passes >= 0.1 else "under 0.1"
+        parts.append(f"{size_text(size)} of text: {shown} passes, if a token is {TYPICAL_TOKEN_BYTES} bytes of it")
     if source.is_remote and (parquet := source.training.parquet):
         parts.append(f"up to {size_text(lanes * parquet.largest_bytes)} of row groups in memory")
     return ", ".join(parts)

@@ -123,6 +123,8 @@ SETTINGS = {
         ["--evaluation.sets.held_out", "README.md"],
         ["'held_out' cannot be the name of a set"],
     ),
+    "no encoding": (["--data.encoding", "klingon"], ["data.encoding = 'klingon'", "latin-1"]),
+    "an encoding of no text": (["--data.encoding", "base64"], ["data.encoding = 'base64'", "latin-1"]),
     "resume from nothing": (["--resume", "never"], ["resume = 'never'", "auto, fresh, or the path of a checkpoint"]),
     "no name of a repository": (["--hub.repo_id", "model"], ["hub.repo_id = 'model'", "user/name"]),
 }
@@ -138,6 +140,7 @@ RENAMED = {
     "evaluation.text_files": "evaluation.sets",
     "run.parity_receipt": "run.parity_check",
     "data.config_name": "data.dataset",
+    "data.shuffle_window": "data.shuffle_blocks",
 }
 
 

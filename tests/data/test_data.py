@@ -368,6 +368,8 @@ def expect_error(words: Sequence[str], action: Callable[[], object]) -> None:
 def test_fewer_documents_than_lanes_is_an_error(tmp_path: Path) -> None:
     words = ["3 documents, fewer than batch.lanes = 4", "--batch.lanes to 3"]
     expect_error(words, lambda: source_of(["a", "b", "c"], tmp_path, lanes=4))
+    words = ["3 documents, fewer than batch.lanes = 64", "--batch.lanes to 3"]
+    expect_error(words, lambda: source_of(["a", "b", "c"], tmp_path, lanes=64))
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
