@@ -112,7 +112,7 @@ def validate(config: Config) -> None:
             "".encode(data.encoding)
         except LookupError:
             raise RecipeError(
-                f"data.encoding = {data.encoding!r} is no encoding of text that Python knows, such as latin-1, cp1252, utf-16-le"
+                f"data.encoding = {data.encoding!r} is no encoding of text that Python knows, such as latin-1 or utf-16-le"
             ) from None
     if data.text_files:
         expand_text_files(data.text_files)
