@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from recipe.errors import RecipeError
 from recipe.run.stop import listened_signals
@@ -31,7 +32,7 @@ def main() -> None:
     try:
         launch_command(launch_command_parser().parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=_by_cause)
         if failure.exitcode < 0:
             raise RecipeError(
                 f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; the same command goes on from the last "
@@ -39,6 +40,12 @@ def main() -> None:
                 exit_code=128 - failure.exitcode,
             ) from None
         sys.exit(failure.exitcode)
+
+
+def _by_cause(failure: tuple[int, Any]) -> tuple[bool, bool, int]:
+    """The cause first: the launcher looks ten times a second, and may find the ranks that lost it, with code 1, at the same time."""
+    _, process = failure
+    return process.exitcode >= 0, process.exitcode == 1, process.timestamp
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -35,7 +35,7 @@ def test_checkpoint_benchmark_writes_its_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_step_benchmark_compares_the_recipe_with_its_peers(tmp_path: Path) -> None:
-    done = run([sys.executable, "-m", "benchmarks.step", "--quick", "--out", str(tmp_path)])
+    done = run([sys.executable, "-m", "benchmarks.step", "--quick", "--out", str(tmp_path)], timeout=900)
     assert done.returncode == 0, done.stderr
     (text,) = tmp_path.glob("*-step.md")
     sections = json.loads(text.with_suffix(".json").read_text(encoding="utf-8"))["sections"]
