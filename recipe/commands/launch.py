@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _by_cause(failure: tuple[int, Any]) -> tuple[bool, bool, int]:
-    """The cause first: the launcher looks ten times a second, and may find the ranks that lost it, with code 1, at the same time."""
+    """The cause first: the launcher looks ten times a second, and may find ranks that have lost it, with code 1, beside it."""
     _, process = failure
     return process.exitcode >= 0, process.exitcode == 1, process.timestamp
 
