@@ -11,7 +11,7 @@ from torch import nn
 
 from recipe.config.settings import OptimizerConfig
 from recipe.model.optimizer import build_optimizer
-from tests.helpers import TINY, read_ledger, run_ranks, train, write_texts
+from tests.helpers import TINY, end_of, read_ledger, start_ranks, train, write_texts
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("torchao", reason="pip install --editable '.[bf16-state]'")
@@ -21,7 +21,9 @@ def test_it_holds_eight_bytes_per_parameter_and_ranks_round_alike(tmp_path: Path
     """Rounding draws random numbers, and dropout's are another rank's: without a seed of its own the ranks drift apart."""
     compiled_once = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     for ranks in (1, 2):  # one compiles the step, then two find it: at once, on two cores, they took minutes
-        run_ranks(ranks, ["-m", "tests.support.bf16_state_ranks", str(tmp_path / "result.json")], **compiled_once)
+        command = ["-m", "tests.support.bf16_state_ranks", str(tmp_path / "result.json")]
+        codes, output, _ = end_of(start_ranks(ranks, command, **compiled_once), timeout=900)
+        assert codes == [0] * ranks, output
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert (found["parameters"], found["gradients"], found["moments"]) == (2, 2, 4)
     first, second = found["digests"]
