@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.data.validation import pack_validation
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
+from recipe.run.console import Console
 from recipe.run.stop import Stopped
 from tests.helpers import write_texts
 from tests.support.lanes import (
@@ -256,6 +258,23 @@ def test_an_error_while_reading_stops_the_training_with_one_line(
         UpdateReader(run, [unreadable]).next_update()
     assert (run.stop.is_agreed, run.stop.exit_code) == (True, 4)
     assert capsys.readouterr().err == "error: cannot read on\n"
+
+
+def test_an_update_that_is_waited_for_says_how_far_reading_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
+    source = open_source(config)
+    run = replace(run_on(config, 8), console=Console(True, 1))
+    lanes = make_lanes(run, source, load_tokenizer(config, source))
+    read = lanes[2].next_blocks
+    monkeypatch.setattr("recipe.data.blocks.REPORT_SECONDS", 0.3)
+    monkeypatch.setattr(lanes[2], "next_blocks", lambda count: (time.sleep(1.5), read(count))[1])
+    reader = UpdateReader(run, lanes)
+    reader.next_update()
+    reader.close()
+    assert "reading text: 3 of 4 lanes have what the update needs" in capsys.readouterr().out
 
 
 def test_a_bug_while_reading_reaches_the_training(tmp_path: Path) -> None:

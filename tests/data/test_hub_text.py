@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -178,3 +180,19 @@ def test_the_validation_set_is_asked_for_once(server: HttpServer, tmp_path: Path
         assert replace(found, blocks=first.blocks) == first
     read_validation_sets(config, source, train_tokenizer(["other words entirely"], 300))
     assert len(list(config.cache_directory.glob("validation/*.npz"))) == 2, "another tokenizer, another set"
+
+
+def test_row_groups_that_do_not_fit_into_memory_are_refused(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks on one machine it is all lanes, on two machines half of them."""
+    files = find_text(config_of(tmp_path))
+    largest = open_source(config_of(tmp_path), files).training.parquet.largest_bytes
+    assert largest > 2 * ROWS * 400
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * largest))
+    with pytest.raises(
+        RecipeError, match=r"2 lanes hold up to .* kB each.*this machine has .* left; set --batch\.lanes"
+    ):
+        open_source(config_of(tmp_path), files)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    open_source(config_of(tmp_path), files)
