@@ -269,8 +269,13 @@ def test_an_update_that_is_waited_for_says_how_far_reading_is(
     run = replace(run_on(config, 8), console=Console(True, 1))
     lanes = make_lanes(run, source, load_tokenizer(config, source))
     read = lanes[2].next_blocks
+
+    def read_slowly(count: int) -> np.ndarray:
+        time.sleep(1.5)
+        return read(count)
+
     monkeypatch.setattr("recipe.data.blocks.REPORT_SECONDS", 0.3)
-    monkeypatch.setattr(lanes[2], "next_blocks", lambda count: (time.sleep(1.5), read(count))[1])
+    monkeypatch.setattr(lanes[2], "next_blocks", read_slowly)
     reader = UpdateReader(run, lanes)
     reader.next_update()
     reader.close()
