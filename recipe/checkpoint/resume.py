@@ -29,13 +29,8 @@ from recipe.step.spikes import Spike, spike_error
 # What may change between the parts of a run: none of it enters the update. Everything else is the run.
 MAY_CHANGE_ON_RESUME = (
     *("run.directory", "run.max_updates", "run.parity_check", "batch.micro_batch_size", "batch.scaling"),
-    *(
-        "data.cache_directory",
-        "data.retry_seconds",
-        "data.on_bad_row",
-        "schedule.total_tokens",
-        "schedule.tokens_per_parameter",
-    ),
+    *("data.cache_directory", "data.retry_seconds", "data.on_bad_row"),
+    *("schedule.total_tokens", "schedule.tokens_per_parameter"),
     *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
 )
 

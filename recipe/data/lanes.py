@@ -142,16 +142,13 @@ class Lane:
 
     def _read_texts(self, start: Position) -> Iterator[tuple[Position, str]]:
         """The documents from that in which `start` is, for ever."""
-        position, has_text = (
-            Position(start.epoch, start.shard, start.reader),
-            start.shard > 0 or start.reader is not None,
-        )
+        position = Position(start.epoch, start.shard, start.reader)
+        has_text = start.shard > 0 or start.reader is not None
         while True:
             order = sorted(self.shards, key=lambda shard: self._hash(position.epoch, "shard", shard))
             for place in range(position.shard, len(order)):
-                for text, state_after in self.source.read_shard(
-                    order[place], position.reader, order[place + 1 : place + 2]
-                ):
+                then = order[place + 1 : place + 2]
+                for text, state_after in self.source.read_shard(order[place], position.reader, then):
                     yield position, text
                     has_text = has_text or bool(text)
                     position = Position(position.epoch, place, state_after)

@@ -34,7 +34,11 @@ class Shards:
     def __init__(self, reading: Reading, parts: Sequence[Part], parquet: Any = None) -> None:
         self.reading, self.parts = reading, parts
         self.text_bytes: float | None = None  # about how much text they hold, if that is known
-        self.parquet: Any = parquet or (parquet_reader(reading) if reading.format == "parquet" else None)
+        self.parquet = parquet
+        if reading.format == "parquet" and parquet is None:
+            from recipe.data.parquet import ParquetReader  # with pyarrow, which takes a second to import
+
+            self.parquet = ParquetReader(reading.column)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -57,13 +61,6 @@ class Shards:
         """Give back what was fetched and not read."""
         if self.parquet:
             self.parquet.forget()
-
-
-def parquet_reader(reading: Reading) -> Any:
-    """pyarrow, which it needs, takes a second to import."""
-    from recipe.data.parquet import ParquetReader
-
-    return ParquetReader(reading.column)
 
 
 def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Callable[[Shards], File]) -> Shards:
@@ -94,16 +91,15 @@ def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Calla
             whole.parquet.ranges.clear()
         return whole
     if reading.format == "parquet":
-        reader = parquet_reader(reading)
         sizes = {
             Part(file, group, group + 1): size
-            for file, sizes_of_file in zip(files, side_by_side(reader.row_groups, files), strict=True)
+            for file, sizes_of_file in zip(files, side_by_side(whole.parquet.row_groups, files), strict=True)
             for group, size in enumerate(sizes_of_file)
             if size
         }
         # to make lanes even nothing is downloaded
         if is_even([*sizes.values()], lanes) or (not is_local and len(sizes) >= lanes):
-            shards = Shards(reading, [*sizes], reader)
+            shards = Shards(reading, [*sizes], whole.parquet)
             shards.text_bytes = sum(sizes.values())
             return shards
     elif is_even([file.size for file in files], lanes):
