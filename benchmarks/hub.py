@@ -113,7 +113,8 @@ def train(options: argparse.Namespace, ranks: int, directory: Path) -> dict[str,
     if not progress.is_complete():
         words = (directory / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise RecipeError(f"training on {ranks} ranks: {killed or words}")
-    ledger = [line for line in read_lines(directory / "run" / LEDGER) if line["update"] > 0]
+    # It trains on until it is killed.
+    ledger = [line for line in read_lines(directory / "run" / LEDGER) if 0 < line["update"] <= options.updates]
     return {
         "ranks": ranks,
         "peak_bytes": peaks,
