@@ -44,7 +44,8 @@ def test_a_terminal_that_is_closed_saves_and_ends(command: list[str], tmp_path: 
     """Its processes get SIGHUP, and whatever they write fails."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 160))
-    with start([*command, "--run.max_updates", "99999"], stdout=theirs, stderr=theirs) as process:
+    long = ["--run.max_updates", "99999", "--schedule.total_tokens", "100000000"]  # it must not end before it is told to
+    with start([*command, *long], stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         said = b""
         while b"tokens/s" not in said:
