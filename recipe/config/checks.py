@@ -2,10 +2,11 @@
 
 import os
 import re
+from dataclasses import is_dataclass
 from typing import Any, get_args
 
-from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config, flat_fields, value_of
-from recipe.config.text_files import expand_text_files
+from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config, SourceConfig, flat_fields, value_of
+from recipe.config.text_files import expand_files, expand_text_files
 from recipe.errors import RecipeError
 from recipe.format import nearest_divisors
 
@@ -19,14 +20,17 @@ ACTIVATION_FUNCTIONS = (
 )
 
 
-def check_values(config: Any) -> None:
+def check_values(config: Any, prefix: str = "") -> None:
     """Check each value of a configuration class against its field: null only if the type has it, numbers within the bounds.
+
+    `prefix` stands before the names in messages.
 
     Raises:
         RecipeError: naming the setting, its value and the bound.
     """
     for name, annotation in flat_fields(type(config)):
         value, bounds = value_of(config, name), getattr(annotation, "__metadata__", ())
+        name = prefix + name
         plain = annotation.__origin__ if bounds else annotation
         if value is None and type(None) not in get_args(plain):
             raise RecipeError(f"{name} = null: it needs a value ({getattr(plain, '__name__', plain)})")
@@ -34,7 +38,11 @@ def check_values(config: Any) -> None:
             if not bound.holds(value, bound.limit):
                 why = f", {bound.why}" if bound.why else ""
                 raise RecipeError(f"{name} = {value}: must be {bound.words} {bound.limit:,}{why}")
-        check_text(name, value)
+        if isinstance(value, tuple) and is_dataclass(next(iter(value), None)):
+            for number, inner in enumerate(value):
+                check_values(inner, f"{name}[{number}].")
+        else:
+            check_text(name, value)
 
 
 def check_text(name: str, value: Any) -> None:
@@ -83,12 +91,9 @@ def validate(config: Config) -> None:
         )
     if not config.run.directory.strip():
         raise RecipeError("run.directory is empty: give the directory that the run is written to")
-    if not re.fullmatch(r"[^:\s]+(:[^:\s]+)?", data.dataset):
-        raise RecipeError(
-            f"data.dataset = {data.dataset!r}: give user/name, user/name:configuration or {STANDARD_LIBRARY}"
-        )
-    if data.repository == STANDARD_LIBRARY and data.configuration:
-        raise RecipeError(f"data.dataset = {data.dataset!r}: {STANDARD_LIBRARY} has no configurations")
+    for number, source in enumerate(data.mixture):
+        check_source(source, f"data.sources[{number}]" if data.sources else "data")
+    _check_names(config)
     if data.tokenizer is None and model.vocab_size < 257:
         raise RecipeError(
             f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "
@@ -107,15 +112,6 @@ def validate(config: Config) -> None:
         and not os.path.isdir(config.resume)  # which never raises
     ):
         raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or the path of a checkpoint")
-    if data.encoding is not None:
-        try:
-            "".encode(data.encoding)
-        except LookupError:
-            raise RecipeError(
-                f"data.encoding = {data.encoding!r} is no encoding of text that Python knows, such as latin-1 or utf-16-le"
-            ) from None
-    if data.text_files:
-        expand_text_files(data.text_files)
     for name, pattern in config.evaluation.sets.items():
         if not re.fullmatch(r"[\w-]+", name) or name == HELD_OUT:
             raise RecipeError(
@@ -123,6 +119,47 @@ def validate(config: Config) -> None:
                 "the name of the held-out documents"
             )
         expand_text_files([pattern], f"evaluation.sets.{name}")
+
+
+def check_source(source: SourceConfig, section: str) -> None:
+    """Check what says where text or tokens come from; `section` is the part of the settings that does.
+
+    Raises:
+        RecipeError: naming the setting, its value and what would be valid.
+    """
+    if source.text_files and source.token_files:
+        raise RecipeError(f"{section}: give text_files or token_files, not both; data.sources mixes several sources")
+    if source.files:
+        expand_files(source, section)
+    elif not re.fullmatch(r"[^:\s]+(:[^:\s]+)?", source.dataset or ""):
+        raise RecipeError(
+            f"{section}.dataset = {source.dataset!r}: give user/name, user/name:configuration or {STANDARD_LIBRARY}, or set "
+            "text_files or token_files"
+        )
+    elif source.repository == STANDARD_LIBRARY and source.configuration:
+        raise RecipeError(f"{section}.dataset = {source.dataset!r}: {STANDARD_LIBRARY} has no configurations")
+    if source.encoding is not None:
+        try:
+            "".encode(source.encoding)
+        except LookupError:
+            raise RecipeError(
+                f"{section}.encoding = {source.encoding!r} is no encoding of text that Python knows, such as latin-1 or "
+                "utf-16-le"
+            ) from None
+
+
+def _check_names(config: Config) -> None:
+    """Sources of a mixture have names of their own, since each is a column of the ledger and a validation set."""
+    data, taken = config.data, {HELD_OUT, *config.evaluation.sets}
+    if data.sources and data.files:
+        raise RecipeError("data.sources takes the place of data.text_files and data.token_files: give one of them")
+    for number, source in enumerate(data.sources):
+        if source.label in taken or not re.fullmatch(r"[\w-]+", source.label):
+            raise RecipeError(
+                f"data.sources[{number}].name = {source.label!r}: give a name of letters, digits, _ and -, and no other's: "
+                f"{', '.join(sorted(taken))} are taken"
+            )
+        taken.add(source.label)
 
 
 def check_repo_id(name: str, repo_id: str | None) -> None:

@@ -19,8 +19,8 @@ from recipe.errors import RecipeError
 _MOST_ARGUMENTS = 1000  # reading them takes a tenth of a second; there are fewer settings
 # Settings that may hold a path, of the run and of commands.
 _PATHS = (
-    *("run.directory", "data.text_files", "data.tokenizer", "data.cache_directory", "model.init_from"),
-    *("evaluation.sets", "resume", "output", "task_directory"),
+    *("run.directory", "data.text_files", "data.token_files", "data.sources", "data.tokenizer", "data.cache_directory"),
+    *("model.init_from", "evaluation.sets", "resume", "output", "task_directory"),
 )
 
 
@@ -168,7 +168,7 @@ def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
                 values.append(rest.pop(0))
             if not values:
                 raise RecipeError(f"{argument} needs a value")
-            is_list = len(values) == 1 and values[0].startswith(('["', "['", "[]")) and values[0].rstrip().endswith("]")
+            is_list = len(values) == 1 and values[0].startswith(('["', "['", "[]", "[{")) and values[0].rstrip().endswith("]")
             argument = f"{flag}={values[0] if is_list else json.dumps(values, ensure_ascii=False)}"
         joined.append(argument)
     return joined

@@ -7,13 +7,17 @@ what it means, and in which unit. Its type says which numbers are valid: `Annota
 from __future__ import annotations  # without it, --help prints each Annotated type in full
 
 import operator
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from recipe.config.text_files import public_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11 on
 
 STANDARD_LIBRARY = "python-standard-library"
 Scaling = Literal["accumulate", "manual"]
@@ -78,11 +82,12 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The text: a Hub dataset, local files, or Python's own standard library."""
+class SourceConfig:
+    """Where text, or tokens, come from: a Hub dataset, files, or Python's own standard library."""
 
-    dataset: str = "HuggingFaceFW/fineweb-edu:sample-10BT"
-    """`user/name` or `user/name:configuration` of a Hub dataset, or `python-standard-library`: the interpreter's .py files."""
+    dataset: str | None = None
+    """`user/name` or `user/name:configuration` of a Hub dataset, of text or of token ids, or `python-standard-library`: the
+    interpreter's .py files."""
     split: str = "train"
     """Split of the Hub dataset."""
     revision: str | None = None
@@ -91,10 +96,73 @@ class DataConfig:
     """Local files, globs, or addresses to stream (https://, hf://datasets/, s3://, gs:// and what else fsspec knows); they take
     the place of `dataset`. A name that exists is never a pattern. .txt: one document per file. .jsonl or .json, also with .gz
     or .zst, and .parquet: one per row."""
+    token_files: tuple[str, ...] = ()
+    """Files of token ids; they take the place of `dataset`. Rows of .parquet, .arrow or .jsonl files, also behind addresses; or
+    flat local files of nanoGPT, llm.c, datatrove, OLMo or Megatron. Files called val.bin, NAME_val_000.bin or the like are
+    the held-out documents."""
     text_column: str = "text"
     """Column that holds the document."""
+    token_column: str | None = None
+    """Column that holds token ids. Null: input_ids, token_ids, tokens or ids, if there is no text column."""
+    rows_are: Literal["documents", "packed"] = "documents"
+    """Rows of token ids are whole documents, each to end with one end-of-text token, or pieces of one stream that has them."""
+    token_dtype: Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64"] | None = None
+    """Integers of flat files that do not say it themselves: nanoGPT and OLMo."""
     encoding: str | None = None
     """Encoding of .txt files, such as latin-1. Null: UTF-8, or what a byte-order mark says."""
+
+    @property
+    def repository(self) -> str:
+        """`user/name` of the Hub dataset."""
+        return (self.dataset or "").partition(":")[0]
+
+    @property
+    def configuration(self) -> str | None:
+        """The configuration of the Hub dataset; None: its default."""
+        return (self.dataset or "").partition(":")[2] or None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What takes the place of the dataset."""
+        return self.text_files or self.token_files
+
+    @property
+    def public(self) -> Self:
+        """Addresses without credentials, queries and fragments."""
+        text, tokens = (tuple(map(public_name, files)) for files in (self.text_files, self.token_files))
+        return replace(self, text_files=text, token_files=tokens)
+
+
+@dataclass(frozen=True)
+class MixtureSource(SourceConfig):
+    """One of several sources."""
+
+    weight: Annotated[float, Above(0), AtMost(10**12)] = 1.0
+    """Share of the tokens, relative to the other weights."""
+    name: str | None = None
+    """In the ledger and the report. Null: that of the dataset or the first file."""
+    max_passes: CountOrNull = None
+    """Read its documents so many times at most. Null: as often as the weights want."""
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        if self.name is not None:
+            return self.name
+        last = public_name(self.files[0] if self.files else self.dataset or "").rstrip("/").rpartition("/")[2]
+        return re.sub(r"[^\w-]+", "-", last.partition(".")[0]).strip("-")
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """The text, or the tokens: a Hub dataset, files, Python's own standard library, or a mixture of these."""
+
+    dataset: str | None = "HuggingFaceFW/fineweb-edu:sample-10BT"
+    """`user/name` or `user/name:configuration` of a Hub dataset, of text or of token ids, or `python-standard-library`: the
+    interpreter's .py files."""
+    sources: tuple[MixtureSource, ...] = ()
+    """A mixture: `[{dataset: user/name, weight: 0.7}, {text_files: [a.jsonl], weight: 0.3}]`. Each has the settings from
+    `dataset` to `encoding`, a weight in tokens, and may have a name and max_passes. It takes the place of all of these."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row, or a .txt file, that holds no text: stop and name it, or leave it out and count it."""
     sequence_length: Annotated[int, AtLeast(2), AtMost(2**24)] = 2048
@@ -112,14 +180,11 @@ class DataConfig:
     """Directory of trained tokenizers, packed validation sets and copies of text. Null: cache/ in the run directory."""
 
     @property
-    def repository(self) -> str:
-        """`user/name` of the Hub dataset."""
-        return self.dataset.partition(":")[0]
-
-    @property
-    def configuration(self) -> str | None:
-        """The configuration of the Hub dataset; None: its default."""
-        return self.dataset.partition(":")[2] or None
+    def mixture(self) -> tuple[MixtureSource, ...]:
+        """What is read: `sources`, or the one source that the other settings say."""
+        if self.sources:
+            return self.sources
+        return (MixtureSource(**{f.name: getattr(self, f.name) for f in fields(SourceConfig)}),)
 
 
 @dataclass(frozen=True)
@@ -319,10 +384,9 @@ class Config:
     @property
     def public(self) -> Config:
         """The settings as they are written down: addresses of text without credentials, queries and fragments."""
-        files = tuple(map(public_name, self.data.text_files))
         sets = {name: public_name(pattern) for name, pattern in self.evaluation.sets.items()}
-        data, evaluation = replace(self.data, text_files=files), replace(self.evaluation, sets=sets)
-        return replace(self, data=data, evaluation=evaluation)
+        data = replace(self.data.public, sources=tuple(source.public for source in self.data.sources))
+        return replace(self, data=data, evaluation=replace(self.evaluation, sets=sets))
 
     @property
     def cache_directory(self) -> Path:
@@ -356,5 +420,10 @@ def sections_of(config_class: type) -> list[str]:
 def flat_settings(config: Config) -> dict[str, Any]:
     """Dotted names to the values of `config.public` as JSON and YAML give them back: a tuple is a list."""
     public = config.public
-    values = {name: value_of(public, name) for name, _ in flat_fields(Config)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: _plain(value_of(public, name)) for name, _ in flat_fields(Config)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(inner) for name, inner in asdict(value).items()}
+    return list(map(_plain, value)) if isinstance(value, tuple) else value

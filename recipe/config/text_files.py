@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from recipe.config.local_files import TextFiles, find_files
@@ -12,8 +13,10 @@ from recipe.text import public_address
 # File ending -> format: a document is a file of text, an object on a line of JSON, or a row of Parquet.
 TEXT_FILE_FORMATS = {
     **{".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".parquet": "parquet"},
-    **{".json": "json", ".json.gz": "json", ".json.zst": "json"},
+    **{".json": "json", ".json.gz": "json", ".json.zst": "json", ".arrow": "arrow"},
 }
+FLAT = "flat"  # format of a file of nothing but token ids, maybe with a header or a file beside it
+_BESIDE_FLAT = (".index", ".metadata", ".loss", ".idx", ".csv.gz", "manifest.json")  # sidecars, read with their files
 
 
 def is_remote(path: str) -> bool:
@@ -31,7 +34,26 @@ def text_file_format(path: str) -> str | None:
     return next((kind for ending, kind in TEXT_FILE_FORMATS.items() if public_name(path).endswith(ending)), None)
 
 
-def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files") -> TextFiles:
+def token_file_format(path: str) -> str | None:
+    """The format of a file of token ids by its name or address; None for what stands beside one."""
+    if public_name(path).endswith(_BESIDE_FLAT):
+        return None
+    kind = text_file_format(path)
+    return FLAT if kind in (None, "text") else kind
+
+
+def expand_files(source: Any, section: str = "data") -> TextFiles:
+    """The files that `source`, a SourceConfig, names, as `expand_text_files` finds them."""
+    if source.text_files:
+        return expand_text_files(source.text_files, f"{section}.text_files")
+    return expand_text_files(source.token_files, f"{section}.token_files", token_file_format)
+
+
+def expand_text_files(
+    patterns: Sequence[str],
+    setting: str = "data.text_files",
+    format_of: Callable[[str], str | None] = text_file_format,
+) -> TextFiles:
     """What `patterns` (files, globs, addresses), the value of `setting`, stand for; all of one format.
 
     Sorted by what of them is public, so that a new signature leaves their order.
@@ -45,12 +67,14 @@ def expand_text_files(patterns: Sequence[str], setting: str = "data.text_files")
         _check_address(address, setting)
     local = find_files([pattern for pattern in patterns if not is_remote(pattern)], setting)
     paths = sorted([*addresses, *local.paths], key=public_name)
-    unknown = [path for path in paths if text_file_format(path) is None]
+    if format_of is token_file_format:
+        paths = [path for path in paths if format_of(path)] or paths
+    unknown = [path for path in paths if format_of(path) is None]
     if unknown:
         raise RecipeError(
             f"{setting}: {unknown[0]!r} has no known format: valid endings are {', '.join(TEXT_FILE_FORMATS)}"
         )
-    kinds = {text_file_format(path): path for path in paths}
+    kinds = {format_of(path): path for path in paths}
     if len(kinds) > 1:
         raise RecipeError(f"{setting}: give files of one format, not of {len(kinds)}: {', '.join(kinds.values())}")
     if not any(is_remote(path) or os.path.getsize(path) for path in paths):
