@@ -21,6 +21,7 @@ from recipe.errors import RecipeError
 PIECE_TOKENS = 1 << 16  # at most, of a stream without document ends
 CHUNK_TOKENS = 1 << 17  # read at once
 _LOOKED_AT_TOKENS = 1 << 16  # of each file at the start
+_DOCUMENT_TOKENS = 1 << 12  # most documents have fewer
 _SEARCHED_TOKENS = 1 << 22  # of each file, at the start, for an end-of-text token
 
 
@@ -116,7 +117,7 @@ class FlatTokens:
         """
         number = next(n for n, file in enumerate(self.files) if file.path == part.file.address)
         first, last = self._bounds(number)
-        start = next(iter(state.values())) if state else part.start or first
+        start = state["document" if self.is_indexed else "token"] if state else part.start or first
         end = last if part.end is None else part.end
         if self.is_indexed:
             return self._read_indexed(self.files[number], start, end)
@@ -129,7 +130,7 @@ class FlatTokens:
         dtype = np.dtype(file.dtype)
         ids = np.fromfile(file.path, dtype, end - start, offset=file.offset + start * dtype.itemsize)
         if len(ids) < end - start:
-            raise RecipeError(f"{file.path} ends at token {start + len(ids):,} of {file.tokens:,}: it has been changed")
+            raise RecipeError(f"{file.path} no longer has {file.tokens:,} tokens: it has been changed")
         unsigned = ids.view(f"u{dtype.itemsize}")  # of a negative id, a large one
         if len(ids) and unsigned.max() >= self.vocabulary:
             place = int(unsigned.argmax())
@@ -141,13 +142,16 @@ class FlatTokens:
 
     def next_start(self, file: TokenFile, place: int, most: int | None = None) -> int:
         """The first token, at `place` or behind it, in front of which is a delimiter; behind `tokens` if there is none."""
-        place -= 1
+        place = max(place - 1, 0)
         stop = min(file.tokens, place + most) if most else file.tokens
-        count = 1 << 12
+        count = _DOCUMENT_TOKENS
         while place < stop:
             found = np.flatnonzero(self._is_delimiter(self.read_ids(file, place, min(place + count, stop))))
             if len(found):
-                return place + int(found[0]) + 1
+                start = place + int(found[0]) + 1
+                if len(self.delimiters) > 1 and start < file.tokens:  # end-of-text and beginning-of-text are one place
+                    start += tuple(self.read_ids(file, start - 1, start + 1)) == self.delimiters
+                return start
             place, count = place + count, min(2 * count, CHUNK_TOKENS)
         return file.tokens + 1
 
@@ -157,21 +161,16 @@ class FlatTokens:
             found |= ids == delimiter
         return found
 
-    def _is_before(self, number: int) -> bool:
-        """Whether end-of-text tokens are in front of documents, and not behind them."""
-        file = self.files[number]
-        if file.format == "llm.c":
-            return True
-        starts, ends = (self._is_delimiter(self.read_ids(file, at, at + 1))[0] for at in (0, file.tokens - 1))
-        return bool(starts and not ends)
-
     def _bounds(self, number: int) -> tuple[int, int]:
         """Where the first document of a file can begin, and behind where the last one can."""
         file = self.files[number]
         if file.documents is not None:
             return 0, file.documents
-        if not self.has_ends or not self._is_before(number):
+        if not self.has_ends:
             return 0, file.tokens
+        opening, closing = (int(self.read_ids(file, place, place + 1)[0]) for place in (0, file.tokens - 1))
+        if file.format != "llm.c" and (opening not in self.delimiters or closing in self.delimiters):
+            return int(opening in self.delimiters[1:]), file.tokens  # documents end with delimiters
         # what is before the first delimiter belongs to the file before; the last document may have no token in this file
         start = self.next_start(file, 1)
         return 0 if number == 0 and start > 1 else start, file.tokens + 1
@@ -203,12 +202,14 @@ class FlatTokens:
 
     def _read_divided(self, number: int, start: int, end: int) -> Iterator[tuple[np.ndarray, State]]:
         """Documents between delimiters. In front of a stream, and behind it, is one that is not in the file."""
+        if start >= end:
+            return
         place = start - 1  # of the first of `ids`, the delimiter in front of the next document
         ids = self.read_ids(self.files[number], place, start) if start else np.array(self.delimiters[:1], np.int32)
         while place + 1 < end:
             behind = place + len(ids)
             # no further behind the end than a document; twice as much for one that is longer than a chunk
-            count = max(min(CHUNK_TOKENS, end - behind + PIECE_TOKENS), len(ids))
+            count = max(min(CHUNK_TOKENS, end - behind + _DOCUMENT_TOKENS), len(ids))
             ids = np.concatenate([ids, self._read_on(number, behind, count)])
             cuts = np.flatnonzero(self._is_delimiter(ids))
             for before, after in self._documents_between(ids, cuts[: np.searchsorted(cuts, end - place - 1) + 1]):

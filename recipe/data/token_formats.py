@@ -146,10 +146,8 @@ def _llmc(file: LocalFile, head: bytes) -> TokenFile | None:
     magic = int.from_bytes(head[:4], "little")
     if magic == _LLMC_EVALUATION:
         raise RecipeError(f"{path} holds llm.c's multiple-choice questions (magic number {magic}), no text to train on")
-    # ids are hardly all 0; so this is a header, of whatever it is
-    is_header = len(head) == _LLMC_HEADER_BYTES and not any(head[64:])
     if magic not in _LLMC_DTYPES:
-        if is_header:
+        if magic and len(head) == _LLMC_HEADER_BYTES and not any(head[64:]):  # a header of something: no ids are all 0
             known = " and ".join(map(str, _LLMC_DTYPES))
             raise RecipeError(
                 f"{path} has a header with the unknown magic number {magic}: those of llm.c's shards are {known}"
