@@ -187,7 +187,7 @@ def _numpy(file: LocalFile, head: bytes, dtype: str | None) -> TokenFile:
             )
         if not len(array):
             raise RecipeError(f"data.token_files: {path} has 0 tokens")
-        dtype, offset = array.dtype.name, int(array.offset)  # type: ignore[attr-defined]
+        dtype, offset = array.dtype.name, int(array.offset)
     if not os.path.exists(_beside(path, ".csv.gz")):
         if not offset:
             return _raw(file, dtype)

@@ -460,26 +460,26 @@ def test_what_goes_wrong_later_is_a_line_too(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_what_datatrove_itself_writes(tmp_path: Path) -> None:
     """Its tokenizer step, and its step for Megatron."""
-    pytest.importorskip("datatrove")
-    from datatrove.data import Document
-    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
-    from datatrove.pipeline.tokens.tokenizer import DocumentTokenizer
+    step_of = "datatrove.pipeline.tokens."
+    document = pytest.importorskip("datatrove.data").Document
+    for_ds = pytest.importorskip(step_of + "tokenizer").DocumentTokenizer
+    for_megatron = pytest.importorskip(step_of + "megatron_tokenizer").MegatronDocumentTokenizer
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: number for number, word in enumerate(["<|endoftext|>", *"abcdefg"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     texts = [" ".join("abcdefg"[(number + place) % 7] for place in range(number % 50)) for number in range(200)]
     expected = [tokenizer.encode(text).ids for text in texts]
     settings = {"tokenizer_name_or_path": str(tmp_path / "tokenizer.json"), "eos_token": "<|endoftext|>"}
     steps = (
-        *(DocumentTokenizer(str(tmp_path / "ds"), shuffle_documents=False, **settings),),
-        *(MegatronDocumentTokenizer(str(tmp_path / "megatron"), **settings),),
+        *(for_ds(str(tmp_path / "ds"), shuffle_documents=False, **settings),),
+        *(for_megatron(str(tmp_path / "megatron"), **settings),),
     )
     for step in steps:
-        step.run((Document(text=text, id=str(number)) for number, text in enumerate(texts)))
+        step.run((document(text=text, id=str(number)) for number, text in enumerate(texts)))
     for folder, name in (("ds", "datatrove"), ("megatron", "megatron")):
         paths = [str(path) for path in (tmp_path / folder).rglob("*") if path.is_file()]
         tokens = open_token_files(paths, None, [0], len(words))
