@@ -230,6 +230,13 @@ def test_as_many_even_files_as_lanes_are_read_whole(tmp_path: Path) -> None:
     assert len(tokens.parts(12)) >= 12
 
 
+def test_a_first_shard_may_begin_within_a_document(tmp_path: Path) -> None:
+    """As where only some shards were downloaded."""
+    paths = llmc_shards([2])(tmp_path, [[1, 2, 3], *DOCUMENTS])
+    tokens = open_tokens(paths[1:])
+    assert read_all(tokens, tokens.parts(1)) == [[2, 3], *DOCUMENTS]
+
+
 def test_both_delimiters_divide(tmp_path: Path) -> None:
     """A beginning-of-text token between documents alone, as Llama's shards have it, and behind an end-of-text token."""
     ids = [token for document in DOCUMENTS for token in (BEGINNING, *document)]
@@ -339,11 +346,23 @@ def cut(size: int) -> Callable[[bytes], bytes]:
     return lambda content: content[:-size]
 
 
+def change_place(index: bytes) -> bytes:
+    """Of one sequence in the file."""
+    place = 34 + 4 * SEQUENCES + 8 * 5
+    return index[:place] + struct.pack("<Q", 8) + index[place + 8 :]
+
+
+def change_last_document(index: bytes) -> bytes:
+    place = 34 + 12 * SEQUENCES + 8 * len(LENGTHS)
+    return index[:place] + struct.pack("<Q", SEQUENCES - 1) + index[place + 8 :]
+
+
 def float_index(directory: Path, documents: Sequence[Sequence[int]]) -> list[str]:
     return megatron(directory, documents, 7, "<f4")
 
 
 TOKENS = sum(LENGTHS) + len(LENGTHS)
+SEQUENCES = len(LENGTHS) + sum(length > 3 for length in LENGTHS)  # of Megatron
 INDEX_ENDS = struct.pack("<2Q", 1, 5)
 FAULTS: dict[str, tuple[Write, str]] = {
     "no file": (lambda directory, documents: [str(directory / "a.bin")], r"cannot read .*a\.bin: No such file"),
@@ -373,6 +392,7 @@ FAULTS: dict[str, tuple[Write, str]] = {
         one("a.bin", llmc_header(3) + struct.pack("<3H", 1, 50300, 2)),
         r"largest id 50,300 at token 1 of .*a\.bin, but the tokenizer has 258 tokens: is --data",
     ),
+    "first id too large": (array(np.array([1, VOCABULARY])), "largest id 258 at token 1 of"),
     "negative id": (array(np.array([1, 2, -3])), "largest id -3 at token 2"),
     "no .index": (without(datatrove, ".index"), r"\.ds\.index is missing"),
     "index cut": (break_file(datatrove, cut(3), ".index"), r"\.ds\.index is cut off"),
@@ -390,6 +410,8 @@ FAULTS: dict[str, tuple[Write, str]] = {
     "idx version": (break_file(megatron, swap(b"\1", b"\2"), ".idx"), "of version 2: 1 is known"),
     "idx code": (break_file(megatron, swap(b"\1" + b"\0" * 7 + b"\10", b"\1" + b"\0" * 7 + b"\77"), ".idx"), "type 63"),
     "idx cut": (break_file(megatron, cut(100), ".idx"), r"\.idx has .* bytes and not .*: it is cut off"),
+    "idx gap": (break_file(megatron, change_place, ".idx"), "do not lie one behind the other"),
+    "idx documents": (break_file(megatron, change_last_document, ".idx"), "run backwards, or are not all of its 26"),
     "idx head": (break_file(megatron, lambda content: content[:20], ".idx"), "is cut off: it has 20 bytes"),
     "bin cut": (
         break_file(megatron, cut(2), ".bin"),
