@@ -58,9 +58,9 @@ def read_updates(reading: Reading) -> dict[str, Any]:
     run = start_quietly(config)
     base, began, processor = resident_bytes(), time.perf_counter(), time.process_time()
     seconds, resident, digest = [], [], hashlib.sha256()
-    source = open_source(config)
-    tokenizer = any_tokenizer(2) if reading.counts_documents else load_tokenizer(config, source)
-    lanes = make_lanes(run, source, tokenizer)[: reading.lanes]
+    sources = [open_source(config)]
+    tokenizer = any_tokenizer(2) if reading.counts_documents else load_tokenizer(config, sources)
+    lanes = make_lanes(run, sources, tokenizer)[: reading.lanes]
     for _ in range(reading.updates):
         blocks = next_update(lanes, run.plan.update.blocks_per_lane, run.device).blocks
         seconds.append(time.perf_counter() - began)

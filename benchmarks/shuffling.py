@@ -51,9 +51,9 @@ def noise_per_block(model: Path, shuffle_blocks: int, seed: int) -> float:
     config = read_preset(PRESET, {**settings, "data.cache_directory": str(model.parent.parent / "cache")})
     run, (gpt2, tokenizer) = start_quietly(config), load_pretrained(str(model))
     gpt2.eval()
-    source = open_source(config)
-    assert load_tokenizer(config, source).get_vocab() == tokenizer.get_vocab()
-    lanes, per_lane = make_lanes(run, source, tokenizer), run.plan.update.blocks_per_lane
+    sources = [open_source(config)]
+    assert load_tokenizer(config, sources).get_vocab() == tokenizer.get_vocab()
+    lanes, per_lane = make_lanes(run, sources, tokenizer), run.plan.update.blocks_per_lane
     squares = {"block": 0.0, "update": 0.0}  # sums of squared norms
     total: Any = 0.0
     count = 0

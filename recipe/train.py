@@ -47,11 +47,11 @@ def train(config: Config) -> None:
     check_hub(run)
 
     # ---- 2. Data: documents -> tokenizer -> lanes; each rank opens only its own lanes ------------------------------------
-    source, init_from = open_text(run, point), config.model.init_from
+    sources, init_from = open_text(run, point), config.model.init_from
     if init_from and point.checkpoint:
         init_from = str(point.checkpoint)  # it has weights and tokenizer
-    tokenizer = load_tokenizer(config, source, init_from, run.on_main)
-    validation_sets = run.on_main(lambda: read_validation_sets(config, source, tokenizer))
+    tokenizer = load_tokenizer(config, sources, init_from, run.on_main)
+    validation_sets = run.on_main(lambda: read_validation_sets(config, sources, tokenizer))
 
     # ---- 3. Model and optimizer: the only two things that accelerate prepares --------------------------------------------
     model = build_model(run, tokenizer, init_from)
@@ -61,13 +61,13 @@ def train(config: Config) -> None:
     # ---- 4. Begin, or go on from a checkpoint ----------------------------------------------------------------------------
     def begin(point: ResumePoint) -> tuple[UpdateReader, SpikeDetector]:
         """Put model, optimizer and lanes where `point` is, and start to read what comes after it."""
-        lanes = make_lanes(run, source, tokenizer)
+        lanes = make_lanes(run, sources, tokenizer)
         restore(run, point, model, optimizer, lanes)
         return UpdateReader(run, lanes, point.update, point.skipped_batches), SpikeDetector(run, point.recent)
 
     parity = None
     if config.run.parity_check and not point.checkpoint:
-        first = next_update(make_lanes(run, source, tokenizer), run.plan.update.blocks_per_lane, run.device)
+        first = next_update(make_lanes(run, sources, tokenizer), run.plan.update.blocks_per_lane, run.device)
         parity = check_parity(run, model, first.batch)
     (reader, spikes), update = begin(point), point.update
     begin_run(run, update, point.checkpoint)  # from here on the files in the directory are this run's

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from recipe.data.sources import standard_library_files
+from recipe.data.standard_library import standard_library_files
 from recipe.run.ledger import EVENTS, LEDGER
 from tests.support.fork_server import ForkedProcess, ForkServer
 

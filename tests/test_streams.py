@@ -44,7 +44,12 @@ def test_a_terminal_that_is_closed_saves_and_ends(command: list[str], tmp_path: 
     """Its processes get SIGHUP, and whatever they write fails."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 160))
-    long = ["--run.max_updates", "99999", "--schedule.total_tokens", "100000000"]  # it must not end before it is told to
+    long = [
+        "--run.max_updates",
+        "99999",
+        "--schedule.total_tokens",
+        "100000000",
+    ]  # it must not end before it is told to
     with start([*command, *long], stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         said = b""

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -145,9 +145,11 @@ def read_state(directory: Path) -> TrainingState:
     values = _read_json(directory / STATE)
     try:
         state = TrainingState(**values)
-        places = [replace(Position(**lane), reader=None) for lane in state.lane_states]
         counts = [state.update, state.tokens, *state.skipped_batches]
-        counts += [count for place in places for count in asdict(place).values() if count is not None]
+        for lane in state.lane_states:
+            position = Position.of(lane)
+            counts += [position.token, position.window, position.block, *position.source_tokens]
+            counts += [count for stream in position.streams for count in (stream.epoch, stream.shard)]
         numbers = [state.verification_loss, *(number for pair in state.recent for number in pair)]
         fits = (
             all(type(count) is int and count >= 0 for count in counts)

@@ -10,12 +10,13 @@ import torch
 
 from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
 from recipe.config.command_line import read_config
-from recipe.config.settings import Config, flat_settings
+from recipe.config.settings import Config, MixtureSource, flat_settings, value_of
 from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.documents import Source
+from recipe.data.find import find_files_of
 from recipe.data.lanes import Lane
 from recipe.data.record import Record, pack_record, record_text, touched, unpack_record, what_changed
-from recipe.data.sources import describe, find_text, open_source
+from recipe.data.sources import check_passes, describe, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
@@ -35,7 +36,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 # Where the text is, if there is a record of it, and from files it stays files: `open_text` compares the text itself.
-TEXT_MAY_MOVE = ("data.text_files", "data.revision")
+TEXT_MAY_MOVE = ("data.text_files", "data.token_files", "data.revision")
 
 VERIFICATION_TOKENS = 64  # training waits for them at every checkpoint, and another function shows in any token
 
@@ -100,7 +101,8 @@ def find_resume_point(config: Config) -> ResumePoint:
         reason = why_invalid(candidate)
         if reason is None:
             state = read_state(candidate)
-            is_same_kind = bool(state.config.get("data.text_files")) == bool(config.data.text_files)
+            names = ("data.text_files", "data.token_files")
+            is_same_kind = all(bool(state.config.get(name)) == bool(value_of(config, name)) for name in names)
             may_move = TEXT_MAY_MOVE if state.text and is_same_kind else ()
             changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
             is_own = candidate.parent == directory / "checkpoints"
@@ -158,22 +160,26 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 
-def open_text(run: Run, point: ResumePoint) -> Source:
-    """Open the text of the run, if it is still that of the checkpoint of `point`. Collective.
+def open_text(run: Run, point: ResumePoint) -> list[Source]:
+    """Open the sources of the run, if their text is still that of the checkpoint of `point`. Collective.
 
     Rank 0 alone looks for files and asks servers, and tells the others.
 
     Raises:
         RecipeError: it cannot be read, or has changed.
     """
-    run.text_record, source = run.on_main(lambda: _open_same_text(run, point))
-    return source
+    run.text_record, sources = run.on_main(lambda: _open_same_text(run, point))
+    return sources
 
 
-def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
+def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, list[Source]]:
     earlier = unpack_record(point.state.text) if point.state and point.state.text else []
-    files = find_text(_at_commit(run.config, earlier), run.console.say)
-    record = record_text(files)
+    config, say = run.config, run.console.say
+    if config.model.init_from and point.checkpoint:  # it has the tokenizer
+        config = replace(config, model=replace(config.model, init_from=str(point.checkpoint)))
+    parts = [_at_commit(part, earlier) for part in config.data.mixture]
+    files = [find_files_of(config, part, say) for part in parts]
+    record = record_text([file for of_source in files for file in of_source])
     if earlier:
         change = what_changed(earlier, record)
         if change:
@@ -182,19 +188,22 @@ def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, Source]:
             )
         if changed := touched(earlier, record):
             run.console.say(f"written since, with the same size, head and tail: {_shown(changed)}")
-    source = open_source(run.config, files, run.console.say)
-    run.text = describe(source, files, run.config.batch.lanes, run.plan.total_tokens)
-    run.console.say(f"text: {run.text}")
-    return pack_record(record), source
+    sources = [open_source(config, *pair, say) for pair in zip(parts, files, strict=True)]
+    total = sum(source.weight for source in sources)
+    lines = []
+    for source, of_source in zip(sources, files, strict=True):
+        tokens = round(run.plan.total_tokens * source.weight / total)
+        check_passes(source, tokens)
+        lines.append(describe(source, of_source, config.batch.lanes, tokens))
+        say(f"text: {lines[-1]}")
+    run.text = "; ".join(lines)
+    return pack_record(record), sources
 
 
-def _at_commit(config: Config, earlier: Record) -> Config:
+def _at_commit(part: MixtureSource, earlier: Record) -> MixtureSource:
     """A dataset goes on at the commit that was read, if none is asked for."""
-    data = config.data
-    commits = [file.hash for file in earlier if file.size_bytes is None and file.name == data.repository]
-    if data.text_files or data.revision or not commits:
-        return config
-    return replace(config, data=replace(data, revision=commits[0]))
+    commits = [file.hash for file in earlier if file.size_bytes is None and file.name == part.repository]
+    return part if part.files or part.revision or not commits else replace(part, revision=commits[0])
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

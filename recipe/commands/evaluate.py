@@ -44,6 +44,8 @@ def main() -> None:
     config, rest = parse(parser, EvaluateConfig, sys.argv[1:])
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise RecipeError(f"output = {config.output!r}: its directory does not exist")
+    if config.data.sources:
+        raise RecipeError("data.sources: evaluate the sources of a mixture one by one")
     tasks = find_tasks(config.tasks)
     check_launch()
 
@@ -75,12 +77,14 @@ def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerato
     from recipe.run.stop import StopRequest
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # Windows keeps a file that is mapped
-        one_in = None if config.data.text_files else config.data.validation_one_in
+        one_in = None if config.data.files else config.data.validation_one_in
         data = replace(config.data, cache_directory=config.data.cache_directory or cache, validation_one_in=one_in)
+        data = replace(data, tokenizer=gpt2.name_or_path)
         source = open_source(Config(data=data, batch=BatchConfig(lanes=1)))
-        documents = source.training_documents() if data.text_files else source.validation_documents()
+        documents = source.training_documents() if data.files else source.validation_documents()
         length = min(data.sequence_length, gpt2.config.n_positions)
-        validation = pack_validation(documents, tokenizer, length, config.tokens or math.inf)
+        most = config.tokens or math.inf
+        validation = pack_validation(documents, tokenizer, length, most, source.holds_pieces)
     if validation is None:
         raise RecipeError(f"no text to evaluate in {source.name}")
     model = accelerator.prepare(CausalLanguageModel(gpt2, len(tokenizer)))

@@ -6,7 +6,7 @@ from dataclasses import is_dataclass
 from typing import Any, get_args
 
 from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, Config, SourceConfig, flat_fields, value_of
-from recipe.config.text_files import expand_files, expand_text_files
+from recipe.config.text_files import expand_files
 from recipe.errors import RecipeError
 from recipe.format import nearest_divisors
 
@@ -118,7 +118,7 @@ def validate(config: Config) -> None:
                 f"evaluation.sets: {name!r} cannot be the name of a set: use letters, digits, _ and -, and not {HELD_OUT}, "
                 "the name of the held-out documents"
             )
-        expand_text_files([pattern], f"evaluation.sets.{name}")
+        expand_files(data.validation_set(pattern), "", f"evaluation.sets.{name}")
 
 
 def check_source(source: SourceConfig, section: str) -> None:

@@ -168,7 +168,9 @@ def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
                 values.append(rest.pop(0))
             if not values:
                 raise RecipeError(f"{argument} needs a value")
-            is_list = len(values) == 1 and values[0].startswith(('["', "['", "[]", "[{")) and values[0].rstrip().endswith("]")
+            is_list = (
+                len(values) == 1 and values[0].startswith(('["', "['", "[]", "[{")) and values[0].rstrip().endswith("]")
+            )
             argument = f"{flag}={values[0] if is_list else json.dumps(values, ensure_ascii=False)}"
         joined.append(argument)
     return joined

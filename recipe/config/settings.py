@@ -186,6 +186,13 @@ class DataConfig(SourceConfig):
             return self.sources
         return (MixtureSource(**{f.name: getattr(self, f.name) for f in fields(SourceConfig)}),)
 
+    def validation_set(self, pattern: str) -> MixtureSource:
+        """What one of `evaluation.sets` names: text, or token ids where nothing else is read."""
+        first = self.mixture[0]
+        if all(source.token_files for source in self.mixture):
+            return replace(first, token_files=(pattern,))
+        return replace(first, text_files=(pattern,), token_files=())
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -300,7 +307,7 @@ class EvaluationConfig:
     """Size of a validation set, rounded up to whole documents."""
     sets: dict[str, str] = field(default_factory=dict)
     """Validation sets of your own beside the held-out documents: for each name a file, glob or address. They are read like
-    data.text_files, and not held out of them."""
+    data.text_files, or like data.token_files in a run that reads nothing else, and not held out of them."""
     prompts: tuple[str, ...] = ("",)
     """Texts to continue at each evaluation after the start, one sample for each. Empty text: start a new document."""
     sample_tokens: Annotated[int | None, AtLeast(1), AtMost(2**24)] = 128

@@ -16,7 +16,7 @@ TEXT_FILE_FORMATS = {
     **{".json": "json", ".json.gz": "json", ".json.zst": "json", ".arrow": "arrow"},
 }
 FLAT = "flat"  # format of a file of nothing but token ids, maybe with a header or a file beside it
-_BESIDE_FLAT = (".index", ".metadata", ".loss", ".idx", ".csv.gz", "manifest.json")  # sidecars, read with their files
+MANIFEST = "manifest.json"  # stands beside prepared tokens
 
 
 def is_remote(path: str) -> bool:
@@ -35,18 +35,18 @@ def text_file_format(path: str) -> str | None:
 
 
 def token_file_format(path: str) -> str | None:
-    """The format of a file of token ids by its name or address; None for what stands beside one."""
-    if public_name(path).endswith(_BESIDE_FLAT):
+    """The format of a file of token ids by its name or address; None: it is a manifest."""
+    if public_name(path).endswith(MANIFEST):
         return None
     kind = text_file_format(path)
     return FLAT if kind in (None, "text") else kind
 
 
-def expand_files(source: Any, section: str = "data") -> TextFiles:
-    """The files that `source`, a SourceConfig, names, as `expand_text_files` finds them."""
+def expand_files(source: Any, section: str = "data", setting: str = "") -> TextFiles:
+    """The files that `source`, a SourceConfig, names, as `expand_text_files` finds them; `setting` if others name them."""
     if source.text_files:
-        return expand_text_files(source.text_files, f"{section}.text_files")
-    return expand_text_files(source.token_files, f"{section}.token_files", token_file_format)
+        return expand_text_files(source.text_files, setting or f"{section}.text_files")
+    return expand_text_files(source.token_files, setting or f"{section}.token_files", token_file_format)
 
 
 def expand_text_files(

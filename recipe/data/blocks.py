@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from recipe.data.documents import Source
-from recipe.data.encode import DocumentEncoder
+from recipe.data.encode import make_encoders
 from recipe.data.files import in_background
-from recipe.data.lanes import Lane, LaneOrder
+from recipe.data.lanes import Lane
+from recipe.data.streams import DocumentStream, LaneOrder
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
@@ -42,6 +43,9 @@ class UpdateBlocks:
     update: int = 0  # which one, from 1
     wait_seconds: float = 0.0  # time the caller waited for it
     bad_rows: int = 0  # rows without text that the rank has left out, up to here and a little further
+    # Of each source: targets from it in these blocks, and complete passes over it, of the lane that has made most
+    source_tokens: tuple[int, ...] = ()
+    source_passes: tuple[int, ...] = ()
     skipped_batches: tuple[int, ...] = ()  # batches (see `batch_index`) that rollbacks have left out, or that will be
 
 
@@ -56,12 +60,21 @@ def batch_index(update: int, skipped_batches: Iterable[int]) -> int:
     return index
 
 
-def make_lanes(run: Run, source: Source, tokenizer: Any) -> list[Lane]:
+def make_lanes(run: Run, sources: Sequence[Source], tokenizer: Any) -> list[Lane]:
     """The lanes that this rank owns."""
     config, plan = run.config, run.plan.update
-    encode = DocumentEncoder(tokenizer).encode
     order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_blocks)
-    return [Lane(source, lane, order, encode, plan.sequence_length) for lane in plan.lanes_of_rank(run.rank)]
+    encoders = make_encoders(sources, tokenizer)
+    return [
+        Lane(
+            [
+                DocumentStream(source, encoder.encode, lane, order)
+                for source, encoder in zip(sources, encoders, strict=True)
+            ],
+            plan.sequence_length,
+        )
+        for lane in plan.lanes_of_rank(run.rank)
+    ]
 
 
 def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.device) -> UpdateBlocks:
@@ -72,8 +85,15 @@ def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.devic
     ]  # side by side: they may wait for a network
     wait(reading)  # also if one has failed: no thread may be inside the tokenizer when the process ends
     blocks = np.concatenate([future.result() for future in reading])
-    hashes, bad_rows = hash_blocks(blocks), lanes[0].bad_rows
-    return UpdateBlocks(blocks, to_tensors(blocks, device), hashes, states, bad_rows=bad_rows)
+    return UpdateBlocks(
+        blocks,
+        to_tensors(blocks, device),
+        hash_blocks(blocks),
+        states,
+        bad_rows=lanes[0].bad_rows,
+        source_tokens=tuple(np.sum([lane.source_tokens for lane in lanes], axis=0).tolist()),
+        source_passes=tuple(map(max, zip(*(lane.passes for lane in lanes), strict=True))),
+    )
 
 
 class UpdateReader:

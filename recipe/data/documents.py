@@ -8,7 +8,7 @@ from functools import partial
 from hashlib import blake2b
 
 from recipe.data.files import name_of
-from recipe.data.formats import BadRow, State
+from recipe.data.formats import BadRow, Ids, State
 from recipe.data.remote_files import RemoteFile
 from recipe.data.shards import Shards
 from recipe.errors import DATA_EXIT_CODE, RecipeError
@@ -21,16 +21,19 @@ SHARDS_AHEAD = 8  # row groups of remote files on the way where all documents ar
 
 @dataclass
 class Source:
-    """Documents in shards, some of them held out for validation."""
+    """Documents in shards, some of them held out for validation: texts, or token ids."""
 
     name: str  # what the user called it
     training: Shards  # at least as many as lanes
-    # Documents of `training` held out by hash of their text, one in this many; None: none
+    # Documents of `training` held out by hash of their text or ids, one in this many; None: none
     validation_one_in: int | None = None
     validation: Shards | None = None  # held-out documents, if they are not in `training`
     retry_seconds: float = 0.0  # how long to try again if reading fails; 0 for local files
     skips_bad_rows: bool = False  # what holds no text is left out and counted, not an error
     bad_rows: int = 0  # left out by the lanes of this process
+    label: str = ""  # in a mixture: its name in the ledger
+    weight: float = 1.0  # in a mixture: its share of the tokens, relative to the others'
+    max_passes: int | None = None  # in a mixture: read its documents so many times at most
 
     def __len__(self) -> int:
         return len(self.training)
@@ -40,25 +43,39 @@ class Source:
         """Whether it is asked for over a network."""
         return any(isinstance(part.file, RemoteFile) for part in self.training.parts[:1])
 
-    def is_held_out(self, text: str) -> bool:
+    @property
+    def holds_ids(self) -> bool:
+        """Whether documents are token ids."""
+        return self.training.reading.ids is not None
+
+    @property
+    def holds_pieces(self) -> bool:
+        """Whether documents are pieces of a stream of token ids: no end-of-text token belongs behind them."""
+        ids = self.training.reading.ids
+        return ids is not None and ids.are_packed
+
+    def is_held_out(self, document: str | Ids) -> bool:
         """Whether a document of `training` belongs to validation: the same answer on every rank and in every epoch."""
-        return self.validation_one_in is not None and hash_number(text.encode()) % self.validation_one_in == 0
+        if self.validation_one_in is None:
+            return False
+        data = document.encode() if isinstance(document, str) else document.astype("<i4", copy=False).tobytes()
+        return hash_number(data) % self.validation_one_in == 0
 
-    def training_documents(self) -> Iterator[str]:
+    def training_documents(self) -> Iterator[str | Ids]:
         """The training documents, once, in the order of the source."""
-        return (text for text in self._read_all(self.training) if not self.is_held_out(text))
+        return (document for document in self._read_all(self.training) if not self.is_held_out(document))
 
-    def validation_documents(self) -> Iterator[str]:
+    def validation_documents(self) -> Iterator[str | Ids]:
         """The held-out documents, once, in the order of the source."""
         if self.validation is not None:
             return self._read_all(self.validation)
         if not self.validation_one_in:
             return iter(())
-        return (text for text in self._read_all(self.training) if self.is_held_out(text))
+        return (document for document in self._read_all(self.training) if self.is_held_out(document))
 
     def read_shard(
         self, index: int, state: State | None = None, then: Sequence[int] = ()
-    ) -> Iterator[tuple[str, State]]:
+    ) -> Iterator[tuple[str | Ids, State]]:
         """(document, the reader's state after it) for each training document of a shard, from `state` on.
 
         `then` are the shards that are read next: they may be fetched meanwhile.
@@ -67,39 +84,39 @@ class Source:
             RecipeError: the shard cannot be read, or a row of it holds no text.
         """
         try:
-            for text, state_after in self._read(self.training, index, state, then):
-                if isinstance(text, BadRow):
+            for document, state_after in self._read(self.training, index, state, then):
+                if isinstance(document, BadRow):
                     with _COUNTING:
                         self.bad_rows += 1
-                elif not self.is_held_out(text):
-                    yield text, state_after
+                elif not self.is_held_out(document):
+                    yield document, state_after
         except RecipeError as error:
             error.on_this_rank_only = True  # the others read other shards
             raise
 
-    def _read_all(self, shards: Shards) -> Iterator[str]:
+    def _read_all(self, shards: Shards) -> Iterator[str | Ids]:
         try:
             for index in range(len(shards)):
                 then = range(index + 1, min(index + 1 + SHARDS_AHEAD, len(shards)))
-                for text, _ in self._read(shards, index, then=then):
-                    if not isinstance(text, BadRow):
-                        yield text
+                for document, _ in self._read(shards, index, then=then):
+                    if not isinstance(document, BadRow):
+                        yield document
         finally:
             shards.forget()
 
     def _read(
         self, shards: Shards, index: int, state: State | None = None, then: Sequence[int] = ()
-    ) -> Iterator[tuple[str | BadRow, State]]:
+    ) -> Iterator[tuple[str | Ids | BadRow, State]]:
         """(document, state after it), each once: after an error it goes on behind the last document."""
         all_pauses = partial(growing_pauses, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, self.retry_seconds)
         pauses = all_pauses()
         while True:
             try:
-                for text, state_after in shards.read(index, state, then):
+                for document, state_after in shards.read(index, state, then):
                     state = state_after
-                    if isinstance(text, BadRow) and not self.skips_bad_rows:
-                        raise RecipeError(f"{text}; --data.on_bad_row skip leaves such rows out")
-                    yield text, state
+                    if isinstance(document, BadRow) and not self.skips_bad_rows:
+                        raise RecipeError(f"{document}; --data.on_bad_row skip leaves such rows out")
+                    yield document, state
                     pauses = all_pauses()
                 return
             except RecipeError:

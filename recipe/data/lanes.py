@@ -1,75 +1,71 @@
-"""A lane: one endless stream of packed blocks over a fixed share of the shards, shuffled, with exact state.
+"""A lane: one endless stream of packed blocks over a fixed share of each source's shards, shuffled, with exact state.
 
 The order is a function of (seed, lane) alone, by hashes that no library version changes: each epoch orders the lane's shards
 anew, and the blocks that are cut from its tokens are permuted inside windows of up to `shuffle_blocks` of them. Blocks and not
-only documents, since neighbouring blocks of a long document are nearly the same sample. A position is therefore a few integers
-(and the small state of one shard's reader): where the window starts, and how many of its blocks have been given. Nothing that
-has been read is ever part of the state, so nothing can be lost with it; to go on, the window is read again.
+only documents, since neighbouring blocks of a long document are nearly the same sample. Of several sources, the next document
+comes from the one that is furthest behind its share of the tokens. A position is therefore a few integers (and the small state
+of one shard's reader for each source): where the window starts, and how many of its blocks have been given. Nothing that has
+been read is ever part of the state, so nothing can be lost with it; to go on, the window is read again.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipe.data.documents import Source
-from recipe.errors import RecipeError
+from recipe.data.streams import DocumentStream, StreamPosition
 
 # Of the first window, for which the first update waits; each has twice as many as the one before, up to `shuffle_blocks`.
 FIRST_WINDOW_BLOCKS = 8
-# Documents are encoded together up to so many, and so many characters: more would keep the first update waiting.
-ENCODED_DOCUMENTS, ENCODED_CHARACTERS = 16, 1 << 16
 
 
 @dataclass(frozen=True)
 class Position:
     """Which block comes next."""
 
-    epoch: int = 0  # passes over the lane's shards that are complete where the window starts
-    shard: int = 0  # place, in this epoch's order, of the shard in which it starts
-    # State of that shard's reader at the document in which it starts; None at the start of the shard
-    reader: dict[str, Any] | None = None
-    token: int = 0  # tokens of that document before it
+    # Of each source, where the window starts: the next document, and how many tokens of it came before. A document that the
+    # window's start is in is not read yet.
+    streams: tuple[StreamPosition, ...]
+    source_tokens: tuple[int, ...]
+    token: int = 0  # tokens of the document in which the window starts before it
     window: int = 0  # windows before it, since the first epoch
     block: int = 0  # blocks of the permuted window that have been given
 
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Position":
+        """What `Lane.state_dict` gave; a TypeError if it is something else."""
+        position = cls(**state)
+        streams = tuple(StreamPosition(**stream) for stream in position.streams)  # type: ignore[arg-type]
+        return replace(position, streams=streams, source_tokens=tuple(position.source_tokens))
 
-@dataclass(frozen=True)
-class LaneOrder:
-    """In which order all lanes of a run read."""
 
-    lanes: int  # how many share the shards
-    seed: int  # of the order
-    shuffle_blocks: int  # blocks of a window, at most; 1: blocks come as they are packed
+class _Document(NamedTuple):
+    streams: tuple[StreamPosition, ...]  # before it
+    source_tokens: tuple[int, ...]  # before it
+    source: int
+    tokens: np.ndarray
 
 
 class Lane:
     """An endless iterator of packed blocks. Each document is its tokens and one end-of-text token; no token is dropped.
 
     Args:
-        source: the documents.
-        index: which lane this is; it reads the shards index, index + lanes, ... and no others.
-        order: the same for all lanes.
-        encode: documents -> int32 tokens of each, with its end-of-text token.
+        streams: of each source, the documents that this lane reads, in one order.
         sequence_length: targets of a block.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        index: int,
-        order: LaneOrder,
-        encode: Callable[[list[str]], Sequence[np.ndarray]],
-        sequence_length: int,
-    ) -> None:
-        self.source, self.index, self.order = source, index, order
-        self.shards = range(index, len(source), order.lanes)
-        self.encode, self.sequence_length = encode, sequence_length
-        self.load_state_dict(asdict(Position()))
+    def __init__(self, streams: Sequence[DocumentStream], sequence_length: int) -> None:
+        self.streams, self.sequence_length = streams, sequence_length
+        self.index, self.order = streams[0].index, streams[0].order
+        total = sum(stream.source.weight for stream in streams)
+        self._shares = [stream.source.weight / total for stream in streams]
+        self.source_tokens = np.zeros(
+            len(streams), dtype=np.int64
+        )  # targets from each source, in the blocks given last
+        self._begin(Position((StreamPosition(),) * len(streams), (0,) * len(streams)))
 
     @property
     def is_ready(self) -> bool:
@@ -78,8 +74,13 @@ class Lane:
 
     @property
     def bad_rows(self) -> int:
-        """Rows without text that this and the other lanes of the source have left out."""
-        return self.source.bad_rows
+        """Rows without text that this and the other lanes of the sources have left out."""
+        return sum(stream.source.bad_rows for stream in self.streams)
+
+    @property
+    def passes(self) -> list[int]:
+        """Of each source, complete passes over the lane's documents where the window starts."""
+        return [position.epoch for position in self._position.streams]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON value from which `load_state_dict` continues with exactly the next block."""
@@ -87,9 +88,13 @@ class Lane:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
-        self._position = Position(**state)
-        self._stream = _TokenStream(self._read_documents(self._position), self._position)
+        self._begin(Position.of(state))
+
+    def _begin(self, position: Position) -> None:
+        self._position = position
+        self._tokens = _TokenStream(self._read_documents(position), position)
         self._window: np.ndarray | None = None  # int32 [blocks of the window, sequence_length + 1], permuted
+        self._window_sources = np.zeros((0, 0), dtype=np.int64)  # [blocks of the window, sources], targets from each
 
     def next_blocks(self, count: int) -> np.ndarray:
         """The next `count` blocks: int32 [count, sequence_length + 1]; packed, a block's last token is its neighbour's first.
@@ -99,15 +104,17 @@ class Lane:
         """
         self._read_ahead()
         blocks: list[np.ndarray] = []
+        self.source_tokens = np.zeros(len(self.streams), dtype=np.int64)
         while len(blocks) < count:
             if self._window is None:
-                self._window = self._read_window()
+                self._window, self._window_sources = self._read_window()
             first, size = self._position.block, len(self._window)
             given = min(size - first, count - len(blocks))
             blocks += [*self._window[first : first + given]]
+            self.source_tokens += self._window_sources[first : first + given].sum(0)
             self._position = replace(self._position, block=first + given)
             if first + given == size:
-                self._position, self._window = replace(self._stream.position(), window=self._position.window + 1), None
+                self._position, self._window = replace(self._tokens.position(), window=self._position.window + 1), None
         return np.stack(blocks)
 
     def window_blocks(self, window: int) -> int:
@@ -120,59 +127,41 @@ class Lane:
         if self._window is not None:
             used = self._position.block / len(self._window)
             blocks = math.ceil(used * self.window_blocks(self._position.window + 1))
-            self._stream.read(blocks * self.sequence_length + 1)
+            self._tokens.read(blocks * self.sequence_length + 1)
 
-    def _read_window(self) -> np.ndarray:
+    def _read_window(self) -> tuple[np.ndarray, np.ndarray]:
+        """Its blocks, and how many targets of each are from each source; permuted."""
         window, length = self._position.window, self.sequence_length
         count = self.window_blocks(window)
-        tokens = self._stream.take(count * length)
-        order = sorted(range(count), key=lambda block: self._hash("block", window, block))
-        return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][order]
+        tokens, sources = self._tokens.take(count * length)
+        order = sorted(range(count), key=lambda block: self.order.hash(self.index, "block", window, block))
+        if len(self.streams) == 1:
+            counts = np.full((count, 1), length, dtype=np.int64)
+        else:
+            of_blocks = sources[1:].reshape(count, length)
+            counts = np.stack([(of_blocks == source).sum(1) for source in range(len(self.streams))], axis=1)
+        return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][order], counts[order]
 
-    def _read_documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """Tokens of each document from that in which `start` is, with the position of its first token."""
-        positions: list[Position] = []
-        texts: list[str] = []
-        for position, text in self._read_texts(start):
-            positions.append(position)
-            texts.append(text)
-            if len(texts) == ENCODED_DOCUMENTS or sum(map(len, texts)) >= ENCODED_CHARACTERS:
-                yield from zip(positions, self.encode(texts), strict=True)
-                positions, texts = [], []
-
-    def _read_texts(self, start: Position) -> Iterator[tuple[Position, str]]:
-        """The documents from that in which `start` is, for ever."""
-        position = Position(start.epoch, start.shard, start.reader)
-        has_text = start.shard > 0 or start.reader is not None
+    def _read_documents(self, start: Position) -> Iterator[_Document]:
+        """The documents from that in which `start` is: each from the source that lacks most tokens of its share."""
+        documents = [stream.read(position) for stream, position in zip(self.streams, start.streams, strict=True)]
+        waiting, taken = list(map(next, documents)), list(start.source_tokens)
         while True:
-            order = sorted(self.shards, key=lambda shard: self._hash(position.epoch, "shard", shard))
-            for place in range(position.shard, len(order)):
-                then = order[place + 1 : place + 2]
-                for text, state_after in self.source.read_shard(order[place], position.reader, then):
-                    yield position, text
-                    has_text = has_text or bool(text)
-                    position = Position(position.epoch, place, state_after)
-                position = Position(position.epoch, place + 1)
-            if not has_text:
-                raise RecipeError(
-                    f"{self.source.name}: no training text in lane {self.index} ({len(order)} of {len(self.source)} "
-                    "shards): the corpus is empty there, or all of it is held out; set --batch.lanes to less, or "
-                    "--data.validation_one_in null",
-                    on_this_rank_only=True,
-                )
-            position, has_text = Position(position.epoch + 1), False
-
-    def _hash(self, *key: object) -> bytes:
-        """Sorting by it is a random order: the same for the same (seed, lane, key), on any machine."""
-        return blake2b(repr((self.order.seed, self.index, *key)).encode(), digest_size=8).digest()
+            total = sum(taken)
+            lacking = [share * total - tokens for share, tokens in zip(self._shares, taken, strict=True)]
+            source = lacking.index(max(lacking))
+            tokens = waiting[source][1]
+            yield _Document(tuple(position for position, _ in waiting), tuple(taken), source, tokens)
+            taken[source] += len(tokens)
+            waiting[source] = next(documents[source])
 
 
 class _TokenStream:
     """The tokens of one document after the other, from a position on."""
 
-    def __init__(self, documents: Iterator[tuple[Position, np.ndarray]], start: Position) -> None:
+    def __init__(self, documents: Iterator[_Document], start: Position) -> None:
         self._documents = documents
-        self._held: deque[tuple[Position, np.ndarray]] = deque()  # documents in hand; the first may be partly used
+        self._held: deque[_Document] = deque()  # documents in hand; the first may be partly used
         self._used = start.token  # tokens used of the first document in hand
         self._available = -start.token
 
@@ -180,24 +169,26 @@ class _TokenStream:
         """Have at least `count` tokens in hand."""
         while self._available < count:
             self._held.append(next(self._documents))
-            self._available += len(self._held[-1][1])
+            self._available += len(self._held[-1].tokens)
 
-    def take(self, count: int) -> np.ndarray:
-        """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1]."""
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1]; and the source of each."""
         self.read(count + 1)
-        parts, left = list[np.ndarray](), count + 1
-        for _, tokens in self._held:
-            part = tokens[self._used if not parts else 0 :][:left]
+        parts, sources, left = list[np.ndarray](), list[int](), count + 1
+        for document in self._held:
+            part = document.tokens[self._used if not parts else 0 :][:left]
             parts.append(part)
+            sources.append(document.source)
             left -= len(part)
             if not left:
                 break
         self._used += count
         self._available -= count
-        while self._used >= len(self._held[0][1]):
-            self._used -= len(self._held.popleft()[1])
-        return np.concatenate(parts)
+        while self._used >= len(self._held[0].tokens):
+            self._used -= len(self._held.popleft().tokens)
+        return np.concatenate(parts), np.repeat(sources, list(map(len, parts)))
 
     def position(self) -> Position:
         """Of the next token. Some have been taken."""
-        return replace(self._held[0][0], token=self._used)
+        first = self._held[0]
+        return Position(first.streams, first.source_tokens, token=self._used)

@@ -1,4 +1,4 @@
-"""The documents of Parquet files, a row group at a time, and of remote files nothing but the bytes of the text column.
+"""The documents of Parquet files, a row group at a time, and of remote files nothing but the bytes of their column.
 
 pyarrow's dataset scanner, through which `datasets` streams, gives nothing back before the end of a file (apache/arrow #39808).
 """
@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipe.data.columns import check_column, documents_of
 from recipe.data.files import File, LocalFile, PlaceInFile, in_background, name_of
-from recipe.data.formats import BadRow, Document, Part, State
+from recipe.data.formats import Document, Part, Reading, State
 from recipe.errors import RecipeError
 
 ROWS_AT_ONCE = 32
@@ -36,41 +37,57 @@ class RowGroup:
 
     tail: Tail  # its end, with the footer
     start: int = 0
-    data: bytes = b""  # the text column's, from `start` on
+    data: bytes = b""  # the column's, from `start` on
 
 
 class ParquetReader:
     """Reads parts of Parquet files; several threads may, each another part."""
 
-    def __init__(self, column: str) -> None:
-        self.column = column
-        # Of remote files whose row groups were asked for, by address: the end, and where the text of each group is
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.tokens = 0  # in the row groups that were asked for, if the column holds ids
+        # Of remote files whose row groups were asked for, by address: the end, and where the column of each group is
         self.tails: dict[str, Tail] = {}
         self.ranges: dict[str, list[tuple[int, int]]] = {}
-        self.largest_bytes = 0  # of the text column in a row group: read, and the next one fetched, as stored
+        self.largest_bytes = 0  # of the column in a row group: read, and the next one fetched, as stored
         self._ahead: dict[tuple[str, int], Future[RowGroup]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": {}}
 
-    def row_groups(self, file: File) -> list[int]:
-        """Bytes of text in each row group. Several readers will want the footer of a remote file, so it is kept.
+    def columns(self, file: File) -> list[str]:
+        """Their names.
 
         Raises:
-            RecipeError: no Parquet file, or no such column, or no text in it.
+            RecipeError: no Parquet file.
             OSError: it cannot be read.
         """
-        if not isinstance(file, LocalFile):
+        self._keep_tail(file)
+        with self._open(file) as parquet:
+            return list(parquet.schema_arrow.names)
+
+    def _keep_tail(self, file: File) -> None:
+        if not isinstance(file, LocalFile) and file.address not in self.tails:
             self.tails[file.address] = _read_tail(file)
+
+    def row_groups(self, file: File) -> list[int]:
+        """Bytes of the column in each row group. Several readers will want the footer of a remote file, so it is kept.
+
+        Raises:
+            RecipeError: no Parquet file, or no such column, or something else in it.
+            OSError: it cannot be read.
+        """
+        self._keep_tail(file)
         with _DECODING, self._open(file) as parquet:
             index = self._index(parquet, file)
             groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
-            texts = [group.column(index) for group in groups]
+            columns = [group.column(index) for group in groups]
             if not isinstance(file, LocalFile):
-                self.ranges[file.address] = list(map(_range, texts))
-            sizes = [text.total_uncompressed_size + text.total_compressed_size for text in texts]
+                self.ranges[file.address] = list(map(_range, columns))
+            sizes = [column.total_uncompressed_size + column.total_compressed_size for column in columns]
             self.largest_bytes = max([self.largest_bytes, *sizes])
-            return [t.total_uncompressed_size if g.num_rows else 0 for t, g in zip(texts, groups, strict=True)]
+            self.tokens += sum(column.num_values for column in columns)
+            return [c.total_uncompressed_size if g.num_rows else 0 for c, g in zip(columns, groups, strict=True)]
 
     def read(self, part: Part, state: State | None, then: Sequence[Part]) -> Iterator[Document]:
         """The rows of a part, a group at a time. As many groups as parts in `then`, or one, are fetched before they are needed.
@@ -89,11 +106,15 @@ class ParquetReader:
             del fetched
             end = groups if end is None else end
             following = [*(Part(file, later) for later in range(group + 1, end)), *then][: max(1, len(then))]
-            for row, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
-                while following and row >= FETCH_AHEAD * rows:
-                    self._fetch_ahead(following.pop(0), file, tail)
-                if row > done:
-                    yield self._text(value, row_before + row, file), {"group": group, "row": row}
+            first = 0  # rows of the group before the batch
+            for batch in batches:
+                skipped = min(max(done - first, 0), batch.num_rows)
+                column, first = batch.column(0)[skipped:], first + skipped
+                for document in documents_of(column, row_before + first, self.reading, file):
+                    first += 1
+                    while following and first >= FETCH_AHEAD * rows:
+                        self._fetch_ahead(following.pop(0), file, tail)
+                    yield document, {"group": group, "row": first}
             group, done = group + 1, 0
 
     def _read_group(self, file: File, group: int, fetched: RowGroup | None) -> tuple[int, int, int, Iterable[Any]]:
@@ -104,35 +125,23 @@ class ParquetReader:
             if group >= metadata.num_row_groups:
                 return metadata.num_row_groups, 0, 0, ()
             row_before = sum(metadata.row_group(earlier).num_rows for earlier in range(group))
-            batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[self.column])
+            at_once = 1024 if self.reading.ids else ROWS_AT_ONCE
+            batches = parquet.iter_batches(at_once, row_groups=[group], columns=[self.reading.column])
             if metadata.row_group(group).column(index).total_uncompressed_size <= AT_ONCE_BYTES:
                 batches = [*batches]
             _give_back_memory()
             return metadata.num_row_groups, metadata.row_group(group).num_rows, row_before, batches
-
-    def _text(self, value: Any, row: int, file: File) -> str | BadRow:
-        try:
-            return value.as_py() or ""
-        except UnicodeDecodeError:
-            return BadRow(f"row {row:,} of {name_of(file)}", f"has bytes that are not UTF-8 in column {self.column!r}")
 
     def forget(self) -> None:
         """Give back what was fetched and not read."""
         self._ahead.clear()
 
     def _index(self, parquet: Any, file: File) -> int:
-        """Of the text column among those that are stored."""
-        schema, column = parquet.schema_arrow, self.column
-        if column not in schema.names:
-            raise RecipeError(
-                f"{name_of(file)} has no column {column!r}: set --data.text_column to one of {schema.names}"
-            )
-        kind = schema.field(column).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise RecipeError(f"column {column!r} of {name_of(file)} holds {kind}, not text: set --data.text_column")
-        stored = parquet.metadata.schema
-        return [stored.column(index).path for index in range(parquet.metadata.num_columns)].index(column)
+        """Of the column among those that are stored; a list is stored by what is in it."""
+        check_column(parquet.schema_arrow, self.reading, file)
+        stored, name = parquet.metadata.schema, self.reading.column
+        paths = [stored.column(index).path for index in range(parquet.metadata.num_columns)]
+        return next(n for n, path in enumerate(paths) if path == name or path.startswith(f"{name}.list."))
 
     def _open(self, file: File, fetched: RowGroup | None = None) -> Any:
         try:
@@ -154,7 +163,7 @@ class ParquetReader:
             self._ahead[key] = in_background(self._fetch, part.file, part.start, tail if part.file == file else None)
 
     def _fetch(self, file: File, group: int, tail: Tail | None) -> RowGroup:
-        """The text of a row group, or nothing behind the last one."""
+        """The column of a row group, or nothing behind the last one."""
         tail = tail or self.tails.get(file.address) or _read_tail(file)
         known = self.ranges.get(file.address)
         start, end = known[group] if known else self._find_range(file, group, tail)

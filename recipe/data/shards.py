@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
+from recipe.config.text_files import FLAT
 from recipe.data.files import File, LocalFile, compression_of, open_bytes, side_by_side
-from recipe.data.formats import Document, Part, State, read_json_lines, read_text
+from recipe.data.formats import Document, Part, Reading, State, json_columns, read_json_lines, read_text
 
 # Files are cut into this many shards per lane, so that shard order shuffles something.
 SHARDS_PER_LANE = 16
 # Whole files, or row groups, are shards if the largest lane holds at most this many times the bytes of the smallest.
 LARGEST_LANE_RATIO = 2
-COPIED_COLUMN = "text"  # the only one of a copy
 _SEARCHED_BYTES = 1 << 16  # at once for the end of a line
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read from files."""
-
-    format: str  # text, json or parquet
-    column: str = "text"  # of rows
-    encoding: str | None = None  # of .txt files; None: UTF-8, or what a byte-order mark says
-
-
 class Shards:
-    """Documents in shards."""
+    """Documents in shards.
 
-    def __init__(self, reading: Reading, parts: Sequence[Part], parquet: Any = None) -> None:
+    `reader` reads them: a ParquetReader, ArrowReader or FlatTokens. None: one is made if it takes one.
+    """
+
+    def __init__(self, reading: Reading, parts: Sequence[Part], reader: Any = None) -> None:
         self.reading, self.parts = reading, parts
         self.text_bytes: float | None = None  # about how much text they hold, if that is known
-        self.parquet = parquet
-        if reading.format == "parquet" and parquet is None:
-            from recipe.data.parquet import ParquetReader  # with pyarrow, which takes a second to import
-
-            self.parquet = ParquetReader(reading.column)
+        self.tokens: int | None = None  # ids that they hold, if that is known
+        self.reader = reader or _make_reader(reading)
+        if self.reader and reading.format != FLAT:
+            self.reader.reading = reading
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    def columns(self, file: File) -> list[str]:
+        """The columns of a file of rows; of JSON Lines those of the first row.
+
+        Raises:
+            RecipeError: it is not what its name says.
+            OSError: it cannot be read.
+        """
+        return self.reader.columns(file) if self.reader else json_columns(file)
+
+    def count(self, column_bytes: float, times: float = 1) -> None:
+        """Note how much they hold: so many bytes of text, or so many times the ids that the reader has seen."""
+        if self.reading.ids is None:
+            self.text_bytes = column_bytes
+        else:
+            self.tokens = round(self.reader.tokens * times) or None
 
     def read(self, index: int, state: State | None = None, then: Sequence[int] = ()) -> Iterator[Document]:
         """The documents of a shard behind `state`; `then` are shards that will be read next.
@@ -54,59 +62,75 @@ class Shards:
         if self.reading.format == "text":
             return read_text(part, self.reading.encoding, state)
         if self.reading.format == "json":
-            return read_json_lines(part, self.reading.column, state)
-        return self.parquet.read(part, state, [self.parts[shard] for shard in then])
+            return read_json_lines(part, self.reading, state)
+        if self.reading.format == "parquet":
+            return self.reader.read(part, state, [self.parts[shard] for shard in then])
+        return self.reader.read(part, state)
 
     def forget(self) -> None:
         """Give back what was fetched and not read."""
-        if self.parquet:
-            self.parquet.forget()
+        if self.reading.format == "parquet":
+            self.reader.forget()
 
 
-def make_shards(files: Sequence[File], reading: Reading, lanes: int, copy: Callable[[Shards], File]) -> Shards:
-    """Share out what the files hold: whole files, row groups of Parquet, ranges of lines of JSON Lines, or those of a copy.
+def _make_reader(reading: Reading) -> Any:
+    """pyarrow takes a second to import."""
+    if reading.format == "parquet":
+        from recipe.data.parquet import ParquetReader
+
+        return ParquetReader(reading)
+    if reading.format == "arrow":
+        from recipe.data.arrow import ArrowReader
+
+        return ArrowReader(reading)
+    return None
+
+
+def make_shards(files: Sequence[File], nothing: Shards, lanes: int, copy: Callable[[Shards], Shards]) -> Shards:
+    """Share out what files of text or rows hold: whole files, row groups of Parquet, batches of Arrow, ranges of lines of JSON
+    Lines, or those of a copy.
 
     Each lane gives the same number of blocks to an update, so the text of a lane that holds little would be repeated as often
     as the others hold more.
 
     Args:
         files: in their order.
-        reading: how documents are read from them.
+        nothing: shards without parts, which know how documents are read from the files.
         lanes: how many share them.
-        copy: makes one plain file of JSON Lines of files that cannot be cut: compressed ones, or with too few row groups.
+        copy: shards of one plain file that has all documents of files that cannot be cut: compressed ones, or with too few
+            row groups.
 
     Raises:
         RecipeError: a file that is not what its name says.
         OSError: a file cannot be read, or not now.
     """
-    is_local = all(isinstance(file, LocalFile) for file in files)
-    whole = Shards(reading, [Part(file) for file in files if file.size or reading.format != "json"])
+    is_local, reading, reader = all(isinstance(file, LocalFile) for file in files), nothing.reading, nothing.reader
+    whole = Shards(reading, [Part(file) for file in files if file.size or reading.format != "json"], reader)
     if reading.format == "text" or (not is_local and len(files) >= lanes):
         if reading.format == "text":
-            whole.text_bytes = sum(file.size for file in files)
+            whole.count(sum(file.size for file in files))
         if reading.format == "parquet":  # a look at one file also tells at the start whether it has the column
-            share = sum(whole.parquet.row_groups(files[0])) / files[0].size
-            whole.text_bytes = share * sum(file.size for file in files)
-            whole.parquet.tails.clear()
-            whole.parquet.ranges.clear()
+            size = sum(file.size for file in files)
+            whole.count(sum(whole.reader.row_groups(files[0])) / files[0].size * size, size / files[0].size)
+            whole.reader.tails.clear()
+            whole.reader.ranges.clear()
         return whole
-    if reading.format == "parquet":
+    if reading.format in ("parquet", "arrow"):
         sizes = {
             Part(file, group, group + 1): size
-            for file, sizes_of_file in zip(files, side_by_side(whole.parquet.row_groups, files), strict=True)
+            for file, sizes_of_file in zip(files, side_by_side(whole.reader.row_groups, files), strict=True)
             for group, size in enumerate(sizes_of_file)
             if size
         }
         # to make lanes even nothing is downloaded
         if is_even([*sizes.values()], lanes) or (not is_local and len(sizes) >= lanes):
-            shards = Shards(reading, [*sizes], whole.parquet)
-            shards.text_bytes = sum(sizes.values())
+            shards = Shards(reading, [*sizes], whole.reader)
+            shards.count(sum(sizes.values()))
             return shards
-    elif is_even([file.size for file in files], lanes):
+        return copy(whole)
+    if is_even([file.size for file in files], lanes):
         return whole
-    if reading.format == "parquet" or any(map(_is_compressed, files)):
-        files, reading = [copy(whole)], Reading("json", COPIED_COLUMN)
-    return Shards(reading, cut(files, lanes))
+    return copy(whole) if any(map(_is_compressed, files)) else Shards(reading, cut(files, lanes))
 
 
 def _is_compressed(file: File) -> bool:

@@ -1,104 +1,139 @@
-"""Where documents come from: a Hub dataset, files, or Python's standard library."""
+"""Where documents come from: a Hub dataset, files, or Python's standard library; texts, or token ids."""
 
 import json
 import os
 import re
-import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config.settings import STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config, DataConfig
-from recipe.config.text_files import TEXT_FILE_FORMATS, expand_text_files, is_remote, text_file_format
-from recipe.data.documents import Source, hash_number, may_pass, reason_of
-from recipe.data.files import File, LocalFile, find_file, name_of, side_by_side
-from recipe.data.formats import Part
-from recipe.data.remote_files import RemoteFile, find_pattern
-from recipe.data.shards import COPIED_COLUMN, Reading, Shards, make_shards
+import numpy as np
+
+from recipe.config.settings import STANDARD_LIBRARY, Config, MixtureSource, SourceConfig
+from recipe.config.text_files import FLAT, text_file_format, token_file_format
+from recipe.data.documents import Source, hash_number
+from recipe.data.files import File, LocalFile, name_of
+from recipe.data.find import Say, find_all, find_files_of, patiently
+from recipe.data.formats import Part, Reading
+from recipe.data.shards import Shards, cut, make_shards
+from recipe.data.standard_library import split_standard_library
+from recipe.data.token_files import open_token_files
+from recipe.data.token_formats import is_validation_file
+from recipe.data.tokenizer import load_token_ids
 from recipe.errors import RecipeError
 from recipe.format import size_text
-from recipe.retry import growing_pauses, retry
 from recipe.run.files import new_file
 
-_NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TYPICAL_TOKEN_BYTES = 4.5  # of English text in GPT-2's vocabulary
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
-
-Say = Callable[[str], None]
-
-
-def find_text(config: Config, say: Say = lambda line: None) -> list[File]:
-    """The files that `config.data` names, in the order in which they are dealt to lanes; those of the Hub name their commit.
-
-    `say` is told why a server is asked again.
-
-    Raises:
-        RecipeError: they cannot be found.
-    """
-    data = config.data
-    if data.text_files:
-        found = expand_text_files(data.text_files)
-        paths = found.paths
-        if found.left_out:
-            say(found.left_out)
-        is_any_remote = any(map(is_remote, paths))
-        return _patiently(data.retry_seconds * is_any_remote, "", lambda: _find_files(paths), say)
-    if data.dataset == STANDARD_LIBRARY:
-        return _find_files(split_standard_library()[0])
-    name = (
-        f"data.dataset = {data.dataset!r} (NAME or NAME:CONFIGURATION, data.split = {data.split!r}; for text on this machine "
-        "use --data.text_files)"
-    )
-    return _patiently(data.retry_seconds, name, lambda: _find_dataset(data), say)
+# Columns of token ids, in the order in which they are looked for where none is named.
+TOKEN_COLUMNS = ("input_ids", "token_ids", "tokens", "ids")
+_COPIED_COLUMN = "text"  # the only one of a copy
 
 
-def open_source(config: Config, files: Sequence[File] | None = None, say: Say = lambda line: None) -> Source:
-    """Open the documents that `config.data` names, in at least `config.batch.lanes` shards.
+def open_source(
+    config: Config, of: MixtureSource | None = None, files: Sequence[File] | None = None, say: Say = lambda line: None
+) -> Source:
+    """Open what one source of `config.data` names, in at least `config.batch.lanes` shards.
 
     Args:
         config: the settings.
-        files: what `find_text` has found, if it has been asked.
+        of: one of `config.data.mixture`. None: its first, which is the only one if there are no `data.sources`.
+        files: what `find_files_of` has found, if it has been asked.
         say: is told what takes long, and why a server is asked again.
 
     Raises:
         RecipeError: a source that cannot be opened, or has fewer shards or documents than lanes.
     """
-    data, lanes = config.data, config.batch.lanes
-    files = find_text(config, say) if files is None else files
-    is_library = not data.text_files and data.dataset == STANDARD_LIBRARY
-    name = data.dataset if not data.text_files else name_of(files[0]) if len(files) == 1 else f"{len(files)} files"
+    data, lanes, of = config.data, config.batch.lanes, of or config.data.mixture[0]
+    files = find_files_of(config, of, say) if files is None else files
+    is_library = not of.files and of.dataset == STANDARD_LIBRARY
+    name = str(of.dataset) if not of.files else name_of(files[0]) if len(files) == 1 else f"{len(files)} files"
     retry_seconds = data.retry_seconds * (not all(isinstance(file, LocalFile) for file in files))
-    kind = "text" if is_library else text_file_format(files[0].address)
-    assert kind is not None, files[0]
-    reading = Reading(kind, data.text_column, data.encoding)
-    skips = data.on_bad_row == "skip"
+    training, held_out = list(files), list[File]()
+    if of.token_files:
+        held_out = [file for file in files if is_validation_file(file.address)]
+        training = [file for file in files if file not in held_out]
+        if not training:
+            training, held_out = held_out, []
+    elif is_library:
+        held_out = find_all(split_standard_library()[1])
+    nothing: Shards = patiently(retry_seconds, name, lambda: _no_shards(config, of, files), say)
+    reading = nothing.reading
+    source = Source(
+        name,
+        nothing,
+        None if held_out else data.validation_one_in,
+        retry_seconds=retry_seconds,
+        skips_bad_rows=is_library or data.on_bad_row == "skip",
+        label=of.label if data.sources else "",
+        weight=of.weight,
+        max_passes=of.max_passes,
+    )
 
-    def copy(shards: Shards) -> File:
-        whole = Source(name, shards, retry_seconds=retry_seconds, skips_bad_rows=skips)
-        return _copy(whole, config.cache_directory / "text", say)
+    def copy(shards: Shards) -> Shards:
+        return _copy(replace(source, training=shards, validation_one_in=None), config, say)
 
-    if is_library:
-        held_out = Shards(reading, list(map(Part, _find_files(split_standard_library()[1]))))
-        source = Source(name, Shards(reading, list(map(Part, files))), validation=held_out, skips_bad_rows=True)
+    if reading.format == FLAT:
+        source.training = _flat_shards(training, lanes, of, reading)
+        source.validation = _flat_shards(held_out, 1, of, reading) if held_out else None
     else:
-        shards = _patiently(retry_seconds, name, lambda: make_shards(files, reading, lanes, copy), say)
-        source = Source(name, shards, data.validation_one_in, retry_seconds=retry_seconds, skips_bad_rows=skips)
+        if is_library:
+            source.training = Shards(reading, list(map(Part, training)))
+        else:
+            source.training = patiently(retry_seconds, name, lambda: make_shards(training, nothing, lanes, copy), say)
+        source.validation = Shards(reading, list(map(Part, held_out))) if held_out else None
     if len(source) < lanes:
+        what = "pieces" if source.holds_pieces else "documents"
         raise RecipeError(
-            f"{name} has {len(source)} documents, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or "
-            "less, or give more text"
+            f"{name} has {len(source)} {what}, fewer than batch.lanes = {lanes}: set --batch.lanes to {len(source)} or less, "
+            "or give more text"
         )
-    if source.is_remote and source.training.parquet:
-        _check_memory(lanes, source.training.parquet.largest_bytes)
+    if source.is_remote and source.training.reading.format == "parquet":
+        _check_memory(lanes, source.training.reader.largest_bytes)
     return source
+
+
+def _no_shards(config: Config, of: SourceConfig, files: Sequence[File]) -> Shards:
+    """How the documents of a source are read; whether a dataset has text or token ids, its first file says."""
+    is_text = bool(of.text_files) or of.dataset == STANDARD_LIBRARY
+    kind = "text" if of.dataset == STANDARD_LIBRARY and not of.files else text_file_format(files[0].address)
+    if of.token_files:
+        kind = token_file_format(files[0].address)
+    assert kind is not None
+    column, seen = of.token_column, Shards(Reading(kind), ())
+    if column is None and not is_text and kind not in (FLAT, "text"):
+        columns = seen.columns(files[0])
+        if of.token_files or of.text_column not in columns:
+            column = next((name for name in TOKEN_COLUMNS if name in columns), None)
+        if column is None and of.token_files:
+            raise RecipeError(f"{name_of(files[0])}: set --data.token_column to one of {columns[:30]}")
+    if is_text or (column is None and kind != FLAT):
+        return Shards(Reading(kind, of.text_column, of.encoding), (), seen.reader)
+    return Shards(Reading(kind, column or "", ids=load_token_ids(config, of.rows_are == "packed")), (), seen.reader)
+
+
+def check_passes(source: Source, tokens: int) -> None:
+    """Check that a run that takes so many tokens from a source reads it no more often than it may, if its size is known.
+
+    Raises:
+        RecipeError: it would.
+    """
+    known = source.training.tokens
+    if known and source.max_passes and tokens > known * source.max_passes:
+        raise RecipeError(
+            f"data.sources: {source.label} has {known:,} tokens, and the run takes {tokens:,} from it: {tokens / known:.1f} "
+            f"passes, with max_passes = {source.max_passes}; give it a smaller weight, or set --schedule.total_tokens to less"
+        )
 
 
 def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> str:
     """What was opened, in one line, for a run that trains so many tokens."""
     commits = {found[1] for file in files if (found := re.match(r"hf://datasets/[^@]+@(\w+)/", file.address))}
     size = source.training.text_bytes
+    of = f"{source.label}, {source.weight:g} of the weights, " if source.label else ""
     parts = [
-        f"{source.name}{''.join(f' at {commit[:12]}' for commit in commits)}",
+        f"{of}{source.name}{''.join(f' at {commit[:12]}' for commit in commits)}",
         f"{len(files):,} files",
         f"{len(source):,} shards for {lanes} lanes",
     ]
@@ -106,8 +141,16 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
         passes = tokens * TYPICAL_TOKEN_BYTES / size
         shown = f"{passes:,.1f}" if passes >= 0.1 else "under 0.1"
         parts.append(f"{size_text(size)} of text: {shown} passes, if a token is {TYPICAL_TOKEN_BYTES} bytes of it")
-    if source.is_remote and (parquet := source.training.parquet):
-        parts.append(f"up to {size_text(lanes * parquet.largest_bytes)} of row groups in memory")
+    if known := source.training.tokens:
+        parts.append(f"{known:,} tokens: {tokens / known:,.2f} passes")
+    if source.holds_pieces:
+        parts.append("pieces of a stream, of which none is known to be a document")
+    if known := source.training.tokens:
+        parts.append(f"{known:,} tokens: {tokens / known:,.2f} passes")
+    if source.holds_pieces:
+        parts.append("pieces of a stream, since it has no known ends of documents")
+    if source.is_remote and source.training.reading.format == "parquet":
+        parts.append(f"up to {size_text(lanes * source.training.reader.largest_bytes)} of row groups in memory")
     return ", ".join(parts)
 
 
@@ -132,100 +175,65 @@ def _check_memory(lanes: int, lane_bytes: int) -> None:
         )
 
 
-def standard_library_files() -> tuple[Path, list[Path]]:
-    """(directory, sorted relative paths) of the running interpreter's `.py` files, without its tests."""
-    root, files = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
-    for directory, folders, names in os.walk(root):
-        folders[:] = set(folders) - _NOT_TRAINED_ON  # os.walk goes into these alone: site-packages is large
-        paths = (Path(directory, name) for name in names if name.endswith(".py"))
-        files += [path.relative_to(root) for path in paths if path.is_file()]
-    return root, sorted(files)
-
-
-def split_standard_library() -> tuple[list[str], list[str]]:
-    """Paths of its files to train on, and of those held out."""
-    root, files = standard_library_files()
-    held_out = {f for f in files if hash_number(f.as_posix().encode()) % STANDARD_LIBRARY_VALIDATION_ONE_IN == 0}
-    return [str(root / f) for f in files if f not in held_out], [str(root / f) for f in files if f in held_out]
-
-
-def _find_files(paths: Sequence[str]) -> list[File]:
-    paths = [found for path in paths for found in (find_pattern(path) if is_remote(path) else [path])]
-    return side_by_side(find_file, paths) if any(map(is_remote, paths)) else list(map(find_file, paths))
-
-
-def _find_dataset(data: DataConfig) -> list[File]:
-    """The files of a Hub dataset and its split, with sizes, at one commit."""
-    splits = {split.strip() for split in data.split.split("+")}
-    found = _load_builder(data.repository, data.configuration, data.revision).config.data_files or {}
-    if found and not splits <= found.keys():
-        raise RecipeError(f"data.split = {data.split!r}: {data.dataset} has {', '.join(map(str, found))}")
-    addresses = [address for split in found if split in splits for address in found[split]]
-    kinds = {text_file_format(address): address for address in addresses}
-    if not addresses or len(kinds) > 1 or None in kinds:
-        example = kinds.get(None) or ", ".join(kinds.values()) or "none"
+def _flat_shards(files: Sequence[File], lanes: int, of: SourceConfig, reading: Reading) -> Shards:
+    """What flat files of ids hold. Pieces of a stream are not made into documents, and documents not cut out of one."""
+    ids = reading.ids
+    assert ids is not None
+    delimiters = () if ids.are_packed else ids.delimiters
+    flat = open_token_files([file.address for file in files], of.token_dtype, delimiters, ids.vocabulary)
+    if flat.tokenizer and _last_part(flat.tokenizer) != _last_part(ids.tokenizer):
         raise RecipeError(
-            f"data.dataset = {data.dataset!r}: its files are not of one of the formats {', '.join(TEXT_FILE_FORMATS)} "
-            f"({example}); the Hub has most datasets as Parquet too: try --data.revision refs/convert/parquet"
+            f"{name_of(files[0])} was made with the tokenizer {flat.tokenizer!r}, as the file beside it says, and "
+            f"{ids.tokenizer!r} is in use: set --data.tokenizer, or if these are the same give it a directory of that name"
         )
-    from huggingface_hub import HfFileSystem
-
-    hub = HfFileSystem()
-    return [
-        RemoteFile(address, hub.info(address)["size"]) if address.startswith("hf://") else find_file(address)
-        for address in addresses
-    ]
+    are_packed = ids.are_packed or not flat.has_ends
+    shards = Shards(replace(reading, ids=replace(ids, are_packed=are_packed)), flat.parts(lanes), flat)
+    shards.tokens = flat.tokens
+    return shards
 
 
-def _load_builder(repository: str, configuration: str | None, revision: str | None) -> Any:
-    """What `datasets` knows of a dataset: its configurations, splits and files. To import it takes seconds."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it has to say is in our one line
-    return datasets.load_dataset_builder(repository, configuration, revision=revision)
+def _last_part(name: str) -> str:
+    """Of the name or path of a tokenizer: what is left if it moves."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", "tokenizer.json")]
+    return parts[-1] if parts else name
 
 
-def _patiently(seconds: float, name: str, action: Callable[[], Any], say: Say) -> Any:
-    """The result of `action`, which asks servers, tried again for so long where that may help."""
-    pauses = growing_pauses(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, seconds)
-    try:
-        return retry(action, pauses, _may_answer_later, lambda error: say(f"trying again: {reason_of(error)}"))
-    except RecipeError:
-        raise
-    except Exception as error:  # of any library that opens
-        raise RecipeError(f"cannot read {name}{': ' * bool(name)}{' '.join(reason_of(error).split())[:300]}") from error
-
-
-def _may_answer_later(error: Any) -> bool:
-    """Whether a server has failed, as one of the causes of an error says, and not refused."""
-    if error is None or isinstance(error, RecipeError):
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    if found := re.search(r"(?:HTTP Error|status) (\d{3})\b", str(error)):
-        return int(found[1]) >= 500 or int(found[1]) in (408, 429)
-    is_of_server = may_pass(error) or type(error).__module__.startswith(("httpx", "httpcore"))
-    return _may_answer_later(error.__cause__ or error.__context__) or (
-        is_of_server and not isinstance(error, FileNotFoundError)
-    )
-
-
-def _copy(source: Source, directory: Path, say: Say) -> File:
-    """All documents as one file of JSON Lines with nothing but the text, made once.
+def _copy(source: Source, config: Config, say: Say) -> Shards:
+    """All documents as one file, made once: of JSON Lines with nothing but the text, or of token ids with their ends.
 
     Raises:
         RecipeError: it cannot be read or written.
     """
-    path = directory / f"{hash_number(json.dumps(identity_of(source)).encode()):016x}.jsonl"
+    directory, ids = config.cache_directory / "text", source.training.reading.ids
+    name = f"{hash_number(json.dumps(identity_of(source)).encode()):016x}"
+    path = directory / (f"{name}.ds" if ids else f"{name}.jsonl")
     if not path.exists():
-        say(f"copying the text of {source.name} to {path}, to share it out over the lanes")
+        say(f"copying {source.name} to {path}, to share it out over the lanes")
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as rows:
-                for text in source.training_documents():
-                    rows.write(json.dumps({COPIED_COLUMN: text}, ensure_ascii=False) + "\n")
+            (_write_ids if ids else _write_rows)(source, path)
         except OSError as error:
             raise RecipeError(f"cannot write {path}: {error.strerror}; set --data.cache_directory") from None
-    return LocalFile(str(path), path.stat().st_size)
+    file = LocalFile(str(path), path.stat().st_size)
+    if ids is None:
+        return Shards(Reading("json", _COPIED_COLUMN), cut([file], config.batch.lanes))
+    flat = open_token_files([str(path)], None, (), ids.vocabulary)
+    return Shards(Reading(FLAT, ids=ids), flat.parts(config.batch.lanes), flat)
+
+
+def _write_rows(source: Source, path: Path) -> None:
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as rows:
+        for text in source.training_documents():
+            rows.write(json.dumps({_COPIED_COLUMN: text}, ensure_ascii=False) + "\n")
+
+
+def _write_ids(source: Source, path: Path) -> None:
+    """As datatrove lays them out."""
+    ends, end = [], 0
+    with new_file(path) as temporary:
+        with temporary.open("wb") as tokens:
+            for document in source.training_documents():
+                tokens.write(np.asarray(document, dtype="<u4").tobytes())
+                ends.append(end := end + len(document))
+        with new_file(path.with_name(f"{path.name}.index")) as index:
+            index.write_bytes(np.array(ends, dtype="<u8").tobytes())

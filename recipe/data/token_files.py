@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from recipe.data.formats import Part, State
+from recipe.data.formats import Part, State, strip_ends
 from recipe.data.shards import SHARDS_PER_LANE, is_even
 from recipe.data.token_formats import TokenFile, document_bounds, find_token_files
 from recipe.errors import RecipeError
@@ -47,13 +47,6 @@ def open_token_files(paths: Sequence[str], dtype: str | None, delimiters: Sequen
     except OSError as error:
         raise RecipeError(f"data.token_files: cannot read {error.filename}: {error.strerror}") from None
     return FlatTokens(tokens.files, tokens.delimiters, vocabulary, has_ends)
-
-
-def strip_ends(ids: np.ndarray, delimiters: Sequence[int]) -> np.ndarray:
-    """A document as everybody means it: without one end-of-text token behind it, and then without one in front."""
-    if len(ids) and ids[-1] in delimiters:
-        ids = ids[:-1]
-    return ids[1:] if len(ids) and ids[0] in delimiters else ids
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipe.config.settings import Config
 from recipe.data.documents import Source
+from recipe.data.formats import TokenIds
 from recipe.errors import RecipeError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,17 +26,51 @@ _BEFORE_WORD = re.compile(r"(?<=\S) (?=\S)")  # where the words are the same wit
 
 def load_tokenizer(
     config: Config,
-    source: Source,
+    sources: Sequence[Source],
     init_from: str | None = None,
     on_main: Callable[[Any], Any] = lambda action: action(),
 ) -> Any:
-    """The fast tokenizer that `data.tokenizer` names, or that of the model in `init_from`, or one trained on `source`.
+    """The fast tokenizer that `data.tokenizer` names, or that of the model in `init_from`, or one trained on the sources.
 
     `on_main` does something on rank 0 and gives its result to all ranks: to read the text that a tokenizer is trained on.
 
     Raises:
         RecipeError: it cannot be loaded or used, or is not that of `init_from`, or nothing says which it is.
     """
+    tokenizer = _named_tokenizer(config, init_from)
+    if tokenizer is None and init_from is not None:
+        raise RecipeError(
+            f"model.init_from = {config.model.init_from!r} has no tokenizer: set --data.tokenizer to the one that it was "
+            "trained with"
+        )
+    tokenizer = _adding_nothing(tokenizer or _trained_tokenizer(on_main(lambda: _train_once(config, sources))))
+    tokenizer.model_max_length = config.n_positions
+    return tokenizer
+
+
+def load_token_ids(config: Config, are_packed: bool) -> TokenIds:
+    """What the tokenizer that `config` names says of token ids.
+
+    Raises:
+        RecipeError: it cannot be loaded or used, or none is named.
+    """
+    tokenizer = _named_tokenizer(config, config.model.init_from)
+    if tokenizer is None:
+        raise RecipeError("token ids are read with the tokenizer that made them: set --data.tokenizer to it")
+    end, beginning = tokenizer.eos_token_id, tokenizer.bos_token_id
+    delimiters = (end,) if beginning in (None, end) else (end, beginning)
+    name = str(config.data.tokenizer or config.model.init_from)
+    return TokenIds(name, vocabulary_hash(tokenizer), delimiters, len(tokenizer), are_packed)
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """SHA-256 of all tokens and their ids, in hexadecimal."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def _named_tokenizer(config: Config, init_from: str | None) -> Any:
+    """That of `data.tokenizer`, or else of `init_from`; None if neither is named, or `init_from` has none."""
     name, model = config.data.tokenizer, config.model.init_from
     given = None if name is None else find_tokenizer(f"data.tokenizer = {name!r}", name)
     if name is not None and given is None:
@@ -48,14 +83,7 @@ def load_tokenizer(
             f"data.tokenizer = {name!r} ({len(given):,} tokens) has another vocabulary than that of "
             f"model.init_from = {model!r} ({len(its_own):,}): set --data.tokenizer null to take the model's"
         )
-    tokenizer = given or its_own
-    if tokenizer is None and init_from is not None:
-        raise RecipeError(
-            f"model.init_from = {model!r} has no tokenizer: set --data.tokenizer to the one that it was trained with"
-        )
-    tokenizer = _adding_nothing(tokenizer or _trained_tokenizer(on_main(lambda: _train_once(config, source))))
-    tokenizer.model_max_length = config.n_positions
-    return tokenizer
+    return given or its_own
 
 
 def find_tokenizer(what: str, name: str) -> Any:
@@ -114,7 +142,7 @@ def _trained_tokenizer(directory: Path) -> Any:
     return find_tokenizer(f"the tokenizer trained before (delete {directory})", str(directory))
 
 
-def _train_once(config: Config, source: Source) -> Path:
+def _train_once(config: Config, sources: Sequence[Source]) -> Path:
     """The directory of the tokenizer, in the cache, keyed by a hash of the text and of every setting."""
     settings = {
         "vocab_size": config.model.vocab_size,
@@ -124,7 +152,7 @@ def _train_once(config: Config, source: Source) -> Path:
     }
     texts: list[str] = []
     digest, size = hashlib.sha256(json.dumps(settings).encode()), 0
-    for text in source.training_documents():
+    for text in _texts_of(sources):
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
         texts.append(text)
@@ -132,11 +160,25 @@ def _train_once(config: Config, source: Source) -> Path:
         if size >= TRAINING_BYTES:
             break
     if not size:
-        raise RecipeError(f"{source.name} has no text to train a tokenizer on")
+        raise RecipeError(f"{' and '.join(source.name for source in sources)}: no text to train a tokenizer on")
     directory = config.cache_directory / f"tokenizer-{digest.hexdigest()[:16]}"
     if not (directory / "tokenizer_config.json").is_file():
         _save_atomically(train_tokenizer(texts, config.model.vocab_size), directory)
     return directory
+
+
+def _texts_of(sources: Sequence[Source]) -> Iterator[str]:
+    """The training documents; of several sources by weight, in characters, until each is at its end."""
+    readers = {number: source.training_documents() for number, source in enumerate(sources)}
+    taken = dict.fromkeys(readers, 0.0)
+    while readers:
+        number = min(readers, key=lambda number: taken[number])
+        text = next(readers[number], None)
+        if text is None:
+            del readers[number]
+        else:
+            taken[number] += len(text) / sources[number].weight
+            yield str(text)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

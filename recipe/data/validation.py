@@ -10,9 +10,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from recipe.data.blocks import PADDING
-from recipe.data.encode import DocumentEncoder, gives_back
+from recipe.data.encode import DocumentEncoder, IdsEncoder, gives_back
+from recipe.data.formats import Ids
 from recipe.errors import RecipeError
 from recipe.run.files import new_file
+
+REPLACEMENT = "\ufffd"  # of what is no character
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,33 @@ class ValidationSet:
 
 
 def pack_validation(
-    documents: Iterator[str], tokenizer: Any, sequence_length: int, max_tokens: float
+    documents: Iterator[str | Ids],
+    tokenizer: Any,
+    sequence_length: int,
+    max_tokens: float,
+    are_pieces: bool = False,
 ) -> ValidationSet | None:
-    """Whole documents until `max_tokens` are reached; None if there are none.
+    """Whole documents until `max_tokens` are reached; None if there are none. `are_pieces`: see `IdsEncoder`.
 
-    The stream starts with an end-of-text token, so that every token of every document is a target exactly once.
+    The stream starts with an end-of-text token, so that every token of every document is a target exactly once. Of documents
+    that are token ids the text is what they decode to.
     """
-    encoder = DocumentEncoder(tokenizer)
-    parts, targets, text_bytes = [np.array([tokenizer.eos_token_id], dtype=np.int32)], 0, 0
+    end = tokenizer.eos_token_id
+    of_text, of_ids = DocumentEncoder(tokenizer), IdsEncoder(end, are_pieces)
+    parts, targets, text_bytes = [np.array([end], dtype=np.int32)], 0, 0
     unknown, unknown_tokens, is_exact = tokenizer.unk_token_id, 0, True
     for document in documents:
-        parts += encoder.encode([document])
+        parts += of_text.encode([document]) if isinstance(document, str) else of_ids.encode([document])
         targets += len(parts[-1])
-        if unknown not in (None, tokenizer.eos_token_id):
+        if unknown not in (None, end):
             unknown_tokens += int((parts[-1] == unknown).sum())
-        is_exact = is_exact and not unknown_tokens and gives_back(tokenizer, parts[-1][:-1], document)
-        text_bytes += len(document.encode("utf-8", "surrogatepass"))
+        if isinstance(document, str):
+            text, is_same = document, is_exact and gives_back(tokenizer, parts[-1][:-1], document)
+        else:
+            text = tokenizer.decode(document, clean_up_tokenization_spaces=False)
+            is_same = REPLACEMENT not in text
+        is_exact = is_same and is_exact and not unknown_tokens
+        text_bytes += len(text.encode("utf-8", "surrogatepass"))
         if targets >= max_tokens:
             break
     if not text_bytes:

@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte of a model on text."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,17 @@ class Evaluation:
     def __str__(self) -> str:
         nats = f"{self.loss:.4f} nats per token"
         return nats if self.bits_per_byte is None else f"{nats}, {self.bits_per_byte:.4f} bits per byte"
+
+
+def mean_by_weight(parts: Sequence[tuple[Evaluation, float]]) -> Evaluation:
+    """Of text that is mixed of several, whose weights are those of its tokens."""
+    total = sum(weight for _, weight in parts)
+    loss = sum(part.loss * weight for part, weight in parts) / total
+    bytes_per_token = sum(part.text_bytes / part.tokens * weight for part, weight in parts) / total
+    has_bits = all(part.bits_per_byte is not None for part, _ in parts)
+    bits_per_byte = loss / math.log(2) / bytes_per_token if has_bits else None
+    tokens, text_bytes = (sum(getattr(part, name) for part, _ in parts) for name in ("tokens", "text_bytes"))
+    return Evaluation(loss, bits_per_byte, tokens, text_bytes)
 
 
 def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size: int, stop: StopRequest) -> Evaluation:

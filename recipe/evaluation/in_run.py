@@ -1,55 +1,65 @@
 """Evaluation in a run: the loss on the held-out documents and on other text, and samples."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from recipe.config.settings import HELD_OUT, Config
 from recipe.data.documents import Source, hash_number
+from recipe.data.formats import Ids
 from recipe.data.sources import identity_of, open_source
 from recipe.data.validation import ValidationSet, pack_once, pack_validation
 from recipe.errors import RecipeError
-from recipe.evaluation.evaluate import Evaluation, evaluate
+from recipe.evaluation.evaluate import Evaluation, evaluate, mean_by_weight
 from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
 from recipe.plan.schedule import crosses
-from recipe.run.ledger import EVENTS, LEDGER, LedgerEntry, read_events, read_lines
+from recipe.run.ledger import EVENTS, LEDGER, LedgerEntry, read_events, read_lines, source_columns
 from recipe.run.run import Run
 from recipe.run.stop import Stopped
 
 
-def read_validation_sets(config: Config, source: Source, tokenizer: Any) -> dict[str, ValidationSet]:
-    """The held-out documents, if there are any, and those of each of `evaluation.sets`, by name.
+def read_validation_sets(config: Config, sources: Sequence[Source], tokenizer: Any) -> dict[str, ValidationSet]:
+    """The held-out documents, of a mixture those of each source, and those of each of `evaluation.sets`, by name.
 
     Raises:
-        RecipeError: files that cannot be read, or without text.
+        RecipeError: files that cannot be read, or without text; a source of a mixture without held-out documents.
     """
 
-    def pack(documents: Iterator[str]) -> ValidationSet | None:
-        return pack_validation(documents, tokenizer, config.data.sequence_length, config.evaluation.tokens)
+    def pack(documents: Iterator[str | Ids], are_pieces: bool = False) -> ValidationSet | None:
+        return pack_validation(documents, tokenizer, config.data.sequence_length, config.evaluation.tokens, are_pieces)
 
-    def pack_held_out() -> ValidationSet | None:
-        return pack(source.validation_documents())
-
-    if source.is_remote:
-        tokens, length = config.evaluation.tokens, config.data.sequence_length
-        key = [identity_of(source), source.validation_one_in, tokens, length, tokenizer.backend_tokenizer.to_str()]
-        name = f"{hash_number(json.dumps(key).encode()):016x}.npz"
-        held_out = pack_once(config.cache_directory / "validation" / name, pack_held_out)
-    else:
-        held_out = pack_held_out()
-    sets = {HELD_OUT: held_out} if held_out else {}
+    sets = {}
+    for source in sources:
+        if held_out := _pack_held_out(config, source, tokenizer, pack):
+            sets[source.label or HELD_OUT] = held_out
+        elif source.label and config.data.validation_one_in:
+            raise RecipeError(
+                f"data.sources: {source.label} has no held-out documents, of which each source of a mixture has its own "
+                "validation loss: set --data.validation_one_in to less, or null for no validation"
+            )
     for name, pattern in config.evaluation.sets.items():
-        data = replace(
-            config.data, text_files=(pattern,), validation_one_in=None, cache_directory=str(config.cache_directory)
-        )
-        documents = open_source(replace(config, data=data, batch=replace(config.batch, lanes=1))).training_documents()
-        packed = pack(documents)
+        data = replace(config.data, sources=(), validation_one_in=None)
+        one_lane = replace(config, data=data, batch=replace(config.batch, lanes=1))
+        source = open_source(one_lane, config.data.validation_set(pattern))
+        packed = pack(source.training_documents(), source.holds_pieces)
         if packed is None:
             raise RecipeError(f"evaluation.sets.{name}: no text in {pattern!r}")
         sets[name] = packed
     return sets
+
+
+def _pack_held_out(config: Config, source: Source, tokenizer: Any, pack: Any) -> ValidationSet | None:
+    def pack_it() -> Any:
+        return pack(source.validation_documents(), source.holds_pieces)
+
+    if not source.is_remote:
+        return pack_it()
+    tokens, length = config.evaluation.tokens, config.data.sequence_length
+    key = [identity_of(source), source.validation_one_in, tokens, length, tokenizer.backend_tokenizer.to_str()]
+    name = f"{hash_number(json.dumps(key).encode()):016x}.npz"
+    return pack_once(config.cache_directory / "validation" / name, pack_it)
 
 
 def _columns(name: str) -> tuple[str, str]:
@@ -67,9 +77,12 @@ class RunEvaluation:
 
     def __init__(self, run: Run, sets: dict[str, ValidationSet], model: Any, tokenizer: Any) -> None:
         self.run, self.sets, self.model, self.tokenizer = run, sets, model, tokenizer
+        # Of a mixture: the weight of each source. What is held out of all of them has the mean of their losses by weight.
+        self.weights = {source.label: source.weight for source in run.config.data.sources if source.label in sets}
+        self.names = [*([HELD_OUT] if self.weights else []), *sets]
         self.latest: dict[str, Evaluation] = {}
         self.samples: dict[str, str] = {}
-        if HELD_OUT not in sets:
+        if HELD_OUT not in self.names:
             run.console.say("no validation on held-out documents: there are none")
         for name, blocks in sets.items():
             if lost := blocks.loss_of_text:
@@ -88,7 +101,8 @@ class RunEvaluation:
         run = self.run
         if update == 0:
             if self.sets:
-                run.ledger.write(LedgerEntry(update=0, tokens=0, validation=self._validate(0, self.sets)))
+                no_sources = dict.fromkeys(source_columns(run.config))
+                run.ledger.write(LedgerEntry(0, 0, sources=no_sources, validation=self._validate(0, self.sets)))
             return
         if not self._is_due(update):
             return
@@ -104,7 +118,7 @@ class RunEvaluation:
 
     def add_to(self, entry: LedgerEntry) -> LedgerEntry:
         """The entry with its validation columns, null if none is due now or a rank is asked to stop meanwhile. Collective."""
-        values: dict[str, float | None] = {column: None for name in self.sets for column in _columns(name)}
+        values: dict[str, float | None] = {column: None for name in self.names for column in _columns(name)}
         if self._is_due(entry.update):
             with suppress(Stopped):  # this update is done and has to be written down; the next one stops
                 values = self._validate(entry.update, self.sets)
@@ -138,7 +152,13 @@ class RunEvaluation:
             loss, bits_per_byte = (line.get(column) for column in _columns(name))
             if loss is not None:
                 found[name] = Evaluation(loss, bits_per_byte, blocks.tokens, blocks.text_bytes)
-        return found
+        return self._with_mixture(found)
+
+    def _with_mixture(self, evaluations: dict[str, Evaluation]) -> dict[str, Evaluation]:
+        """The same, and what is held out of all sources if each of them is there."""
+        if not self.weights or self.weights.keys() - evaluations.keys():
+            return evaluations
+        return {HELD_OUT: mean_by_weight([(evaluations[name], w) for name, w in self.weights.items()]), **evaluations}
 
     def _is_due(self, update: int) -> bool:
         tokens, every = self.run.plan.update.tokens_per_update, self.run.config.evaluation.every_tokens
@@ -159,7 +179,12 @@ class RunEvaluation:
             on = "" if name == HELD_OUT else f", {name}"
             run.console.say(f"validation after {update:,} updates{on}: {evaluation}")
             self.latest[name] = evaluation
-            values |= zip(_columns(name), (evaluation.loss, evaluation.bits_per_byte), strict=True)
+        self.latest = self._with_mixture(self.latest)
+        if self.weights:
+            run.console.say(f"validation after {update:,} updates, all sources by weight: {self.latest[HELD_OUT]}")
+        for name in self.names:
+            if found := self.latest.get(name):
+                values |= zip(_columns(name), (found.loss, found.bits_per_byte), strict=True)
         return values
 
     def _sample(self, update: int, prompts: Iterable[str]) -> None:

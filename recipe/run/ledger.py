@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,6 +42,9 @@ class LedgerEntry:
     # Allocator peak of a GPU, or resident set of the process; the largest of any rank
     peak_memory_bytes: int | None = None
     checkpoint_stall_seconds: float | None = None  # time training stood still to copy its state for a checkpoint
+    # Of each source of a mixture: columns `source/NAME/tokens`, targets of this update from it, and `source/NAME/passes`,
+    # complete passes over its documents, of the lane that has made most
+    sources: dict[str, int | None] = field(default_factory=dict)
     # Columns `validation/NAME/loss` (nats per token) and `validation/NAME/bits_per_byte` of each set
     validation: dict[str, float | None] = field(default_factory=dict)
 
@@ -53,7 +56,7 @@ class LedgerEntry:
     def as_dictionary(self) -> dict[str, Any]:
         """What is written: every column, in every line; null for a validation loss that is not finite."""
         values = asdict(self)
-        values |= values.pop("validation")
+        values |= values.pop("sources") | values.pop("validation")
         return dict(json_value(values))
 
 
@@ -66,6 +69,7 @@ class Ledger:
         self.trackers = Trackers(config, self._tracker_failed)
         self.config = config
         self._skipped_in_a_row = self._bad_rows = 0
+        self._passes: dict[str, int] = {}  # over sources that are to be read so many times at most
         self._files: dict[str, IO[str]] = {}
 
     def write(self, entry: LedgerEntry) -> None:
@@ -106,6 +110,15 @@ class Ledger:
             if rows.bit_length() > self._bad_rows.bit_length():
                 self.say(f"left out so far, since they hold no text: {rows:,} rows (data.on_bad_row = skip)")
             self._bad_rows = rows
+
+    def count_passes(self, update: int, passes: Mapping[str, int]) -> None:
+        """Write down where a source of a mixture has been read more often than its `max_passes`."""
+        for source in self.config.data.sources:
+            read, most = passes[source.label], source.max_passes
+            if most and read >= most and read > self._passes.get(source.label, 0):
+                self.event("passes", update, source=source.label, passes=read, max_passes=most)
+                self.say(f"{source.label} is read for the {read + 1}. time, and max_passes = {most}")
+                self._passes[source.label] = read
 
     def event(self, event: str, update: int, **values: Any) -> None:
         """Write down something else that happened after `update` updates: a resume, a sample, a skipped update, ..."""
@@ -160,6 +173,12 @@ class Ledger:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def source_columns(config: Config) -> list[str]:
+    """The columns of a mixture's sources: passes of each, then tokens of each."""
+    labels = [source.label for source in config.data.sources]
+    return [f"source/{label}/{what}" for what in ("passes", "tokens") for label in labels]
 
 
 def with_lower_rate(config: Config) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from recipe.data.blocks import UpdateBlocks, combine_hashes
 from recipe.run.environment import peak_flops
-from recipe.run.ledger import LedgerEntry
+from recipe.run.ledger import LedgerEntry, source_columns
 from recipe.run.run import Run
 from recipe.step.update import UpdateResult
 
@@ -21,11 +21,20 @@ def measure_update(
     `started` is `time.perf_counter()` before the update waited for its data.
     """
     plan, device = run.plan.update, run.device
-    rank_values = [[blocks.wait_seconds, peak_memory_bytes(device), blocks.bad_rows]]
+    of_sources = (*blocks.source_passes, *blocks.source_tokens) if run.config.data.sources else ()
+    rank_values = [[blocks.wait_seconds, peak_memory_bytes(device), blocks.bad_rows, *of_sources]]
     measured = torch.tensor(rank_values, dtype=result.loss.dtype, device=device)  # float64, if the device has it
     of_ranks = run.accelerator.gather(measured)
-    wait_seconds, peak_bytes, _ = of_ranks.max(dim=0).values.tolist()
-    run.ledger.count_bad_rows(blocks.update, int(of_ranks[:, 2].sum()))
+    wait_seconds, peak_bytes, _, *largest = of_ranks.max(dim=0).values.tolist()
+    _, _, bad_rows, *sums = map(int, of_ranks.sum(dim=0).tolist())
+    run.ledger.count_bad_rows(blocks.update, bad_rows)
+    mixed = run.config.data.sources
+    sources = dict(
+        zip(source_columns(run.config), [*map(int, largest[: len(mixed)]), *sums[len(mixed) :]], strict=True)
+    )
+    run.ledger.count_passes(
+        blocks.update, dict(zip([source.label for source in mixed], map(int, largest), strict=False))
+    )
     loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
     update_seconds = time.perf_counter() - started
     tokens_per_second = target_tokens / update_seconds
@@ -46,6 +55,7 @@ def measure_update(
         tokens_per_second=tokens_per_second,
         mfu=run.plan.flops_per_token * tokens_per_second / (peak * plan.world_size) if peak else None,
         peak_memory_bytes=int(peak_bytes),
+        sources=sources,
     )
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import recipe.data.documents as documents_module
-from recipe.config.settings import BatchConfig, DataConfig, ModelConfig, RunConfig
+from recipe.config.settings import STANDARD_LIBRARY_VALIDATION_ONE_IN, BatchConfig, DataConfig, ModelConfig, RunConfig
 from recipe.data.blocks import (
     IGNORED_TARGET,
     UpdateReader,
@@ -31,9 +31,11 @@ from recipe.data.blocks import (
     to_tensors,
 )
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane, LaneOrder
+from recipe.data.lanes import Lane
 from recipe.data.shards import Shards
-from recipe.data.sources import STANDARD_LIBRARY_VALIDATION_ONE_IN, open_source, standard_library_files
+from recipe.data.sources import open_source
+from recipe.data.standard_library import standard_library_files
+from recipe.data.streams import DocumentStream, LaneOrder
 from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.data.validation import pack_validation
 from recipe.errors import RecipeError
@@ -127,7 +129,7 @@ def test_order_depends_on_seed_lane_and_epoch_alone(tmp_path: Path) -> None:
 
     def epochs(seed: int, count: int) -> list[list[bytes]]:
         lane, stream = lane_of(source, seed=seed), np.empty(0, np.int32)
-        while lane.state_dict()["epoch"] < count:
+        while lane.state_dict()["streams"][0]["epoch"] < count:
             stream = np.concatenate([stream, lane.next_blocks(1)[0][:-1]])
         documents = documents_of(stream)
         return [documents[i * 12 : (i + 1) * 12] for i in range(count)]
@@ -177,7 +179,7 @@ def test_the_next_window_is_read_along_and_not_at_once(tmp_path: Path) -> None:
         encoded.append(len(texts))
         return encode_bytes(texts)
 
-    lane = Lane(source, 0, LaneOrder(1, 3, 128), encode, LENGTH)
+    lane = Lane([DocumentStream(source, encode, 0, LaneOrder(1, 3, 128))], LENGTH)
     read = []
     for _ in range(120):
         before = sum(encoded)
@@ -190,7 +192,7 @@ def test_the_next_window_is_read_along_and_not_at_once(tmp_path: Path) -> None:
 
 def blocks_until_epoch(lane: Lane, epoch: int) -> int:
     count = 0
-    while lane.state_dict()["epoch"] < epoch:
+    while lane.state_dict()["streams"][0]["epoch"] < epoch:
         lane.next_blocks(1)
         count += 1
     return count
@@ -231,7 +233,7 @@ def test_a_reader_that_is_never_read_is_stopped(tmp_path: Path) -> None:
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
     run = run_on(config, 8)
-    reader = UpdateReader(run, make_lanes(run, source, load_tokenizer(config, source)))
+    reader = UpdateReader(run, make_lanes(run, [source], load_tokenizer(config, [source])))
     reader.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "data-reader"]
 
@@ -267,7 +269,7 @@ def test_an_update_that_is_waited_for_says_how_far_reading_is(
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
     run = replace(run_on(config, 8), console=Console(True, 1))
-    lanes = make_lanes(run, source, load_tokenizer(config, source))
+    lanes = make_lanes(run, [source], load_tokenizer(config, [source]))
     read = lanes[2].next_blocks
 
     def read_slowly(count: int) -> np.ndarray:
@@ -297,13 +299,13 @@ def test_skipped_batches_are_left_out_and_updates_count_on(tmp_path: Path) -> No
     write_texts(tmp_path)
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
-    tokenizer, run = load_tokenizer(config, source), run_on(config, 8)
-    lanes = make_lanes(run, source, tokenizer)
+    tokenizer, run = load_tokenizer(config, [source]), run_on(config, 8)
+    lanes = make_lanes(run, [source], tokenizer)
     batches = [next_update(lanes, 2, CPU) for _ in range(8)]
     skipped = (3, 6)
     assert [batch_index(update, skipped) for update in range(1, 7)] == [1, 2, 4, 5, 7, 8]
     for done in (0, 2, 4, 5):
-        lanes = make_lanes(run, source, tokenizer)
+        lanes = make_lanes(run, [source], tokenizer)
         for lane, state in zip(lanes, batches[batch_index(done, skipped)].lane_states, strict=True):
             lane.load_state_dict(state)
         reader = UpdateReader(run, lanes, done, skipped)
@@ -320,10 +322,10 @@ def test_ranks_share_the_same_blocks(tmp_path: Path, ranks: int) -> None:
     write_texts(tmp_path)
     config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=8, tokenizer=None)
     source = open_source(config)
-    tokenizer = load_tokenizer(config, source)
-    whole = next_update(make_lanes(run_on(config, 16), source, tokenizer), 2, CPU)
+    tokenizer = load_tokenizer(config, [source])
+    whole = next_update(make_lanes(run_on(config, 16), [source], tokenizer), 2, CPU)
     runs = [run_on(config, 16, rank, ranks) for rank in range(ranks)]
-    shares = [next_update(make_lanes(run, source, tokenizer), 2, CPU) for run in runs]
+    shares = [next_update(make_lanes(run, [source], tokenizer), 2, CPU) for run in runs]
     np.testing.assert_array_equal(np.concatenate([share.blocks for share in shares]), whole.blocks)
     assert combine_hashes(np.concatenate([share.sha256 for share in reversed(shares)])) == combine_hashes(whole.sha256)
 
@@ -492,17 +494,17 @@ def test_a_trained_tokenizer_is_cached_and_does_not_depend_on_chance(tmp_path: P
     write_texts(tmp_path)
     config = config_for(tmp_path, f"{tmp_path}/*.txt", tokenizer=None)
     source = open_source(config)
-    first = load_tokenizer(config, source)
+    first = load_tokenizer(config, [source])
     (saved,) = config.cache_directory.glob("tokenizer-*")
     stamp = (saved / "tokenizer.json").stat().st_mtime_ns
-    again = load_tokenizer(config, source)
+    again = load_tokenizer(config, [source])
     assert (saved / "tokenizer.json").stat().st_mtime_ns == stamp, "taken from the cache"
     elsewhere = replace(config, run=RunConfig(directory=str(tmp_path / "other")))
-    trained_again = load_tokenizer(elsewhere, source)
+    trained_again = load_tokenizer(elsewhere, [source])
     assert first.get_vocab() == again.get_vocab() == trained_again.get_vocab()
     assert len(first) == 400
     larger = replace(config, model=ModelConfig(vocab_size=500))
-    assert len(load_tokenizer(larger, source)) == 500, "other settings, another tokenizer"
+    assert len(load_tokenizer(larger, [source])) == 500, "other settings, another tokenizer"
     (saved / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(RecipeError, match=rf"cannot load the tokenizer trained before \(delete {saved}\): "):
-        load_tokenizer(config, source)
+        load_tokenizer(config, [source])

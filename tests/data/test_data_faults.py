@@ -27,8 +27,9 @@ import recipe.data.remote_files as remote_files
 from recipe.checkpoint.files import read_state, why_invalid
 from recipe.config.settings import BatchConfig, Config, DataConfig, RunConfig
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane, LaneOrder
+from recipe.data.lanes import Lane
 from recipe.data.sources import open_source
+from recipe.data.streams import DocumentStream, LaneOrder
 from recipe.errors import DATA_EXIT_CODE, RecipeError
 from recipe.run.directory import list_checkpoints
 from tests.helpers import ROOT, SCRIPT, TINY, end_of, environment, read_ledger, start_ranks, train, write_texts
@@ -82,7 +83,9 @@ def source_of(server: HttpServer, directory: Path, *names: str, lanes: int = 1, 
 
 def lane_of(source: Source, index: int = 0, lanes: int = 1) -> Lane:
     """Its tokens are a hash of each document, and 0 behind it."""
-    return Lane(source, index, LaneOrder(lanes, seed=3, shuffle_blocks=7), encode=encode_hashes, sequence_length=4)
+    return Lane(
+        [DocumentStream(source, encode_hashes, index, LaneOrder(lanes, seed=3, shuffle_blocks=7))], sequence_length=4
+    )
 
 
 def encode_hashes(texts: list[str]) -> list[np.ndarray]:
@@ -191,7 +194,7 @@ def test_a_shard_that_stays_away_is_one_line_after_the_time_limit(
     assert 0.3 < time.monotonic() - started < 4
     assert caught.value.exit_code == DATA_EXIT_CODE
     server.plan("a.jsonl", [])
-    again = lane_of(lane.source)
+    again = lane_of(lane.streams[0].source)
     again.load_state_dict(lane.state_dict())
     assert read(again) == healthy
 
@@ -234,14 +237,15 @@ from zlib import crc32
 import recipe.data.documents, recipe.data.files, recipe.data.remote_files
 from recipe.config.settings import BatchConfig, Config, DataConfig
 from recipe.data.record import record_text
-from recipe.data.sources import find_text, open_source
+from recipe.data.find import find_files_of
+from recipe.data.sources import open_source
 recipe.data.documents.FIRST_PAUSE_SECONDS = 0.005
 recipe.data.remote_files.PAUSES_SECONDS = (0.001, 0.002)
 recipe.data.files.BLOCK_BYTES = 1 << 16
 data = DataConfig(dataset=sys.argv[1], validation_one_in=None, retry_seconds=20)
 config = Config(batch=BatchConfig(lanes=1), data=data)
-files = find_text(config)
-record, source = record_text(files), open_source(config, files)
+files = find_files_of(config)
+record, source = record_text(files), open_source(config, files=files)
 print("opened", flush=True)
 sys.stdin.readline()
 print(json.dumps([record, [crc32(text.encode()) for text in source.training_documents()]]))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from recipe.data import encode as encode_module
 from recipe.data.encode import DocumentEncoder
-from recipe.data.sources import standard_library_files
+from recipe.data.standard_library import standard_library_files
 from recipe.data.tokenizer import END_OF_TEXT, train_tokenizer
 from recipe.data.validation import pack_validation
 from tests.support.tokenizers import make_tokenizer, write_gpt2_vocabulary

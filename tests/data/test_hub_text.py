@@ -18,14 +18,15 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 
 import recipe.data.documents as documents_module
+import recipe.data.find as find_module
 import recipe.data.remote_files as remote_files
-import recipe.data.sources as sources_module
 from recipe.checkpoint.resume import ResumePoint, open_text
 from recipe.config.settings import Config, EvaluationConfig
 from recipe.data.blocks import next_update
+from recipe.data.find import find_files_of
 from recipe.data.parquet import TAIL_BYTES
 from recipe.data.record import unpack_record
-from recipe.data.sources import describe, find_text, open_source
+from recipe.data.sources import describe, open_source
 from recipe.data.tokenizer import train_tokenizer
 from recipe.errors import RecipeError
 from recipe.evaluation.in_run import read_validation_sets
@@ -58,7 +59,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServ
             *((constants, "HF_HUB_OFFLINE", False), (datasets.config, "HF_ENDPOINT", endpoint)),
             *((datasets.config, "HF_HUB_OFFLINE", False), (datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")),
             *((remote_files, "PAUSES_SECONDS", (0.001, 0.002)), (documents_module, "FIRST_PAUSE_SECONDS", 0.01)),
-            *((sources_module, "_FIRST_PAUSE_SECONDS", 0.01),),
+            *((find_module, "_FIRST_PAUSE_SECONDS", 0.01),),
         ):
             monkeypatch.setattr(module, name, value)
         yield server
@@ -72,8 +73,8 @@ def config_of(tmp_path: Path, lanes: int = 2, **data: object) -> Config:
 
 def test_a_dataset_is_pinned_to_its_commit_and_said_to_be_open(server: HttpServer, tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    files = find_text(config)
-    source = open_source(config, files)
+    files = find_files_of(config)
+    source = open_source(config, files=files)
     line = describe(source, files, 2, 10**6)
     assert line.startswith(f"{HUB_DATASET} at {HUB_COMMIT[:12]}, 1 files, {GROUPS} shards for 2 lanes, ")
     assert re.search(r"kB of text: [\d,.]+ passes.*up to [\d.]+ kB of row groups in memory", line), line
@@ -108,7 +109,7 @@ def test_the_next_row_group_is_fetched_before_it_is_needed(server: HttpServer, t
         next(rows)
         if row == ROWS // 2:
             assert len(server.ranges) == before + 1
-    source.training.parquet._ahead[source.training.parts[3].file.address, 3].result()
+    source.training.reader._ahead[source.training.parts[3].file.address, 3].result()
     assert len(server.ranges) == before + 2
     assert [text for text, _ in source.read_shard(3)] == TEXTS[3 * ROWS : 4 * ROWS]
     assert len(server.ranges) == before + 2, "and not twice"
@@ -127,7 +128,7 @@ def test_lanes_are_read_side_by_side(server: HttpServer, tmp_path: Path) -> None
 def test_a_start_is_tried_again(fault: str, server: HttpServer, tmp_path: Path) -> None:
     server.plan("api", [fault] * 4)
     said: list[str] = []
-    files = find_text(config_of(tmp_path), said.append)
+    files = find_files_of(config_of(tmp_path), say=said.append)
     assert len(files) == 1
     assert said
     assert all(line.startswith("trying again: ") and fault in line for line in said)
@@ -135,16 +136,16 @@ def test_a_start_is_tried_again(fault: str, server: HttpServer, tmp_path: Path) 
 
 def test_a_start_that_cannot_be_is_one_line(server: HttpServer, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read data\.dataset = .nobody/nothing.*--data\.text_files"):
-        find_text(config_of(tmp_path, dataset="nobody/nothing"))
+        find_files_of(config_of(tmp_path, dataset="nobody/nothing"))
     with pytest.raises(RecipeError, match=r"data\.split = .dev.: .* has train"):
-        find_text(config_of(tmp_path, split="dev"))
+        find_files_of(config_of(tmp_path, split="dev"))
     (server.directory / "a.parquet").rename(server.directory / "a.csv")
     HfFileSystem.clear_instance_cache()  # of listings
     with pytest.raises(RecipeError, match=r"not of one of the formats .*a\.csv.*--data\.revision refs/convert/parquet"):
-        find_text(config_of(tmp_path))
+        find_files_of(config_of(tmp_path))
     server.plan("api", for_ever("500"))
     with pytest.raises(RecipeError, match=r"cannot read .*500"):
-        find_text(config_of(tmp_path, retry_seconds=0.2))
+        find_files_of(config_of(tmp_path, retry_seconds=0.2))
 
 
 def test_a_resumed_run_reads_the_commit_it_has_read(server: HttpServer, tmp_path: Path) -> None:
@@ -167,18 +168,18 @@ def test_the_validation_set_is_asked_for_once(server: HttpServer, tmp_path: Path
     config = replace(config_of(tmp_path, validation_one_in=4), evaluation=EvaluationConfig(tokens=2000))
     tokenizer = train_tokenizer(TEXTS[:20], 300)
     source = open_source(config)
-    first = read_validation_sets(config, source, tokenizer)["held_out"]
+    first = read_validation_sets(config, [source], tokenizer)["held_out"]
     asked = len(server.ranges)
-    again = read_validation_sets(config, source, tokenizer)["held_out"]
+    again = read_validation_sets(config, [source], tokenizer)["held_out"]
     assert len(server.ranges) == asked
     (kept,) = config.cache_directory.glob("validation/*.npz")
     kept.write_bytes(kept.read_bytes()[:200])
-    third = read_validation_sets(config, source, tokenizer)["held_out"]
+    third = read_validation_sets(config, [source], tokenizer)["held_out"]
     assert len(server.ranges) > asked
     for found in (again, third):
         np.testing.assert_array_equal(found.blocks, first.blocks)
         assert replace(found, blocks=first.blocks) == first
-    read_validation_sets(config, source, train_tokenizer(["other words entirely"], 300))
+    read_validation_sets(config, [source], train_tokenizer(["other words entirely"], 300))
     assert len(list(config.cache_directory.glob("validation/*.npz"))) == 2, "another tokenizer, another set"
 
 
@@ -186,13 +187,13 @@ def test_row_groups_that_do_not_fit_into_memory_are_refused(
     server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two ranks on one machine it is all lanes, on two machines half of them."""
-    files = find_text(config_of(tmp_path))
-    largest = open_source(config_of(tmp_path), files).training.parquet.largest_bytes
+    files = find_files_of(config_of(tmp_path))
+    largest = open_source(config_of(tmp_path), files=files).training.reader.largest_bytes
     assert largest > 2 * ROWS * 400
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * largest))
     with pytest.raises(
         RecipeError, match=r"2 lanes hold up to .* kB each.*this machine has .* left; set --batch\.lanes"
     ):
-        open_source(config_of(tmp_path), files)
+        open_source(config_of(tmp_path), files=files)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    open_source(config_of(tmp_path), files)
+    open_source(config_of(tmp_path), files=files)

@@ -18,8 +18,8 @@ from recipe.checkpoint.resume import ResumePoint, find_resume_point, open_text
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, DataConfig
 from recipe.data.files import File
+from recipe.data.find import find_files_of
 from recipe.data.record import PIECE_BYTES, TextFile, pack_record, record_text, touched, unpack_record, what_changed
-from recipe.data.sources import find_text
 from recipe.errors import RecipeError
 from recipe.run.directory import list_checkpoints
 from tests.conftest import FINISHED_UPDATES
@@ -30,7 +30,7 @@ from tests.support.runs import make_run
 
 
 def files_of(*patterns: str) -> list[File]:
-    return find_text(Config(data=DataConfig(text_files=patterns)))
+    return find_files_of(Config(data=DataConfig(text_files=patterns)))
 
 
 @pytest.fixture
@@ -125,7 +125,9 @@ def test_addresses_are_recorded_as_the_server_knows_them_without_what_signs_them
 
 
 def test_the_standard_library_is_recorded_by_its_files(tmp_path: Path) -> None:
-    record = record_text(find_text(replace(config_for(tmp_path), data=DataConfig(dataset="python-standard-library"))))
+    record = record_text(
+        find_files_of(replace(config_for(tmp_path), data=DataConfig(dataset="python-standard-library")))
+    )
     names = [file.name for file in record]
     assert len(names) > 400
     assert "json/decoder.py" in names

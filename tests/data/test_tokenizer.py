@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadMod
 from recipe.config.settings import Config, DataConfig
 from recipe.data import tokenizer as tokenizer_module
 from recipe.data.encode import DocumentEncoder
-from recipe.data.sources import standard_library_files
+from recipe.data.standard_library import standard_library_files
 from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.model.export import export_model
 from tests.helpers import ROOT, skip_if_quick

@@ -42,7 +42,9 @@ def read_by_lanes(source: Source, lanes: int) -> list[str]:
     """What the lanes read in their first epoch, sorted."""
     read = []
     for lane in (lane_of(source, index, lanes) for index in range(lanes)):
-        own = sum(not isinstance(text, BadRow) for shard in lane.shards for text, _ in source.training.read(shard))
+        own = sum(
+            not isinstance(text, BadRow) for shard in lane.streams[0].shards for text, _ in source.training.read(shard)
+        )
         read += [document.decode() for document in documents_of(read_epoch(lane))[:own]]
     return sorted(read)
 

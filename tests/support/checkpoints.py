@@ -21,7 +21,9 @@ Trained = tuple[CausalLanguageModel, torch.optim.Optimizer, Any]
 
 
 def state_of(update: int) -> TrainingState:
-    return TrainingState(update, update * 100, {"run": {"seed": 1}}, "ab" * 32, [{"epoch": 0}], 5.5)
+    return TrainingState(
+        update, update * 100, {"run": {"seed": 1}}, "ab" * 32, [{"streams": [{"epoch": 0}], "source_tokens": [7]}], 5.5
+    )
 
 
 def trained(name: str = "adamw", seed: int = 1) -> Trained:

@@ -13,8 +13,9 @@ import torch
 from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
 from recipe.data.blocks import UpdateReader, make_lanes, next_update
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane, LaneOrder
+from recipe.data.lanes import Lane
 from recipe.data.sources import open_source
+from recipe.data.streams import DocumentStream, LaneOrder
 from recipe.data.tokenizer import load_tokenizer
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
@@ -49,7 +50,7 @@ def run_on(config: Config, blocks: int, rank: int = 0, ranks: int = 1) -> Run:
 
 def lane_of(source: Source, index: int = 0, lanes: int = 1, shuffled: int = 1, seed: int = 3) -> Lane:
     """Unshuffled if not told otherwise: then a lane's blocks, one after the other, are its documents."""
-    return Lane(source, index, LaneOrder(lanes, seed, shuffled), encode_bytes, LENGTH)
+    return Lane([DocumentStream(source, encode_bytes, index, LaneOrder(lanes, seed, shuffled))], LENGTH)
 
 
 def documents_of(tokens: np.ndarray) -> list[bytes]:
@@ -60,13 +61,13 @@ def documents_of(tokens: np.ndarray) -> list[bytes]:
 
 def texts_of(lane: Lane) -> list[str]:
     """The documents of its shards, in the order of the source."""
-    return [str(text) for shard in lane.shards for text, _ in lane.source.training.read(shard)]
+    return [str(text) for shard in lane.streams[0].shards for text, _ in lane.streams[0].source.training.read(shard)]
 
 
 def read_epoch(lane: Lane) -> np.ndarray:
     """The tokens of the lane's whole first epoch (and the rest of the block that ends it)."""
     stream = [lane.next_blocks(1)[0]]
-    while lane.state_dict()["epoch"] == 0:
+    while lane.state_dict()["streams"][0]["epoch"] == 0:
         block = lane.next_blocks(1)[0]
         assert block[0] == stream[-1][-1], "neighbours share one token"
         stream.append(block[1:])
@@ -104,14 +105,14 @@ def check_states_of_updates(directory: Path) -> None:
     write_texts(directory)
     config = config_for(directory, f"{directory}/*.txt", lanes=4, tokenizer=None)
     source = open_source(config)
-    tokenizer = load_tokenizer(config, source)
+    tokenizer = load_tokenizer(config, [source])
     run = run_on(config, 8, rank=1, ranks=2)
-    reader = UpdateReader(run, make_lanes(run, source, tokenizer))
+    reader = UpdateReader(run, make_lanes(run, [source], tokenizer))
     updates = [reader.next_update() for _ in range(12)]
     reader.close()
     assert [update.update for update in updates] == list(range(1, 13))
     for stop in (0, 4, 10):
-        lanes = make_lanes(run, source, tokenizer)
+        lanes = make_lanes(run, [source], tokenizer)
         for lane, state in zip(lanes, updates[stop].lane_states, strict=True):
             lane.load_state_dict(state)
         for update in updates[stop : stop + 2]:

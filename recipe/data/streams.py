@@ -1,0 +1,90 @@
+"""The endless stream of documents, as tokens, that a lane reads from one source."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from recipe.data.documents import Source
+from recipe.data.formats import Ids
+from recipe.errors import RecipeError
+
+# Texts are encoded together up to so many, and so many characters: more would keep the first update waiting.
+ENCODED_DOCUMENTS, ENCODED_CHARACTERS = 16, 1 << 16
+
+Encode = Callable[[list[Any]], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Which document comes next."""
+
+    epoch: int = 0  # complete passes over the lane's shards
+    shard: int = 0  # place of its shard in this epoch's order
+    reader: dict[str, Any] | None = None  # state of that shard's reader before it; None at the start of the shard
+
+
+@dataclass(frozen=True)
+class LaneOrder:
+    """In which order all lanes of a run read."""
+
+    lanes: int  # how many share the shards
+    seed: int  # of the order
+    shuffle_blocks: int  # blocks of a window, at most; 1: blocks come as they are packed
+
+    def hash(self, lane: int, *key: object) -> bytes:
+        """Sorting by it is a random order: the same for the same (seed, lane, key), on any machine."""
+        return blake2b(repr((self.seed, lane, *key)).encode(), digest_size=8).digest()
+
+
+class DocumentStream:
+    """Reads the shards index, index + lanes, ... of a source, in a new order each epoch, and no others.
+
+    `encode` makes of documents the int32 tokens of each, with its end-of-text token.
+    """
+
+    def __init__(self, source: Source, encode: Encode, index: int, order: LaneOrder) -> None:
+        self.source, self.encode, self.index, self.order = source, encode, index, order
+        self.shards = range(index, len(source), order.lanes)
+
+    def read(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, np.ndarray]]:
+        """(position of a document, its tokens) from `start` on, for ever.
+
+        Raises:
+            RecipeError: the lane's shards hold no document, or cannot be read.
+        """
+        if self.source.holds_ids:
+            for position, ids in self._read_documents(start):
+                yield position, self.encode([ids])[0]
+        positions: list[StreamPosition] = []
+        texts: list[Any] = []
+        for position, text in self._read_documents(start):
+            positions.append(position)
+            texts.append(text)
+            if len(texts) == ENCODED_DOCUMENTS or sum(map(len, texts)) >= ENCODED_CHARACTERS:
+                yield from zip(positions, self.encode(texts), strict=True)
+                positions, texts = [], []
+
+    def _read_documents(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, str | Ids]]:
+        position = start
+        has_any = start.shard > 0 or start.reader is not None
+        while True:
+            key = position.epoch, "shard"
+            order = sorted(self.shards, key=lambda shard: self.order.hash(self.index, *key, shard))
+            for place in range(position.shard, len(order)):
+                then = order[place + 1 : place + 2]
+                for document, state_after in self.source.read_shard(order[place], position.reader, then):
+                    yield position, document
+                    has_any = has_any or len(document) > 0
+                    position = StreamPosition(position.epoch, place, state_after)
+                position = StreamPosition(position.epoch, place + 1)
+            if not has_any:
+                raise RecipeError(
+                    f"{self.source.name}: no training text in lane {self.index} ({len(order)} of {len(self.source)} "
+                    "shards): the corpus is empty there, or all of it is held out; set --batch.lanes to less, or "
+                    "--data.validation_one_in null",
+                    on_this_rank_only=True,
+                )
+            position, has_any = StreamPosition(position.epoch + 1), False
