@@ -109,13 +109,14 @@ class RandomLane:
     """Stands for a lane of text: the lanes deal out the blocks of the random text."""
 
     bad_rows, is_ready = 0, True
+    source_tokens, passes = np.zeros(1, dtype=np.int64), (0,)
 
     def __init__(self, index: int, lanes: int, block: Callable[[int], np.ndarray]) -> None:
         self.index, self._lanes, self._block, self._next = index, lanes, block, 0
 
     def state_dict(self) -> dict[str, Any]:
         """The number of its next block, as a lane's position."""
-        return asdict(Position(block=self._next))
+        return asdict(Position((), (), block=self._next))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there."""

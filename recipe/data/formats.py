@@ -117,6 +117,7 @@ def read_json_lines(part: Part, reading: Reading, state: State | None) -> Iterat
             if not line:
                 return
             row += 1
+            found: str | Ids | BadRow | None
             try:
                 found = document_of(line if byte else line.removeprefix(codecs.BOM_UTF8), reading)
             except NotInRow as error:

@@ -248,7 +248,7 @@ files = find_files_of(config)
 record, source = record_text(files), open_source(config, files=files)
 print("opened", flush=True)
 sys.stdin.readline()
-print(json.dumps([record, [crc32(text.encode()) for text in source.training_documents()]]))
+print(json.dumps([record, [crc32(str(text).encode()) for text in source.training_documents()]]))
 """
 
 
@@ -277,7 +277,7 @@ def test_documents_of_the_hub_are_those_of_a_healthy_one(
         assert (process.returncode, errors) == (0, "")
         assert server.is_over("a.jsonl")
     record, documents = json.loads(output)
-    assert documents == [crc32(text.encode()) for text in sources["jsonl"].training_documents()]
+    assert documents == [crc32(str(text).encode()) for text in sources["jsonl"].training_documents()]
     assert record == [[HUB_DATASET, None, HUB_COMMIT, 0]]
 
 

@@ -111,12 +111,13 @@ def drop_the_tail_of_a_packing_batch() -> None:
 
     def read(self: Lane, start: Any) -> Iterator[Any]:
         held = 0
-        for number, (position, tokens) in enumerate(original(self, start), start=1):
+        for number, document in enumerate(original(self, start), start=1):
+            tokens = document.tokens
             held += len(tokens)
             if number % 4 == 0:
                 tokens = tokens[: max(len(tokens) - held % self.sequence_length, 0)]
                 held = 0
-            yield position, tokens
+            yield document._replace(tokens=tokens)
 
     Lane._read_documents = read  # type: ignore[method-assign]
 
