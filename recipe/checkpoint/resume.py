@@ -285,8 +285,9 @@ def verification_loss(model: Any, blocks: UpdateBlocks) -> float:
     """Mean loss of an unwrapped model on the first targets of lane 0, which rank 0 always holds, without dropout."""
     was_training = model.training
     model.eval()
-    inputs, targets = (tokens[:1, :VERIFICATION_TOKENS] for tokens in blocks.batch)
+    inputs, targets, *starts = (tensor[:1] for tensor in blocks.batch)
+    inputs, targets = inputs[:, :VERIFICATION_TOKENS], targets[:, :VERIFICATION_TOKENS]
     with torch.no_grad(), eager(model):
-        loss = model(inputs, targets).item() / targets.numel()
+        loss = model(inputs, targets, *starts).item() / targets.numel()
     model.train(was_training)
     return float(loss)

@@ -23,8 +23,8 @@ class EvaluateConfig:
     """Evaluate a finished model on text and tasks of lm-eval."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The text: all of data.text_files, or the held-out part of data.dataset. The tokenizer and the length are the model's.
-    With --tasks and without any of data: no text."""
+    """The text: all of data.text_files, or the held-out part of data.dataset. Tokenizer and length are the model's; attention
+    stays inside documents if it did in training, or with data.document_mask. With --tasks and without any of data: no text."""
     tokens: CountOrNull = None
     """Stop after this many tokens of the text, rounded to whole documents. Null: all of it."""
     tasks: tuple[str, ...] = ()
@@ -87,6 +87,8 @@ def _evaluate_text(config: EvaluateConfig, gpt2: Any, tokenizer: Any, accelerato
         validation = pack_validation(documents, tokenizer, length, most, source.holds_pieces)
     if validation is None:
         raise RecipeError(f"no text to evaluate in {source.name}")
+    if data.document_mask:
+        gpt2.config.update({"document_mask": True, "eos_token_id": tokenizer.eos_token_id})
     model = accelerator.prepare(CausalLanguageModel(gpt2, len(tokenizer)))
     text = evaluate(model, validation, accelerator, config.micro_batch_size, StopRequest())
     print(f"text           {text.tokens:,} tokens, {text.text_bytes:,} bytes of {source.name}")

@@ -172,6 +172,8 @@ class DataConfig(SourceConfig):
     model.vocab_size tokens on the text."""
     shuffle_blocks: Annotated[int, AtLeast(1), AtMost(2**16)] = 128
     """Blocks that a lane shuffles among themselves, after the order of the shards. 1: blocks come as they are packed."""
+    document_mask: bool = False
+    """Attention stays inside a document, and positions start again with each. False: inside a block."""
     validation_one_in: Annotated[int | None, AtLeast(2, "since 1 would hold out everything"), AtMost(2**40)] = 100
     """Hold out one document in this many for validation, chosen by a hash of its text. Null: none."""
     retry_seconds: WaitSeconds = 600.0

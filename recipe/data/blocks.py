@@ -24,7 +24,10 @@ from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
 
 IGNORED_TARGET = -100  # of a masked target, as in torch.nn.functional.cross_entropy
-MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, sequence_length], on the model's device
+# Inputs and targets, int64 [rows, sequence_length], on the model's device; then, if attention stays inside documents, what
+# `document_starts` gives.
+MicroBatch = tuple[Tensor, ...]
+STARTS_PER_ROW = 16  # places for starts of documents; a constant shape, since each shape is a graph of its own
 UPDATES_READ_AHEAD = 2
 REPORT_SECONDS = 10.0  # between lines that say how far reading is, while an update waits for it
 PADDING = -1  # in the last block of a validation set
@@ -35,7 +38,7 @@ class UpdateBlocks:
     """What one rank holds of one update."""
 
     blocks: np.ndarray  # int32 [blocks of the rank, sequence_length + 1], in lane order
-    batch: MicroBatch  # the same as inputs and targets on the device, int64 [blocks of the rank, sequence_length]
+    batch: MicroBatch  # the same as inputs and targets on the device
     sha256: np.ndarray  # uint8 [blocks of the rank, 32], hash of each block's tokens
     # State of each of the rank's lanes before this update: a checkpoint holds these, and reading the update again
     # leads to the next one
@@ -64,17 +67,13 @@ def make_lanes(run: Run, sources: Sequence[Source], tokenizer: Any) -> list[Lane
     """The lanes that this rank owns."""
     config, plan = run.config, run.plan.update
     order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_blocks)
-    encoders = make_encoders(sources, tokenizer)
-    return [
-        Lane(
-            [
-                DocumentStream(source, encoder.encode, lane, order)
-                for source, encoder in zip(sources, encoders, strict=True)
-            ],
-            plan.sequence_length,
-        )
-        for lane in plan.lanes_of_rank(run.rank)
-    ]
+    pairs = list(zip(sources, make_encoders(sources, tokenizer), strict=True))
+    lanes = []
+    for index in plan.lanes_of_rank(run.rank):
+        streams = [DocumentStream(source, encoder.encode, index, order) for source, encoder in pairs]
+        lanes.append(Lane(streams, plan.sequence_length))
+        lanes[-1].document_start = tokenizer.eos_token_id if config.data.document_mask else None
+    return lanes
 
 
 def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.device) -> UpdateBlocks:
@@ -87,7 +86,7 @@ def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.devic
     blocks = np.concatenate([future.result() for future in reading])
     return UpdateBlocks(
         blocks,
-        to_tensors(blocks, device),
+        to_tensors(blocks, device, lanes[0].document_start),
         hash_blocks(blocks),
         states,
         bad_rows=lanes[0].bad_rows,
@@ -183,27 +182,50 @@ def combine_hashes(hashes: np.ndarray) -> str:
 def split_into_micro_batches(
     batch: MicroBatch, plan: UpdatePlan, rank: int, *, masked_row_last: bool = False
 ) -> list[MicroBatch]:
-    """Split the rank's inputs and targets, [blocks of the rank, tokens], into the micro-batches of the plan.
+    """Split the rank's blocks into the micro-batches of the plan.
 
     A rank with fewer blocks than steps gets fully masked rows. With `masked_row_last` one more micro-batch follows, fully
     masked and as large as the smallest, so that a compiled model knows its shape.
     """
-    inputs, targets = batch
     first = plan.blocks_of_rank(rank).start
     slices = [slice(blocks.start - first, blocks.stop - first) for blocks in plan.micro_batches(rank)]
     smallest = max(1, min(part.stop - part.start for part in slices))
-    masked = torch.zeros_like(inputs[:1]), torch.full_like(targets[:1], IGNORED_TARGET)
-    micro_batches = [(inputs[part], targets[part]) if part.stop > part.start else masked for part in slices]
+    inputs, targets, *starts = (tensor[:1] for tensor in batch)
+    masked = torch.zeros_like(inputs), torch.full_like(targets, IGNORED_TARGET), *starts
+    micro_batches = [tuple(tensor[part] for tensor in batch) if part.stop > part.start else masked for part in slices]
     if masked_row_last:
-        micro_batches.append((masked[0].expand(smallest, -1), masked[1].expand(smallest, -1)))
+        micro_batches.append(tuple(tensor.expand(smallest, -1) for tensor in masked))
     return micro_batches
 
 
-def to_tensors(blocks: np.ndarray, device: torch.device) -> MicroBatch:
-    """Blocks [rows, tokens + 1] -> (inputs, targets), int64 [rows, tokens]; padding becomes token 0 and a masked target."""
-    tokens = torch.from_numpy(blocks.astype(np.int64))
-    if device.type == "cuda":
-        tokens = tokens.pin_memory()
-    tokens = tokens.to(device, non_blocking=True)
+def to_tensors(blocks: np.ndarray, device: torch.device, document_start: int | None = None) -> MicroBatch:
+    """Blocks [rows, tokens + 1] -> inputs and targets; padding becomes token 0 and a masked target.
+
+    With `document_start`, the token at which attention begins anew, the `document_starts` come with them.
+    """
+    tokens, *starts = (
+        _to_device(array, device)
+        for array in (blocks, *([] if document_start is None else [document_starts(blocks, document_start)]))
+    )
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    return inputs.clamp(min=0), targets.masked_fill(targets == PADDING, IGNORED_TARGET)
+    return inputs.clamp(min=0), targets.masked_fill(targets == PADDING, IGNORED_TARGET), *starts
+
+
+def document_starts(blocks: np.ndarray, document_start: int) -> np.ndarray:
+    """Where in the inputs of each block attention begins anew, ascending, and then `sequence_length`: [rows, places].
+
+    That is at the block's start, and at each end-of-text token: what stands in front of a document is its first token, as it
+    is that of a prompt. There are `STARTS_PER_ROW` places, or twice, 4, 8, ... times as many, if a row needs them.
+    """
+    is_start = blocks[:, :-1] == document_start
+    is_start[:, 0] = True
+    counts = is_start.sum(axis=1, keepdims=True)
+    places = max(STARTS_PER_ROW, 1 << int(counts.max() - 1).bit_length())
+    starts = np.full((len(blocks), places), is_start.shape[1])
+    starts[np.arange(places) < counts] = is_start.nonzero()[1]
+    return starts
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array.astype(np.int64))
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -57,14 +57,15 @@ class Lane:
         sequence_length: targets of a block.
     """
 
+    document_start: int | None = None  # token at which attention begins anew, if it stays inside documents
+
     def __init__(self, streams: Sequence[DocumentStream], sequence_length: int) -> None:
         self.streams, self.sequence_length = streams, sequence_length
         self.index, self.order = streams[0].index, streams[0].order
         total = sum(stream.source.weight for stream in streams)
         self._shares = [stream.source.weight / total for stream in streams]
-        self.source_tokens = np.zeros(
-            len(streams), dtype=np.int64
-        )  # targets from each source, in the blocks given last
+        # Targets from each source, in the blocks given last
+        self.source_tokens = np.zeros(len(streams), dtype=np.int64)
         self._begin(Position((StreamPosition(),) * len(streams), (0,) * len(streams)))
 
     @property

@@ -63,8 +63,8 @@ def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size
         for first in range(0, len(share), batch_size):
             if stop.signal:
                 break
-            inputs, targets = to_tensors(share[first : first + batch_size], accelerator.device)
-            losses.append(plain(inputs, targets).float())
+            batch = to_tensors(share[first : first + batch_size], accelerator.device, plain.document_start)
+            losses.append(plain(*batch).float())
     plain.train(was_training)
     stop.agree()
     local = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)

@@ -3,37 +3,16 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipe.config.settings import Config
 from recipe.errors import RecipeError
+from recipe.model.attention import CAUSAL_ATTENTION, causal_attention, inside_documents
 from recipe.model.export import check_vocabulary, load_model, load_weights
 from recipe.model.kernels import compile_model
 from recipe.model.loss import Matmul, summed_token_loss
 from recipe.model.onednn import use_onednn
 from recipe.run.run import Run
-
-# transformers makes no mask for an attention it does not know. For its own "sdpa" it looks on the host, in every forward,
-# whether the position ids restart: a device synchronisation per micro-batch, and under torch.compile a dense mask that
-# loses the flash kernel. Our blocks are causal and nothing else.
-CAUSAL_ATTENTION = "causal_sdpa"
-
-
-def causal_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Causal attention of [batch, heads, tokens, head width] by SDPA; returns [batch, tokens, heads, head width], no weights.
-
-    A single query token with a cache sees all keys. Padding is not supported.
-    """
-    tokens = query.shape[2]
-    assert attention_mask is None
-    assert tokens in (1, key.shape[2]), (query.shape, key.shape)
-    output = F.scaled_dot_product_attention(
-        query, key, value, is_causal=tokens > 1, dropout_p=options.get("dropout", 0.0), scale=options.get("scaling")
-    )
-    return output.transpose(1, 2).contiguous(), None
 
 
 class CausalLanguageModel(nn.Module):
@@ -48,9 +27,16 @@ class CausalLanguageModel(nn.Module):
         self.vocabulary = vocabulary
         self.matmul: Matmul = torch.mm  # for the output layer
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed loss in nats, 0-d; inputs and targets int64 [rows, tokens], targets masked with `IGNORED_TARGET`."""
-        hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+    @property
+    def document_start(self) -> int | None:
+        """The token at which attention begins anew; None if it goes over whole blocks. The weights' configuration says it."""
+        has_mask = getattr(self.gpt2.config, "document_mask", False)
+        return int(self.gpt2.config.eos_token_id) if has_mask else None
+
+    def forward(self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Summed loss in nats, 0-d, of a `MicroBatch`; targets masked with `IGNORED_TARGET`."""
+        inside = {} if starts is None else inside_documents(self.gpt2, starts, inputs.shape[1])
+        hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False, **inside).last_hidden_state
         return summed_token_loss(hidden, self.gpt2.lm_head.weight, targets, self.vocabulary, self.matmul)
 
 
@@ -72,6 +58,7 @@ def gpt2_config(config: Config, end_of_text: int) -> Any:
         initializer_range=model.initializer_range,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text),
         pad_token_id=None,  # packed blocks have no padding; the exported model's generation configuration names one
+        **({"document_mask": True} if config.data.document_mask else {}),  # so that it travels with the weights
         use_cache=False,
         tie_word_embeddings=True,
         dtype="float32",

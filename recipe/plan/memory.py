@@ -25,6 +25,14 @@ def rows_per_chunk(device_type: str) -> int:
     return 512 if device_type == "cpu" else 2048
 
 
+def takes_ranges(device_type: str, precision: str, dropout: float, head_width: int) -> bool:
+    """Whether attention inside documents is computed by their ranges; elsewhere it needs a mask of [tokens, tokens] a row.
+
+    The kernel is flash attention's for sequences of any length, and has no dropout.
+    """
+    return device_type == "cuda" and precision == "bf16" and not dropout and head_width <= 256 and head_width % 8 == 0
+
+
 def parameter_count(model: ModelConfig, n_positions: int) -> int:
     """Trainable parameters of GPT-2 with a tied output layer."""
     width = model.n_embd
@@ -111,6 +119,8 @@ def estimate_memory(
     kept = again * values * state + (model.n_layer - again) * block
     ends = values * normed  # the final layer norm's input, and the embedding's dropout
     ends += values * (4 if is_cpu else 1) if model.dropout else 0
+    if config.data.document_mask and not takes_ranges(device_type, precision, model.dropout, width // model.n_head):
+        ends += tokens * update.sequence_length * product  # which tokens see which, once for all blocks
     activations = kept + ends + 16 * update.largest_share * update.sequence_length  # the update's token ids, int64
 
     # Backward of the last block: its output's gradient, the one of GELU's output (4) before that output is let go, and that

@@ -29,7 +29,7 @@ def measure_update(
     _, _, bad_rows, *sums = map(int, of_ranks.sum(dim=0).tolist())
     run.ledger.count_bad_rows(blocks.update, bad_rows)
     mixed = run.config.data.sources
-    sources = dict(
+    sources: dict[str, int | None] = dict(
         zip(source_columns(run.config), [*map(int, largest[: len(mixed)]), *sums[len(mixed) :]], strict=True)
     )
     run.ledger.count_passes(

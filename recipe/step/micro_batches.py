@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from recipe.data.blocks import IGNORED_TARGET, MicroBatch, UpdateBlocks, split_into_micro_batches
+from recipe.data.blocks import PADDING, MicroBatch, UpdateBlocks, split_into_micro_batches, to_tensors
 from recipe.errors import RecipeError
 from recipe.model.kernels import eager
 from recipe.model.optimizer import seed_dropout
@@ -88,11 +89,17 @@ def warm_up_ddp(run: Run, model: Any) -> None:
     """
     if run.accelerator.num_processes == 1:
         return
-    inputs = torch.zeros((1, run.config.data.sequence_length), dtype=torch.int64, device=run.device)
+    batch = masked_rows(1, run, model)
     with eager(model):
         for _ in range(2):
-            model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
+            model(*batch).backward()
     model.zero_grad(set_to_none=True)
+
+
+def masked_rows(rows: int, run: Run, model: Any) -> MicroBatch:
+    """Rows without a target, in the shape of a run's blocks."""
+    blocks = np.full((rows, run.config.data.sequence_length + 1), PADDING)
+    return to_tensors(blocks, run.device, run.accelerator.unwrap_model(model).document_start)
 
 
 def probe_micro_batch(run: Run, model: Any) -> None:
@@ -121,13 +128,12 @@ def probe_micro_batch(run: Run, model: Any) -> None:
 def _fits(size: int, run: Run, model: Any) -> bool:
     from accelerate.utils.memory import clear_device_cache
 
-    inputs = torch.zeros((size, run.plan.update.sequence_length), dtype=torch.int64, device=run.device)
-    is_out = False
+    batch, is_out = masked_rows(size, run, model), False
     try:
         moments = torch.empty(run.plan.state_bytes[2], dtype=torch.uint8, device=run.device)
         for _ in range(2):  # the second finds gradients there
             with run.accelerator.no_sync(model), eager(model):
-                model(inputs, torch.full_like(inputs, IGNORED_TARGET)).backward()
+                model(*batch).backward()
         del moments
     except RuntimeError as error:
         if not is_out_of_memory(error):

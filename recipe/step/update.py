@@ -42,7 +42,7 @@ def run_update(
 
     Args:
         run: its accelerator and settings.
-        model: prepared; `model(inputs, targets)` gives the summed token loss.
+        model: prepared; `model(*micro_batch)` gives the summed token loss.
         optimizer: prepared.
         micro_batches: this rank's; the same number on every rank.
         target_tokens: unmasked targets of the update over all ranks if known in advance. None: count them, at the cost of one
@@ -120,11 +120,11 @@ def accumulate_gradient(
     scale = factor / targets.to(torch.float32 if targets.device.type == "mps" else torch.float64)  # MPS has no float64
     loss_sum, agreements, ran_out = torch.zeros_like(scale), stop.agreements, False
     try:
-        for step, (inputs, labels) in enumerate(micro_batches, start=1):
+        for step, micro_batch in enumerate(micro_batches, start=1):
             if step == steps or stop.signal:
                 stop.agree()
             with _manual_context(accelerator, model, step == steps) if is_manual else accelerator.accumulate(model):
-                loss = model(inputs, labels)
+                loss = model(*micro_batch)
                 backward(loss * scale)
                 loss_sum += loss.detach()
     except RuntimeError as error:
@@ -167,5 +167,5 @@ def _count_targets(micro_batches: Sequence[MicroBatch], accelerator: Any, known:
     device = micro_batches[0][1].device
     if known is not None:
         return torch.full((), known, device=device)  # torch.tensor would wait for the device
-    counts = [(targets != IGNORED_TARGET).sum() for _, targets in micro_batches]
+    counts = [(targets != IGNORED_TARGET).sum() for _, targets, *_ in micro_batches]
     return accelerator.reduce(torch.stack(counts).sum(), reduction="sum").clamp(min=1)

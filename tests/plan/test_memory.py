@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.allocator import allocator_peak
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config
-from recipe.data.blocks import split_into_micro_batches
+from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.model.gpt2 import build_gpt2
 from recipe.model.kernels import set_kernels
 from recipe.model.optimizer import build_optimizer
@@ -59,13 +60,13 @@ def measured_peak(config: Config, wrap: Callable[[Any], Any] = lambda model: mod
     def two_updates() -> None:
         run = make_run(config, accelerator)
         model = build_gpt2(config, config.model.vocab_size - 47, 0)  # as many rows of padding as GPT-2 has
+        document_start = model.document_start
         model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
         model = wrap(model).train()
         for _ in range(2):
-            inputs, targets = torch.randint(
-                config.model.vocab_size - 47, (2, plan.blocks_per_update, plan.sequence_length)
-            )
-            micro_batches = split_into_micro_batches((inputs, targets), plan, 0)
+            shape = plan.blocks_per_update, plan.sequence_length + 1
+            batch = to_tensors(np.random.randint(config.model.vocab_size - 47, size=shape), device, document_start)
+            micro_batches = split_into_micro_batches(batch, plan, 0)
             run_update(run, model, optimizer, micro_batches)
 
     set_kernels(config, device)
@@ -83,6 +84,7 @@ def error_of_plan(config: Config, measured: int, world_size: int = 1) -> float:
     return estimate_memory(config, size, "cpu", config.precision, world_size).peak_bytes / measured - 1
 
 
+DOCUMENTS = "--data.document_mask true"
 CHECKPOINTING = "--performance.activation_checkpointing"
 
 
@@ -101,6 +103,9 @@ CHECKPOINTING = "--performance.activation_checkpointing"
         (3, 128, 512, 128, 8, "--model.dropout 0.1"),
         (3, 128, 512, 128, 8, "--model.activation_function gelu_new"),
         (3, 128, 512, 128, 8, "--optimizer.name sgd"),
+        (2, 32, 512, 1024, 2, DOCUMENTS),  # mostly the mask
+        (2, 32, 512, 1024, 2, f"{DOCUMENTS} --precision bf16"),
+        (3, 128, 512, 128, 8, f"{DOCUMENTS} --model.dropout 0.1"),
         (2, 128, 2048, 64, 4, "--precision bf16"),
         (2, 32, 8192, 128, 5, "--precision bf16"),  # two chunks of logits
         (2, 256, 8192, 16, 1, "--precision bf16"),  # mostly embedding

@@ -36,12 +36,12 @@ BOUND = {"torch.float64": 1e-12, "torch.float32": 1e-6}
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gradient_equals_one_big_batch(world_size: int, tmp_path: Path) -> None:
-    """Micro-batch 1 to 16, both paths, float64 and float32, packed and unevenly masked; ranks are gloo processes."""
+    """Micro-batch 1 to 16, both paths, float64 and float32, packed, unevenly masked, in documents; ranks are processes."""
     result = tmp_path / "differences.json"
     run_ranks(world_size, ["-m", "tests.support.gradients", str(result)])
     found = json.loads(result.read_text(encoding="utf-8"))
     assert found.pop("world_size") == world_size
-    assert len(found) == 4
+    assert len(found) == 5
     for case, by_way in found.items():
         assert len(by_way) == 24
         for way, difference in by_way.items():

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from recipe.config.settings import BatchConfig, Config, ModelConfig, OptimizerConfig, Scaling
+from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Scaling
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch, split_into_micro_batches, to_tensors
 from recipe.errors import run_command
 from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
@@ -41,10 +41,11 @@ def make_accelerator() -> Any:
     return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
 
 
-def make_model(dtype: torch.dtype) -> CausalLanguageModel:
-    """A GPT-2 of two layers, with weights large enough for a gradient that is not nearly linear."""
+def make_model(dtype: torch.dtype, document_mask: bool = False) -> CausalLanguageModel:
+    """A GPT-2 of two layers, with weights large enough for a gradient that is not nearly linear. Lines are documents."""
+    data = DataConfig(document_mask=document_mask)
     shape = ModelConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=320, n_positions=LENGTH, initializer_range=0.2)
-    return build_gpt2(Config(model=shape), VOCABULARY, 0).to(dtype)
+    return build_gpt2(Config(data=data, model=shape), VOCABULARY, ord("\n") + 1).to(dtype)
 
 
 def run_of(
@@ -71,13 +72,17 @@ def make_mask(count: int, masked: bool) -> Tensor:
     )
 
 
-def micro_batches_of(plan: UpdatePlan, rank: int, blocks: np.ndarray, mask: Tensor) -> list[MicroBatch]:
+def micro_batches_of(
+    plan: UpdatePlan, rank: int, blocks: np.ndarray, mask: Tensor, document_start: int | None = None
+) -> list[MicroBatch]:
     """The rank's micro-batches as the recipe cuts them, with the masked targets left out."""
     share = plan.blocks_of_rank(rank)
-    cut = split_into_micro_batches(to_tensors(blocks[share.start : share.stop], torch.device("cpu")), plan, rank)
+    batch = to_tensors(blocks[share.start : share.stop], torch.device("cpu"), document_start)
     return [
-        (inputs, targets.masked_fill(mask[held.start : held.stop], IGNORED_TARGET) if len(held) else targets)
-        for (inputs, targets), held in zip(cut, plan.micro_batches(rank), strict=True)
+        (inputs, targets.masked_fill(mask[held.start : held.stop], IGNORED_TARGET) if len(held) else targets, *starts)
+        for (inputs, targets, *starts), held in zip(
+            split_into_micro_batches(batch, plan, rank), plan.micro_batches(rank), strict=True
+        )
     ]
 
 
@@ -88,11 +93,11 @@ def flat_gradient(model: nn.Module) -> Tensor:
     return flat
 
 
-def big_batch(model: nn.Module, blocks: np.ndarray, mask: Tensor) -> tuple[float, Tensor]:
+def big_batch(model: CausalLanguageModel, blocks: np.ndarray, mask: Tensor) -> tuple[float, Tensor]:
     """(mean loss, gradient) of all blocks in one forward and backward, with nothing of the recipe's scaling."""
-    tokens = torch.from_numpy(blocks.astype(np.int64))
-    targets = tokens[:, 1:].masked_fill(mask, IGNORED_TARGET)
-    loss = model(tokens[:, :-1], targets) / (targets != IGNORED_TARGET).sum()
+    inputs, targets, *starts = to_tensors(blocks, torch.device("cpu"), model.document_start)
+    targets = targets.masked_fill(mask, IGNORED_TARGET)
+    loss = model(inputs, targets, *starts) / (targets != IGNORED_TARGET).sum()
     loss.backward()
     return loss.item(), flat_gradient(model)
 
@@ -102,17 +107,17 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def differences(accelerator: Any, dtype: torch.dtype, masked: bool) -> dict[str, float]:
+def differences(accelerator: Any, dtype: torch.dtype, masked: bool, document_mask: bool = False) -> dict[str, float]:
     """Largest relative difference, of gradient or loss, to the big batch, for each way of computing it."""
     results = {}
-    plain = make_model(dtype)
-    model = accelerator.prepare(make_model(dtype))
+    plain = make_model(dtype, document_mask)
+    model = accelerator.prepare(make_model(dtype, document_mask))
     for count, lanes in SHAPES:
         blocks, mask = make_blocks(count), make_mask(count, masked)
         expected_loss, expected = big_batch(plain, blocks, mask)
         for size in MICRO_BATCH_SIZES:
             plan = UpdatePlan(count * LENGTH, LENGTH, lanes, accelerator.num_processes, size)
-            micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask)
+            micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask, plain.document_start)
             for path in PATHS:
                 run, known = run_of(accelerator, plan, path), None if masked else plan.tokens_per_update
                 loss, targets = accumulate_gradient(run, model, micro_batches, known)
@@ -163,6 +168,7 @@ def main() -> None:
         for dtype in (torch.float64, torch.float32)
         for masked in (False, True)
     }
+    results["torch.float64, in documents"] = differences(accelerator, torch.float64, masked=True, document_mask=True)
     if accelerator.is_main_process:
         Path(sys.argv[1]).write_text(json.dumps({"world_size": accelerator.num_processes, **results}), encoding="utf-8")
     accelerator.end_training()
