@@ -8,7 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from subprocess import PIPE, STDOUT
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from recipe.data.standard_library import standard_library_files
+from recipe.errors import RecipeError
 from recipe.run.ledger import EVENTS, LEDGER
 from tests.support.fork_server import ForkedProcess, ForkServer
 
@@ -235,3 +236,10 @@ def assert_same_run(whole: Path, other: Path) -> None:
     summary, expected = (json.loads((directory / "summary.json").read_text("utf-8")) for directory in (other, whole))
     for name in ("validation", "parity_check"):
         assert summary[name] == expected[name]
+
+
+def expect_error(words: Sequence[str], action: Callable[[], object]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        action()
+    for word in words:
+        assert word in str(caught.value)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recipe.data.files import File, name_of
-from recipe.data.formats import BadRow, Ids, NotInRow, Reading, ids_of_row, no_column, strip_ends
+from recipe.data.formats import READ_IDS, BadRow, Ids, NotInRow, Reading, ids_of_row, no_column, strip_ends
 from recipe.errors import RecipeError
 
 VOCABULARY_KEY = b"recipe.vocabulary_sha256"  # of a file's metadata: see `recipe.data.tokenizer.vocabulary_hash`
@@ -42,7 +42,8 @@ def check_column(schema: pa.Schema, reading: Reading, file: File) -> None:
         return
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(is_text(kind) for is_text in _TEXTS):
-        raise RecipeError(f"column {column!r} of {name_of(file)} holds {kind}, not text: set --data.text_column")
+        ways = READ_IDS if holds_ids(kind) else "set --data.text_column"
+        raise RecipeError(f"column {column!r} of {name_of(file)} holds {kind}, not text: {ways}")
 
 
 def holds_ids(kind: pa.DataType) -> bool:

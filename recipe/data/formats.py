@@ -16,6 +16,9 @@ import numpy as np
 from recipe.data.files import COMPRESSIONS, File, compression_of, decompressed, name_of, open_bytes
 
 State = dict[str, int]
+# Columns of token ids, in the order in which they are looked for where none is named.
+TOKEN_COLUMNS = ("input_ids", "token_ids", "tokens", "ids")
+READ_IDS = "token ids are read by --data.token_files, or --data.token_column of a dataset"
 LARGEST_ROW_BYTES = 1 << 28  # of JSONL: a longer line is no row
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -192,7 +195,10 @@ def json_columns(file: File) -> list[str]:
 def no_column(reading: Reading, columns: Sequence[str]) -> str:
     """What to say where the column is not among those that there are."""
     setting = "data.token_column" if reading.ids else "data.text_column"
-    return f"has no column {reading.column!r}: set --{setting} to one of {list(columns)[:30]}"
+    ways = f"set --{setting} to one of {list(columns)[:30]}"
+    if reading.ids is None and not {*TOKEN_COLUMNS}.isdisjoint(columns):
+        ways += f"; {READ_IDS}"
+    return f"has no column {reading.column!r}: {ways}"
 
 
 def ids_of_row(values: np.ndarray, ids: TokenIds) -> Ids:

@@ -15,7 +15,7 @@ from recipe.config.text_files import FLAT, text_file_format, token_file_format
 from recipe.data.documents import Source, hash_number
 from recipe.data.files import File, LocalFile, name_of
 from recipe.data.find import Say, find_all, find_files_of, patiently
-from recipe.data.formats import Part, Reading
+from recipe.data.formats import TOKEN_COLUMNS, Part, Reading
 from recipe.data.shards import Shards, cut, make_shards
 from recipe.data.standard_library import split_standard_library
 from recipe.data.token_files import open_token_files
@@ -26,8 +26,6 @@ from recipe.format import size_text
 from recipe.run.files import new_file
 
 TYPICAL_TOKEN_BYTES = 4.5  # of English text in GPT-2's vocabulary
-# Columns of token ids, in the order in which they are looked for where none is named.
-TOKEN_COLUMNS = ("input_ids", "token_ids", "tokens", "ids")
 _COPIED_COLUMN = "text"  # the only one of a copy
 
 
@@ -96,10 +94,10 @@ def open_source(
 
 def _no_shards(config: Config, of: SourceConfig, files: Sequence[File]) -> Shards:
     """How the documents of a source are read; whether a dataset has text or token ids, its first file says."""
-    is_text = bool(of.text_files) or of.dataset == STANDARD_LIBRARY
-    kind = "text" if of.dataset == STANDARD_LIBRARY and not of.files else text_file_format(files[0].address)
-    if of.token_files:
-        kind = token_file_format(files[0].address)
+    is_library = not of.files and of.dataset == STANDARD_LIBRARY
+    is_text = is_library or bool(of.text_files)
+    format_of = token_file_format if of.token_files else text_file_format
+    kind = "text" if is_library else format_of(files[0].address)
     assert kind is not None
     column, seen = of.token_column, Shards(Reading(kind), ())
     if column is None and not is_text and kind not in (FLAT, "text"):

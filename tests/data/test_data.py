@@ -6,7 +6,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
 from recipe.run.console import Console
 from recipe.run.stop import Stopped
-from tests.helpers import write_texts
+from tests.helpers import expect_error, write_texts
 from tests.support.lanes import (
     CPU,
     LENGTH,
@@ -382,13 +382,6 @@ def test_files_of_very_different_sizes_are_split_by_rows(tmp_path: Path) -> None
     sizes = [len("".join(texts_of(lane))) for lane in lanes]
     assert max(sizes) < 2 * min(sizes)
     check_conservation(lanes, [*texts, "tiny"])
-
-
-def expect_error(words: Sequence[str], action: Callable[[], object]) -> None:
-    with pytest.raises(RecipeError) as caught:
-        action()
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_fewer_documents_than_lanes_is_an_error(tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def test_the_starts_come_with_the_blocks(tmp_path: Path) -> None:
     for has_mask in (False, True):
         config = config_for(tmp_path, f"{tmp_path}/texts/*.txt", lanes=4, document_mask=has_mask, tokenizer=None)
         source = open_source(config)
-        tokenizer = load_tokenizer(config, source)
-        update = next_update(make_lanes(run_on(config, 8), source, tokenizer), 2, CPU)
+        tokenizer = load_tokenizer(config, [source])
+        update = next_update(make_lanes(run_on(config, 8), [source], tokenizer), 2, CPU)
         inputs, targets, *starts = update.batch
         assert inputs.shape == targets.shape
         assert [x.tolist() for x in starts] == [

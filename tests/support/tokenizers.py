@@ -102,3 +102,20 @@ def make_tokenizer(kind: str, texts: Sequence[str]) -> Any:
         backend = Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), "pre_tokenizer": None}))
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="[PAD]")
+
+
+def save_byte_tokenizer(directory: Path) -> str:
+    """A token for each byte, of its number, and 256 for the end of text."""
+    shown = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # by their own character; the others by those from 256 on
+    characters = {byte: chr(byte) for byte in shown}
+    characters |= {byte: chr(256 + n) for n, byte in enumerate(sorted({*range(256)} - {*shown}))}
+    bpe = Tokenizer(models.BPE({character: byte for byte, character in characters.items()}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(directory)
+    return str(directory)
