@@ -30,10 +30,12 @@ from recipe.data.sources import describe, open_source
 from recipe.data.tokenizer import train_tokenizer
 from recipe.errors import RecipeError
 from recipe.evaluation.in_run import read_validation_sets
+from tests.helpers import expect_error
 from tests.support.checkpoints import state_of
 from tests.support.http_server import HUB_COMMIT, HUB_DATASET, HttpServer, for_ever
 from tests.support.lanes import CPU, config_for, lane_of
 from tests.support.runs import make_run
+from tests.support.tokenizers import save_byte_tokenizer
 
 GROUPS, ROWS = 6, 40
 TEXTS = [f"{number} " + "some words of a text " * 20 for number in range(GROUPS * ROWS)]
@@ -91,6 +93,21 @@ def test_of_a_row_group_nothing_but_its_text_is_asked_for_once(server: HttpServe
     assert text <= sum(end - start for start, end in read) < 1.1 * text
     assert opened <= 3, "the end, perhaps the rest of the footer"
     assert sum(end - start for start, end in server.ranges[:ranges]) < 2 * TAIL_BYTES
+
+
+def test_a_dataset_of_token_ids_is_found_by_its_column(server: HttpServer, tmp_path: Path) -> None:
+    """Without a setting; and nothing but the ids of a row group is asked for."""
+    ids = [[*text.encode()] for text in TEXTS]
+    table = pa.table({"id": ["x" * 900] * len(ids), "input_ids": pa.array(ids, pa.list_(pa.uint16()))})
+    pq.write_table(table, tmp_path / "served/a.parquet", row_group_size=ROWS, compression="none", use_dictionary=False)
+    source = open_source(config_of(tmp_path, tokenizer=save_byte_tokenizer(tmp_path / "tokenizer")))
+    assert source.holds_ids
+    assert source.training.tokens == sum(map(len, ids))
+    before = len(server.ranges)
+    assert [document.tolist() for document in source.training_documents()] == ids
+    assert sum(end - start for start, end in server.ranges[before:]) < 2.2 * sum(map(len, ids))
+    named = config_of(tmp_path, tokenizer=str(tmp_path / "tokenizer"), token_column="id")
+    expect_error(["holds string, not lists of integers", "one of ['input_ids']"], lambda: open_source(named))
 
 
 def test_other_ranks_ask_for_nothing_but_their_text(server: HttpServer, tmp_path: Path) -> None:
