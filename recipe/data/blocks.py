@@ -203,12 +203,13 @@ def to_tensors(blocks: np.ndarray, device: torch.device, document_start: int | N
 
     With `document_start`, the token at which attention begins anew, the `document_starts` come with them.
     """
-    tokens, *starts = (
-        _to_device(array, device)
-        for array in (blocks, *([] if document_start is None else [document_starts(blocks, document_start)]))
-    )
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    return inputs.clamp(min=0), targets.masked_fill(targets == PADDING, IGNORED_TARGET), *starts
+    arrays = [blocks[:, :-1], blocks[:, 1:]]
+    if document_start is not None:
+        arrays.append(document_starts(blocks, document_start))
+    inputs, targets, *starts = (_to_device(array, device) for array in arrays)
+    if blocks[-1, -1] == PADDING:  # behind the last document of a validation set, and nowhere else
+        inputs, targets = inputs.clamp(min=0), targets.masked_fill(targets == PADDING, IGNORED_TARGET)
+    return inputs, targets, *starts
 
 
 def document_starts(blocks: np.ndarray, document_start: int) -> np.ndarray:
