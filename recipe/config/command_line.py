@@ -7,13 +7,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipe.config.checks import check_text, check_values, validate
 from recipe.config.init_from import SHAPE, shape_of
-from recipe.config.settings import Config, flat_fields, sections_of
+from recipe.config.settings import Config, MixtureSource, flat_fields, sections_of
 from recipe.errors import RecipeError
 
 _MOST_ARGUMENTS = 1000  # reading them takes a tenth of a second; there are fewer settings
@@ -49,6 +49,8 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    # Of a class that it does not know, it would import whatever the value names.
+    jsonargparse.typing.register_type(MixtureSource, asdict, _read_source, fail_already_registered=False)
     parser = jsonargparse.ArgumentParser(
         prog=program,
         description=description,
@@ -64,6 +66,33 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
         parser._remove_action(action)
         action.help = argparse.SUPPRESS
     return parser
+
+
+@functools.cache
+def _source_parser() -> Any:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(MixtureSource)
+    return parser
+
+
+def _read_source(settings: Any) -> MixtureSource:
+    """One of `data.sources`, from what YAML or JSON has of it.
+
+    Raises:
+        RecipeError: it is no mapping, or not of a source's settings.
+    """
+    if not isinstance(settings, dict):
+        raise RecipeError(
+            f"data.sources: {settings!r} is no source: give a list of mappings, such as [{{dataset: user/name, weight: 0.7}}]"
+        )
+    parser = _source_parser()
+    try:
+        return MixtureSource(**vars(parser.parse_object(settings)))
+    except argparse.ArgumentError as error:
+        helps = {action.dest: action.help for action in parser._actions if action.dest != "help"}
+        raise RecipeError(f"data.sources: {_explain(str(error), helps).removeprefix('--')}") from None
 
 
 def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[Any, Any]:
@@ -148,6 +177,8 @@ def read_config(path: Path) -> Config:
 
 def _expand_home(value: Any) -> Any:
     """`~` at the start of a path is the home, also where no shell has seen it: in a YAML, in quotes, behind `=`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **_expand_home(vars(value)))
     if isinstance(value, dict):
         return {name: _expand_home(path) for name, path in value.items()}
     if isinstance(value, list | tuple):
@@ -168,9 +199,7 @@ def _join_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
                 values.append(rest.pop(0))
             if not values:
                 raise RecipeError(f"{argument} needs a value")
-            is_list = (
-                len(values) == 1 and values[0].startswith(('["', "['", "[]", "[{")) and values[0].rstrip().endswith("]")
-            )
+            is_list = len(values) == 1 and re.fullmatch(r"\s*\[\s*[\"'{\]](.*\])?\s*", values[0], re.DOTALL)
             argument = f"{flag}={values[0] if is_list else json.dumps(values, ensure_ascii=False)}"
         joined.append(argument)
     return joined
@@ -184,6 +213,7 @@ def _explain(message: str, helps: dict[str, str]) -> str:
         (r"Expected an? (.+)\. Got value: ", r"expected \1, got "),
         (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: ", r"expected \1, got "),
         (r"typing\.|<class '|'>", ""),
+        (r"expected tuple", "expected list"),
         (r"NoneType|None$", "null"),
     ):
         message = re.sub(pattern, text, message)
