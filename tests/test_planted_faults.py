@@ -16,6 +16,7 @@ from tests.support.checkpoints import check_order_of_syncs
 from tests.support.faulty_train import FAULTS
 from tests.support.gradients import check_sgd_update
 from tests.support.lanes import check_conservation_of_files, check_states_of_updates
+from tests.support.mixtures import LONG_AND_SHORT, check_shares, mixture_of
 
 PATCHED = ("recipe.step.update", "recipe.step.parity", "recipe.model.optimizer", "recipe.checkpoint.files")
 Plant = Callable[[str], None]
@@ -44,6 +45,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
 def test_without_a_fault_the_checks_pass(accelerator: Any, plant: Plant, tmp_path: Path) -> None:
     check_sgd_update(accelerator, "accumulate", 0.5)
     check_conservation_of_files(tmp_path, 3)
+    check_shares(mixture_of(tmp_path, LONG_AND_SHORT))
 
 
 @pytest.mark.parametrize("fault", ["divide_the_loss_twice", "mean_of_means", "clip_each_micro_batch"])
@@ -69,6 +71,12 @@ def test_a_dropped_tail_is_noticed(plant: Plant, tmp_path: Path) -> None:
     plant("drop_the_tail_of_a_packing_batch")
     with pytest.raises(AssertionError):
         check_conservation_of_files(tmp_path, 3)
+
+
+def test_weights_that_are_drawn_by_documents_are_noticed(plant: Plant, tmp_path: Path) -> None:
+    plant("draw_by_documents")
+    with pytest.raises(AssertionError):
+        check_shares(mixture_of(tmp_path, LONG_AND_SHORT))
 
 
 def test_a_state_ahead_of_consumption_is_noticed(plant: Plant, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Lane:
     def __init__(self, streams: Sequence[DocumentStream], sequence_length: int) -> None:
         self.streams, self.sequence_length = streams, sequence_length
         self.index, self.order = streams[0].index, streams[0].order
-        total = sum(stream.source.weight for stream in streams)
+        total = math.fsum(stream.source.weight for stream in streams)  # the same in every version of Python
         self._shares = [stream.source.weight / total for stream in streams]
         # Targets from each source, in the blocks given last
         self.source_tokens = np.zeros(len(streams), dtype=np.int64)

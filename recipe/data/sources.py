@@ -142,10 +142,6 @@ def describe(source: Source, files: Sequence[File], lanes: int, tokens: int) -> 
     if known := source.training.tokens:
         parts.append(f"{known:,} tokens: {tokens / known:,.2f} passes")
     if source.holds_pieces:
-        parts.append("pieces of a stream, of which none is known to be a document")
-    if known := source.training.tokens:
-        parts.append(f"{known:,} tokens: {tokens / known:,.2f} passes")
-    if source.holds_pieces:
         parts.append("pieces of a stream, since it has no known ends of documents")
     if source.is_remote and source.training.reading.format == "parquet":
         parts.append(f"up to {size_text(lanes * source.training.reader.largest_bytes)} of row groups in memory")

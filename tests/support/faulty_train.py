@@ -5,6 +5,7 @@ Each fault is one that people make with this stack. tests/test_planted_faults.py
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import recipe.checkpoint.files
 import recipe.checkpoint.resume
 import recipe.checkpoint.saver
+import recipe.data.lanes
 import recipe.evaluation.in_run
 import recipe.hub.client
 import recipe.model.gpt2
@@ -118,6 +120,19 @@ def drop_the_tail_of_a_packing_batch() -> None:
                 tokens = tokens[: max(len(tokens) - held % self.sequence_length, 0)]
                 held = 0
             yield document._replace(tokens=tokens)
+
+    Lane._read_documents = read  # type: ignore[method-assign]
+
+
+def draw_by_documents() -> None:
+    """Take the weights of a mixture as chances of the next document, as `interleave_datasets` does."""
+
+    def read(self: Lane, start: Any) -> Iterator[Any]:
+        documents = [stream.read(position) for stream, position in zip(self.streams, start.streams, strict=True)]
+        numbers, draw = range(len(documents)), random.Random(0)
+        while True:
+            (source,) = draw.choices(numbers, [stream.source.weight for stream in self.streams])
+            yield recipe.data.lanes._Document(start.streams, start.source_tokens, source, next(documents[source])[1])
 
     Lane._read_documents = read  # type: ignore[method-assign]
 
@@ -359,6 +374,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         tick_the_schedule_per_rank,
         clip_each_micro_batch,
         drop_the_tail_of_a_packing_batch,
+        draw_by_documents,
         prepare_the_data_loader,
         read_ahead_of_the_state,
         infinite_gradient_on_rank_1,
