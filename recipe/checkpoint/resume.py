@@ -1,6 +1,7 @@
 """From which checkpoint a run goes on, and the check that it is the same run."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
 from recipe.config.command_line import read_config
-from recipe.config.settings import Config, MixtureSource, flat_settings, value_of
+from recipe.config.settings import Config, DataConfig, MixtureSource, flat_settings
 from recipe.data.blocks import UpdateBlocks, batch_index, next_update
 from recipe.data.documents import Source
 from recipe.data.find import find_files_of
@@ -30,7 +31,7 @@ from recipe.step.spikes import Spike, spike_error
 # What may change between the parts of a run: none of it enters the update. Everything else is the run.
 MAY_CHANGE_ON_RESUME = (
     *("run.directory", "run.max_updates", "run.parity_check", "batch.micro_batch_size", "batch.scaling"),
-    *("data.cache_directory", "data.retry_seconds", "data.on_bad_row"),
+    *("data.cache_directory", "data.retry_seconds", "data.on_bad_row", "data.max_passes"),
     *("schedule.total_tokens", "schedule.tokens_per_parameter"),
     *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
 )
@@ -101,9 +102,7 @@ def find_resume_point(config: Config) -> ResumePoint:
         reason = why_invalid(candidate)
         if reason is None:
             state = read_state(candidate)
-            names = ("data.text_files", "data.token_files")
-            is_same_kind = all(bool(state.config.get(name)) == bool(value_of(config, name)) for name in names)
-            may_move = TEXT_MAY_MOVE if state.text and is_same_kind else ()
+            may_move = TEXT_MAY_MOVE if state.text else ()
             changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
             is_own = candidate.parent == directory / "checkpoints"
             events = directory / EVENTS if is_own else _events_of(candidate)
@@ -141,17 +140,39 @@ def _earlier_config(directory: Path) -> dict[str, Any] | None:
 def _check_same_run(
     earlier: dict[str, Any] | None, config: Config, what: str, may_change: tuple[str, ...] = ()
 ) -> dict[str, list[Any]]:
-    """Changes from `earlier` to `config` that may be; a change of the run itself is refused."""
+    """Changes from `earlier` to `config` that may be; a change of the run itself is refused.
+
+    A setting that the version of `earlier` did not have, was its default.
+    """
     if earlier is None:
         return {}
-    now = flat_settings(config)
-    changes = {name: [earlier.get(name), value] for name, value in now.items() if earlier.get(name) != value}
+    old, now = flat_settings(Config()) | earlier, flat_settings(config)
+    if len(old["data.sources"]) == len(now["data.sources"]):
+        old, now = _with_sources(old), _with_sources(now)
+    changes = {name: [old[name], value] for name, value in now.items() if old[name] != value}
     allowed = (*MAY_CHANGE_ON_RESUME, *may_change)
-    fatal = {name: values for name, values in changes.items() if not name.startswith(allowed)}
+
+    def is_fatal(name: str) -> bool:
+        was, is_now = changes[name]
+        starts_or_ends = name.endswith("_files") and bool(was) != bool(is_now)  # files take the place of a dataset
+        return starts_or_ends or not re.sub(r"^data\.sources\[\d+\]", "data", name).startswith(allowed)
+
+    fatal = {name: values for name, values in changes.items() if is_fatal(name)}
     if fatal:
         shown = ", ".join(f"{name} was {_shown(old)} and is {_shown(new)}" for name, (old, new) in fatal.items())
         raise RecipeError(f"{what}: {shown}; use another --run.directory, or --resume fresh to move it aside")
     return changes
+
+
+def _with_sources(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings in which each one of a mixture's sources has a name: `data.sources[0].weight`."""
+    (defaults,) = flat_settings(Config(data=DataConfig(sources=(MixtureSource(),))))["data.sources"]
+    settings, sources = dict(settings), [defaults | source for source in settings["data.sources"]]
+    for number, source in enumerate(sources):
+        label = MixtureSource(**{name: source[name] for name in defaults}).label  # a moved file may not rename columns
+        settings |= {f"data.sources[{number}].{name}": value for name, value in (source | {"name": label}).items()}
+    del settings["data.sources"]
+    return settings
 
 
 def _shown(value: Any) -> str:
