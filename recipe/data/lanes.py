@@ -80,8 +80,9 @@ class Lane:
 
     @property
     def passes(self) -> list[int]:
-        """Of each source, complete passes over the lane's documents where the window starts."""
-        return [position.epoch for position in self._position.streams]
+        """Of each source, complete passes over the lane's documents, up to the end of the window in use."""
+        position = self._position if self._window is None else self._tokens.position()
+        return [stream.epoch for stream in position.streams]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON value from which `load_state_dict` continues with exactly the next block."""

@@ -43,7 +43,7 @@ class LedgerEntry:
     peak_memory_bytes: int | None = None
     checkpoint_stall_seconds: float | None = None  # time training stood still to copy its state for a checkpoint
     # Of each source of a mixture: columns `source/NAME/tokens`, targets of this update from it, and `source/NAME/passes`,
-    # complete passes over its documents, of the lane that has made most
+    # complete passes over its documents, of the lane that has made most, up to the end of its shuffle window
     sources: dict[str, int | None] = field(default_factory=dict)
     # Columns `validation/NAME/loss` (nats per token) and `validation/NAME/bits_per_byte` of each set
     validation: dict[str, float | None] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Ledger:
             read, most = passes[source.label], source.max_passes
             if most and read >= most and read > self._passes.get(source.label, 0):
                 self.event("passes", update, source=source.label, passes=read, max_passes=most)
-                self.say(f"{source.label} is read for the {read + 1}. time, and max_passes = {most}")
+                self.say(f"{source.label} has been read {read} times (max_passes = {most}), and is read again")
                 self._passes[source.label] = read
 
     def event(self, event: str, update: int, **values: Any) -> None:
@@ -130,6 +130,8 @@ class Ledger:
         self._skipped_in_a_row = 0
         for name in (LEDGER, EVENTS):
             _truncate(self.directory / name, update)
+        known = read_events(self.directory / EVENTS, "passes", update)
+        self._passes = {event["source"]: event["passes"] for event in known}
 
     def amend(self, update: int, values: dict[str, float | None]) -> None:
         """Put what is known only now into the line of `update`, and give it to the trackers. Atomic.

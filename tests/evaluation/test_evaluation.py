@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from recipe.commands import evaluate as evaluate_command
 from recipe.config.command_line import load_config
 from recipe.data.validation import pack_validation
 from recipe.errors import RecipeError
-from recipe.evaluation.evaluate import evaluate
+from recipe.evaluation.evaluate import Evaluation, evaluate, mean_by_weight
 from recipe.model.export import load_pretrained
 from recipe.model.gpt2 import CausalLanguageModel
 from recipe.run.stop import StopRequest
@@ -108,6 +110,23 @@ def test_prompts_and_sets_survive_the_written_configuration(runs: tuple[Path, Pa
     settings = load_config(["--config", str(runs[0] / "config.yaml")]).evaluation
     assert settings.prompts == (*PROMPTS, TOO_LONG)
     assert settings.sets == {"short": f"{runs[0].parent}/short.txt", "rows": f"{runs[0].parent}/rows.jsonl"}
+
+
+def test_a_mean_by_weight_is_the_loss_on_text_that_is_mixed_by_tokens() -> None:
+    """Three tokens of the first for one of the second, which has fewer bytes in each."""
+
+    def evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
+        return Evaluation(nats / tokens, nats / math.log(2) / text_bytes, tokens, text_bytes)
+
+    first, second = evaluation(900.0, 300, 1350), evaluation(500.0, 100, 200)
+    mixed, mean = evaluation(1400.0, 400, 1550), mean_by_weight([(first, 0.6), (second, 0.2)])
+    assert (mean.loss, mean.bits_per_byte) == (pytest.approx(mixed.loss), pytest.approx(mixed.bits_per_byte))
+    assert (mean.tokens, mean.text_bytes) == (400, 1550)
+    larger = evaluation(9000.0, 3000, 13_500)
+    assert mean_by_weight([(larger, 3), (second, 1)]).loss == pytest.approx(mixed.loss), (
+        "sizes of the sets do not count"
+    )
+    assert mean_by_weight([(first, 3), (replace(second, bits_per_byte=None), 1)]).bits_per_byte is None
 
 
 @pytest.mark.parametrize(
