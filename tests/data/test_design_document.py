@@ -26,8 +26,29 @@ def check_order(run: Path, tokenizer: Tokenizer | None = None) -> Order:
 
 def test_the_document_gives_the_blocks_of_a_run_over_text_files(finished: Path) -> None:
     order = check_order(finished)
-    documents = sum(len(list(order.documents(shard))) for shard in range(len(order.shards)))
-    assert documents < len(order.shards), "some are held out"
+    (source,) = order.sources
+    assert len(list(source.all_documents())) < len(source.shards), "some are held out"
+
+
+def test_the_document_gives_the_blocks_of_a_mixture(tmp_path: Path) -> None:
+    """Of three files of text each and one of rows, with a tokenizer trained on both; the rows are read three times."""
+    texts = write_texts(tmp_path / "texts", count=30, largest=1400)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[24:])
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    for number in range(24, 30):
+        (tmp_path / f"texts/{number:03d}.txt").unlink()
+    sources = [
+        {"text_files": [f"{tmp_path}/texts/*.txt"], "weight": 0.1, "name": "files"},
+        {"text_files": [f"{tmp_path}/rows.jsonl"], "weight": 0.2},
+    ]
+    run = tmp_path / "run"
+    given = ["--data.sources", json.dumps(sources), "--batch.lanes", "2", "--data.shuffle_blocks", "20"]
+    done = train(
+        *TINY, *given, "--run.directory", str(run), "--run.max_updates", "10", "--checkpoint.every_tokens", "null"
+    )
+    assert done.returncode == 0, done.stderr
+    order = check_order(run)
+    assert order.sources[1].epochs_begun >= 3
 
 
 @pytest.mark.slow
@@ -59,8 +80,9 @@ def test_the_document_gives_the_blocks_of_several_epochs_of_a_file_that_is_cut_a
     done = train(*TINY, "--run.directory", str(tmp_path / "texts-run"), *given, *short)
     assert done.returncode == 0, done.stderr
     order = check_order(tmp_path / "texts-run")
-    assert order.epochs_begun >= 3
-    assert 12 < len(order.shards) < 32, "some places coincide behind a long line"
+    (source,) = order.sources
+    assert source.epochs_begun >= 3
+    assert 12 < len(source.shards) < 32, "some places coincide behind a long line"
 
     library = [
         "--data.tokenizer",

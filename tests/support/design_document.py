@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -107,34 +108,69 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-class Order:
-    """The data of a run with these settings; `tokenizer` is that of `data.tokenizer`, None: to be trained."""
+class Source:
+    """One of `data.sources`, or what the settings say without them."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer | None = None) -> None:
-        self.settings, self.epochs_begun = settings, 0
-        is_library = not settings["data"]["text_files"]
-        self.shards = shards_of_the_standard_library() if is_library else shards_of_files(settings)
+    def __init__(self, settings: Settings, data: dict[str, Any]) -> None:
+        self.settings = {**settings, "data": {**settings["data"], **data}}
+        self.weight: float = data.get("weight", 1.0)
+        self.epochs_begun = 0
+        is_library = not data["text_files"]
+        self.shards = shards_of_the_standard_library() if is_library else shards_of_files(self.settings)
         self.one_in = None if is_library else settings["data"]["validation_one_in"]
-        every = (text for shard in range(len(self.shards)) for text in self.documents(shard))
-        self.tokenizer = tokenizer or train_tokenizer(every, settings["model"]["vocab_size"])
-        self.tokenizer.encode_special_tokens = True
 
     def documents(self, shard: int) -> Iterator[str]:
         return (text for text in read(self.shards[shard]) if not divides(text.encode(), self.one_in))
 
-    def tokens(self, lane: int) -> Iterator[int]:
-        """The endless stream of a lane."""
+    def all_documents(self) -> Iterator[str]:
+        return (text for shard in range(len(self.shards)) for text in self.documents(shard))
+
+    def of_lane(self, lane: int) -> Iterator[str]:
+        """Its endless documents."""
         seed = self.settings["run"]["seed"]
-        end = self.tokenizer.token_to_id("<|endoftext|>")
-        assert end is not None
         for epoch in count():
             self.epochs_begun = max(self.epochs_begun, epoch + 1)
             own = range(lane, len(self.shards), self.settings["batch"]["lanes"])
             order = sorted(own, key=lambda shard: h(repr((seed, lane, epoch, "shard", shard)).encode()))
             for shard in order:
-                for text in self.documents(shard):
-                    yield from self.tokenizer.encode(text, add_special_tokens=False).ids
-                    yield end
+                yield from self.documents(shard)
+
+
+class Order:
+    """The data of a run with these settings; `tokenizer` is that of `data.tokenizer`, None: to be trained."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer | None = None) -> None:
+        self.settings = settings
+        self.sources = [Source(settings, data) for data in settings["data"]["sources"] or [settings["data"]]]
+        self.tokenizer = tokenizer or train_tokenizer(self.training_documents(), settings["model"]["vocab_size"])
+        self.tokenizer.encode_special_tokens = True
+
+    def training_documents(self) -> Iterator[str]:
+        """Of all sources, for the tokenizer."""
+        readers = [source.all_documents() for source in self.sources]
+        taken = [0.0 for _ in readers]
+        while any(characters < math.inf for characters in taken):
+            n = taken.index(min(taken))
+            text = next(readers[n], None)
+            taken[n] = math.inf if text is None else taken[n] + len(text) / self.sources[n].weight
+            if text is not None:
+                yield text
+
+    def tokens(self, lane: int) -> Iterator[int]:
+        """The endless stream of a lane."""
+        end = self.tokenizer.token_to_id("<|endoftext|>")
+        assert end is not None
+        documents = [source.of_lane(lane) for source in self.sources]
+        total = math.fsum(source.weight for source in self.sources)
+        shares = [source.weight / total for source in self.sources]
+        taken = [0 for _ in self.sources]
+        while True:
+            behind = [share * sum(taken) - tokens for share, tokens in zip(shares, taken, strict=True)]
+            n = behind.index(max(behind))
+            ids = self.tokenizer.encode(next(documents[n]), add_special_tokens=False).ids
+            taken[n] += len(ids) + 1
+            yield from ids
+            yield end
 
     def blocks(self, lane: int) -> Iterator[list[int]]:
         """The endless shuffled blocks of a lane."""
