@@ -52,7 +52,9 @@ def read_updates(reading: Reading) -> dict[str, Any]:
     """Open, tokenize and pack `reading` in this process: time and resident set after each update, what is in the cache."""
     from benchmarks.training import any_tokenizer, start_quietly, with_settings
     from recipe.config.settings import Config
-    from recipe.data import load_tokenizer, make_lanes, next_update, open_source
+    from recipe.data.blocks import make_lanes, next_update
+    from recipe.data.sources import open_source
+    from recipe.data.tokenizer import load_tokenizer
 
     config = with_settings(Config(), {**reading.settings, "precision": "fp32"})
     run = start_quietly(config)

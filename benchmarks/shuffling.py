@@ -21,7 +21,9 @@ import torch
 
 from benchmarks.results import command_line, table, write_result
 from benchmarks.training import read_preset, start_quietly
-from recipe.data import load_tokenizer, make_lanes, next_update, open_source
+from recipe.data.blocks import make_lanes, next_update
+from recipe.data.sources import open_source
+from recipe.data.tokenizer import load_tokenizer
 from recipe.model.export import load_pretrained
 
 PRESET = "configs/quickstart.yaml"

@@ -32,7 +32,8 @@ def train(config: Config) -> None:
     # ---- 1. The run: what can be refused is refused here -----------------------------------------------------------------
     run = start_run(config)
     from recipe.checkpoint import CheckpointSaver, find_resume_point, open_text, restore, roll_back
-    from recipe.data import UpdateReader, load_tokenizer, make_lanes, next_update
+    from recipe.data.blocks import UpdateReader, make_lanes, next_update
+    from recipe.data.tokenizer import load_tokenizer
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
     from recipe.finish import end_stopped_run, finish_run, has_nothing_left
     from recipe.hub import Pusher, check_hub

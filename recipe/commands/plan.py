@@ -1,13 +1,15 @@
 """Print every derived number of a run before it starts: `python -m recipe plan ...`. Imports no torch."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from recipe.config.command_line import make_parser, parse_run
-from recipe.config.settings import Above, AtLeast, AtMost, Config
+from recipe.config.settings import Above, AtLeast, AtMost, Config, MixtureSource
+from recipe.config.text_files import FLAT, expand_files, is_remote, token_file_format
 from recipe.format import Number, aligned
 from recipe.plan import run_plan
 from recipe.plan.devices import Device, device_rows, find_device
@@ -77,9 +79,15 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     if precision == "bf16" and config.optimizer.name == "adamw":
         other: Literal["fp32", "bf16"] = "fp32" if config.optimizer.state == "bf16" else "bf16"
         configs[other] = replace(config, optimizer=replace(config.optimizer, state=other))
+    data = (
+        {"data": {"": source_numbers(config, plan.total_tokens)}}
+        if config.data.sources or config.data.token_files
+        else {}
+    )
     flops = config.flops or (device.bf16_flops if device and precision == "bf16" else None)
     return {
         "plan": {"": division},
+        **data,
         "memory_of_a_rank": {
             f"{name}_state": run_plan.memory_numbers(of, plan.update, device_type, memory_bytes)
             for name, of in configs.items()
@@ -87,6 +95,35 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
         "classic_table": {"": [run_plan.classic_number(plan.parameters), state]},
         "run": {"": run_plan.time_numbers(plan, flops, config.mfu, config.price_per_hour)},
     }
+
+
+def source_numbers(config: Config, total_tokens: int) -> list[Number]:
+    """Tokens of the run from each source, and the passes over those whose files say how many they have.
+
+    Raises:
+        RecipeError: files of token ids that cannot be read.
+    """
+    weights = math.fsum(source.weight for source in config.data.mixture)
+    numbers = []
+    for source in config.data.mixture:
+        tokens, known = round(total_tokens * source.weight / weights), _known_tokens(source)
+        passes = "" if known is None else f", {tokens / known:,.2f} passes over its {known:,}"
+        text = f"{source.weight / weights:.4g} x {total_tokens:,} = {{}}{passes}"
+        numbers.append(Number(source.label, tokens, "tokens", text))
+    return numbers
+
+
+def _known_tokens(source: MixtureSource) -> int | None:
+    """How many tokens its flat files have to train on; None: to know that takes longer than a plan may."""
+    if not source.token_files or any(map(is_remote, source.token_files)):
+        return None
+    paths = expand_files(source).paths
+    if token_file_format(paths[0]) != FLAT:
+        return None
+    from recipe.data.token_formats import find_token_files, is_validation_file
+
+    training = [path for path in paths if not is_validation_file(path)]
+    return sum(file.tokens for file in find_token_files(training or paths, source.token_dtype))
 
 
 def _memory_bytes(config: PlanConfig, device: Device | None, world_size: int) -> float | None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recipe.commands.plan import planned
@@ -121,6 +122,33 @@ def test_json_has_units_and_derivations_and_null_for_what_is_not_known() -> None
     assert (hours["value"], hours["unit"]) == (None, "hours")
     assert "--flops" in hours["derivation"]
     assert "--device h100" in tables["memory_of_a_rank"]["fp32_state"]["largest_micro_batch"]["derivation"]
+
+
+def test_the_plan_has_tokens_and_passes_of_each_source(tmp_path: Path) -> None:
+    """Passes where flat files say how many tokens they have to train on, without anything that takes time to import."""
+    for name in ("train.bin", "val.bin"):
+        np.zeros(50_000, dtype="<u2").tofile(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text('{"ids": [1]}\n')
+    sources: list[dict[str, Any]] = [
+        {"token_files": [f"{tmp_path}/*.bin"], "token_dtype": "uint16", "weight": 3, "name": "flat"},
+        {"token_files": [f"{tmp_path}/rows.jsonl"], "weight": 1.5},
+        {"dataset": "user/far:part", "weight": 0.5},
+    ]
+    arguments = [*QUICKSTART, "--schedule.total_tokens", "1966080", "--data.sources", json.dumps(sources)]
+    lines = table(*arguments)
+    assert lines["flat"] == "0.6 x 1,966,080 = 1,179,648, 23.59 passes over its 50,000"
+    assert lines["rows"] == "0.3 x 1,966,080 = 589,824"
+    assert values(*arguments)["data"] == {"flat": 1_179_648, "rows": 589_824, "far-part": 196_608}
+    assert "data" not in values(*QUICKSTART)
+    (tmp_path / "train.bin").write_bytes(b"odd")
+    with pytest.raises(RecipeError, match=r"train\.bin has 3 bytes of ids, no whole number of uint16"):
+        planned(arguments)
+    np.zeros(50_000, dtype="<u2").tofile(tmp_path / "train.bin")
+    heavy = "{'torch', 'pandas', 'pyarrow', 'datasets', 'transformers'}"
+    code = f"import sys; from recipe.commands.plan import main; main(); sys.exit(bool({heavy} & {{*sys.modules}}))"
+    done = run([sys.executable, "-c", code, *arguments], fork=False)
+    assert done.returncode == 0, done.stderr
+    assert "23.59 passes" in done.stdout
 
 
 def test_time_and_cost_follow_from_peak_mfu_and_price() -> None:
