@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "Print a sample from a model.",
     "report": "Write one HTML page with the curves of runs.",
     "card": "Write the model card of a run.",
+    "prepare": "Write text as files of token ids, once, to train from.",
     "push": "Push what a run has not pushed to the Hub.",
 }
 

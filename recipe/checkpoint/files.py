@@ -9,7 +9,6 @@ step-000500/  model.safetensors config.json tokenizer.json ...   <- from_pretrai
 Written into a temporary directory, synced, renamed; only then is an older one pruned. No pickle is written or read.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from recipe.errors import RecipeError
 from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
 from recipe.run.directory import FORMAT, list_checkpoints
-from recipe.run.files import new_directory, sync, where_supported
+from recipe.run.files import new_directory, sha256_of, sync, where_supported
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -94,7 +93,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_
         (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         files = {}
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             sync(path)
         (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
         for path in (temporary / MANIFEST, temporary / "training", temporary):
@@ -122,7 +121,7 @@ def why_invalid(directory: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-            if _sha256(path) != expected["sha256"]:
+            if sha256_of(path) != expected["sha256"]:
                 return f"{name} has changed since it was written"
         for name in (WEIGHTS, OPTIMIZER, STATE):
             if name not in files:
@@ -247,11 +246,3 @@ def _read_json(path: Path) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -94,6 +94,25 @@ class Source:
             error.on_this_rank_only = True  # the others read other shards
             raise
 
+    def split_shard(self, index: int, then: Sequence[int] = ()) -> Iterator[tuple[str | Ids, bool]]:
+        """(document, whether it is held out) for each document of a shard of `training`; see `read_shard`."""
+        for document in self._read_and_count(self.training, index, then):
+            yield document, self.is_held_out(document)
+
+    def validation_shards(self, indices: Sequence[int]) -> Iterator[tuple[str | Ids, bool]]:
+        """The same for shards of `validation`."""
+        for index in indices:
+            assert self.validation is not None
+            for document in self._read_and_count(self.validation, index, ()):
+                yield document, True
+
+    def _read_and_count(self, shards: Shards, index: int, then: Sequence[int]) -> Iterator[str | Ids]:
+        for document, _ in self._read(shards, index, then=then):
+            if isinstance(document, BadRow):
+                self.bad_rows += 1
+            else:
+                yield document
+
     def _read_all(self, shards: Shards) -> Iterator[str | Ids]:
         try:
             for index in range(len(shards)):

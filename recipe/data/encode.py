@@ -33,6 +33,13 @@ class DocumentEncoder:
         self._anchor_tokens = len(self._ids([_ANCHOR])[0])
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+        self._encoder.encode_special_tokens = True  # of which its own state says nothing
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The int32 tokens of each document, with its end-of-text token."""
         with self._lock:

@@ -6,22 +6,25 @@ pyarrow's dataset scanner, through which `datasets` streams, gives nothing back 
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.data.columns import check_column, documents_of
-from recipe.data.files import File, LocalFile, PlaceInFile, in_background, name_of
+from recipe.data.files import File, LocalFile, PlaceInFile, in_background, name_of, side_by_side
 from recipe.data.formats import Document, Part, Reading, State
 from recipe.errors import RecipeError
 
 ROWS_AT_ONCE = 32
+SHARDS_KEY = b"recipe.shards"  # of a file's metadata: lanes, and the row groups of each shard that it was prepared from
 TAIL_BYTES = 1 << 16  # of a remote file, read in the hope that they hold its footer; pyarrow asks for as many
 AT_ONCE_BYTES = 64 << 20  # of text: a row group of so much is decoded at once, so that nothing else of the file is kept
 FETCH_AHEAD = 0.75  # of a row group's rows have been read when the next one is fetched
@@ -88,6 +91,31 @@ class ParquetReader:
             self.largest_bytes = max([self.largest_bytes, *sizes])
             self.tokens += sum(column.num_values for column in columns)
             return [c.total_uncompressed_size if g.num_rows else 0 for c, g in zip(columns, groups, strict=True)]
+
+    def prepared_parts(self, files: Sequence[File], lanes: int) -> list[Part] | None:
+        """The shards of the source that files were prepared from, if that was for so many lanes; some may be empty.
+
+        Raises:
+            RecipeError: see `row_groups`.
+            OSError: a file cannot be read.
+        """
+        if self._prepared_shards(files[0])[:1] != [lanes]:
+            return None
+        side_by_side(self.row_groups, files)
+        of_files = list(map(self._prepared_shards, files))
+        if any(shards[:1] != [lanes] for shards in of_files):
+            return None
+        return [
+            Part(file, start, end)
+            for file, (_, *groups) in zip(files, of_files, strict=True)
+            for start, end in pairwise([0, *accumulate(groups)])
+        ]
+
+    def _prepared_shards(self, file: File) -> list[int]:
+        self._keep_tail(file)
+        with _DECODING, self._open(file) as parquet:
+            lanes, *groups = json.loads((parquet.metadata.metadata or {}).get(SHARDS_KEY, "[0]"))
+            return [lanes, *groups] if sum(groups) == parquet.metadata.num_row_groups else []
 
     def read(self, part: Part, state: State | None, then: Sequence[Part]) -> Iterator[Document]:
         """The rows of a part, a group at a time. As many groups as parts in `then`, or one, are fetched before they are needed.

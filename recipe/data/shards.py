@@ -64,7 +64,8 @@ class Shards:
         if self.reading.format == "json":
             return read_json_lines(part, self.reading, state)
         if self.reading.format == "parquet":
-            return self.reader.read(part, state, [self.parts[shard] for shard in then])
+            following = [self.parts[shard] for shard in then]
+            return self.reader.read(part, state, [part for part in following if part.start != part.end])
         return self.reader.read(part, state)
 
     def forget(self) -> None:
@@ -106,6 +107,10 @@ def make_shards(files: Sequence[File], nothing: Shards, lanes: int, copy: Callab
     """
     is_local, reading, reader = all(isinstance(file, LocalFile) for file in files), nothing.reading, nothing.reader
     whole = Shards(reading, [Part(file) for file in files if file.size or reading.format != "json"], reader)
+    if reading.format == "parquet" and reading.ids and (parts := reader.prepared_parts(files, lanes)):
+        prepared = Shards(reading, parts, reader)
+        prepared.count(0)
+        return prepared
     if reading.format == "text" or (not is_local and len(files) >= lanes):
         if reading.format == "text":
             whole.count(sum(file.size for file in files))

@@ -17,8 +17,9 @@ from recipe.config.text_files import is_remote, public_name, text_file_format
 from recipe.data.files import COMPRESSIONS, LocalFile
 from recipe.errors import RecipeError
 
-_LLMC_HEADER_BYTES = 1024
-_LLMC_DTYPES = {20240520: "uint16", 20240801: "uint32"}  # by magic number
+LLMC_HEADER_BYTES = 1024
+LLMC_MAGIC = {"uint16": 20240520, "uint32": 20240801}  # number, by type of the ids
+_LLMC_DTYPES = {magic: dtype for dtype, magic in LLMC_MAGIC.items()}
 _LLMC_VERSIONS = (1, 7)
 _LLMC_EVALUATION = 20240522
 _MEGATRON_MAGIC, _MEGATRON_HEADER = b"MMIDIDX\0\0", "<9sQBQQ"
@@ -90,7 +91,7 @@ def _look_at(path: str, dtype: str | None) -> TokenFile:
 
 def _layout(path: str, dtype: str | None) -> TokenFile:
     with open(path, "rb") as stream:
-        head, status = stream.read(_LLMC_HEADER_BYTES), os.fstat(stream.fileno())
+        head, status = stream.read(LLMC_HEADER_BYTES), os.fstat(stream.fileno())
     file = LocalFile(path, status.st_size, str(status.st_mtime_ns))
     if not file.size:
         raise RecipeError(f"data.token_files: {path} is empty")
@@ -147,15 +148,15 @@ def _llmc(file: LocalFile, head: bytes) -> TokenFile | None:
     if magic == _LLMC_EVALUATION:
         raise RecipeError(f"{path} holds llm.c's multiple-choice questions (magic number {magic}), no text to train on")
     if magic not in _LLMC_DTYPES:
-        if magic and len(head) == _LLMC_HEADER_BYTES and not any(head[64:]):  # a header of something: no ids are all 0
+        if magic and len(head) == LLMC_HEADER_BYTES and not any(head[64:]):  # a header of something: no ids are all 0
             known = " and ".join(map(str, _LLMC_DTYPES))
             raise RecipeError(
                 f"{path} has a header with the unknown magic number {magic}: those of llm.c's shards are {known}"
             )
         return None
-    if len(head) < _LLMC_HEADER_BYTES:
+    if len(head) < LLMC_HEADER_BYTES:
         raise RecipeError(
-            f"{path} is cut off: llm.c's header has {_LLMC_HEADER_BYTES:,} bytes, and it has {file.size:,}"
+            f"{path} is cut off: llm.c's header has {LLMC_HEADER_BYTES:,} bytes, and it has {file.size:,}"
         )
     version, tokens = struct.unpack_from("<ii", head, 4)
     if version not in _LLMC_VERSIONS:
@@ -163,13 +164,13 @@ def _llmc(file: LocalFile, head: bytes) -> TokenFile | None:
     dtype = _LLMC_DTYPES[magic]
     if tokens <= 0:
         raise RecipeError(f"{path} has {tokens} tokens, as its header says")
-    size = _LLMC_HEADER_BYTES + tokens * np.dtype(dtype).itemsize
+    size = LLMC_HEADER_BYTES + tokens * np.dtype(dtype).itemsize
     if file.size != size:
         raise RecipeError(
             f"{path} has {file.size:,} bytes and not {size:,}, for the {tokens:,} tokens of its header: it is cut off, or "
             "still being written"
         )
-    return TokenFile(file, "llm.c", dtype, _LLMC_HEADER_BYTES, tokens)
+    return TokenFile(file, "llm.c", dtype, LLMC_HEADER_BYTES, tokens)
 
 
 def _numpy(file: LocalFile, head: bytes, dtype: str | None) -> TokenFile:

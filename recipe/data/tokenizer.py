@@ -57,9 +57,13 @@ def load_token_ids(config: Config, are_packed: bool) -> TokenIds:
     tokenizer = _named_tokenizer(config, config.model.init_from)
     if tokenizer is None:
         raise RecipeError("token ids are read with the tokenizer that made them: set --data.tokenizer to it")
+    return token_ids_of(tokenizer, str(config.data.tokenizer or config.model.init_from), are_packed)
+
+
+def token_ids_of(tokenizer: Any, name: str, are_packed: bool) -> TokenIds:
+    """What a tokenizer of this name says of token ids."""
     end, beginning = tokenizer.eos_token_id, tokenizer.bos_token_id
     delimiters = (end,) if beginning in (None, end) else (end, beginning)
-    name = str(config.data.tokenizer or config.model.init_from)
     return TokenIds(name, vocabulary_hash(tokenizer), delimiters, len(tokenizer), are_packed)
 
 

@@ -5,6 +5,7 @@ The login is huggingface_hub's own, from HF_TOKEN or `hf auth login`: no token p
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,23 +32,32 @@ def check_hub(run: Run) -> None:
         RecipeError: no token, one that is refused or may not write there, or a public repository.
     """
     settings = run.config.hub
+    if settings.repo_id is not None:
+        run.console.say(run.on_main(lambda: check_repository(settings, "hub.repo_id", "checkpoints")))
+
+
+def check_repository(settings: PushConfig, setting: str, what: str, repo_type: str = "model") -> str:
+    """What there is to say of a repository, once it is there and can be written to.
+
+    `setting` names it, and `what` is pushed there.
+
+    Raises:
+        RecipeError: see `check_hub`.
+    """
 
     def attempt() -> str:
         api = _api(CHECK_SECONDS)
-        _open_repository(api, settings)
-        api.auth_check(settings.repo_id, write=True)
-        return f"checkpoints are pushed to {public_address(api.endpoint)}/{settings.repo_id}"
+        _open_repository(api, settings, repo_type)
+        api.auth_check(settings.repo_id, repo_type=repo_type, write=True)
+        folder = "datasets/" if repo_type == "dataset" else ""
+        return f"{what} are pushed to {public_address(api.endpoint)}/{folder}{settings.repo_id}"
 
-    def check() -> str:
-        try:
-            return retry(attempt, growing_pauses(*PAUSES_SECONDS, within=CHECK_SECONDS), _may_pass)
-        except Exception as error:
-            if _may_pass(error):
-                return f"{settings.repo_id} could not be checked: {explain(error)}; pushes will be tried"
-            raise RecipeError(f"hub.repo_id = {settings.repo_id!r} cannot be pushed to: {explain(error)}") from None
-
-    if settings.repo_id is not None:
-        run.console.say(run.on_main(check))
+    try:
+        return retry(attempt, growing_pauses(*PAUSES_SECONDS, within=CHECK_SECONDS), _may_pass)
+    except Exception as error:
+        if _may_pass(error):
+            return f"{settings.repo_id} could not be checked: {explain(error)}; pushes will be tried"
+        raise RecipeError(f"{setting} = {settings.repo_id!r} cannot be pushed to: {explain(error)}") from None
 
 
 def revision_of(directory: Path, settings: PushConfig) -> str:
@@ -83,8 +93,6 @@ def push_directory(directory: Path, settings: PushConfig, more: dict[str, bytes]
     Raises:
         Exception: it was refused, or failed again and again for `RETRY_SECONDS`; `explain` makes a line of it.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     files: dict[str, Any] = files_of(directory)
     if not settings.training_state:
         files = {name: path for name, path in files.items() if not _is_training_state(name)}
@@ -93,19 +101,42 @@ def push_directory(directory: Path, settings: PushConfig, more: dict[str, bytes]
 
     def attempt() -> str:
         api = _api(REQUEST_SECONDS)
-        there = [sibling.rfilename for sibling in _open_repository(api, settings).siblings or []]
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if _is_training_state(name) and name not in files]
-        # Not upload_folder, which may make several commits of one folder.
-        commit = api.create_commit(settings.repo_id, operations, commit_message=f"Push {directory.name}").oid
+        commit = _commit(api, settings, f"Push {directory.name}", files)
         if revision != "main":
             if revision in [tag.name for tag in api.list_repo_refs(settings.repo_id).tags]:
                 api.delete_tag(settings.repo_id, tag=revision)  # of an earlier attempt or run
             api.create_tag(settings.repo_id, tag=revision, revision=commit)
-        return str(commit)
+        return commit
 
+    return _patiently(attempt, report)
+
+
+def push_dataset(directory: Path, settings: PushConfig, more: dict[str, bytes], report: Callable[[str], None]) -> str:
+    """Make main of a dataset repository hold a prepared directory in one commit, and no files of an earlier one.
+
+    Arguments, result and errors are those of `push_directory`.
+    """
+    files: dict[str, Any] = {**files_of(directory), **more}
+    return _patiently(
+        lambda: _commit(_api(REQUEST_SECONDS), settings, f"Push {directory.name}", files, "dataset"), report
+    )
+
+
+def _patiently(attempt: Callable[[], str], report: Callable[[str], None]) -> str:
     pauses = growing_pauses(*PAUSES_SECONDS, within=RETRY_SECONDS)
     return retry(attempt, pauses, _may_pass, lambda error: report(explain(error)))
+
+
+def _commit(api: Any, settings: PushConfig, message: str, files: dict[str, Any], repo_type: str = "model") -> str:
+    """One commit with these files, and without those there of an earlier push that would be taken for some of them."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    there = [sibling.rfilename for sibling in _open_repository(api, settings, repo_type).siblings or []]
+    is_ours = _is_training_state if repo_type == "model" else _is_prepared
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in there if is_ours(name) and name not in files]
+    # Not upload_folder, which may make several commits of one folder.
+    return str(api.create_commit(settings.repo_id, operations, commit_message=message, repo_type=repo_type).oid)
 
 
 def download_checkpoint(reference: str, cache: Path) -> Path:
@@ -152,6 +183,11 @@ def _is_training_state(name: str) -> bool:
     return name == "manifest.json" or name.startswith("training/")
 
 
+def _is_prepared(name: str) -> bool:
+    """Whether this file of a dataset is one of token ids that `recipe prepare` has written."""
+    return re.fullmatch(r"(train|val)-\d+-of-\d+\.(parquet|bin)", name) is not None
+
+
 def _api(silence_seconds: float) -> Any:
     """The library's client, whose requests fail if the Hub sends nothing for that long."""
     from huggingface_hub import HfApi, get_session
@@ -160,10 +196,10 @@ def _api(silence_seconds: float) -> Any:
     return HfApi(token=True)
 
 
-def _open_repository(api: Any, settings: PushConfig) -> Any:
-    """Make the repository if there is none; its ModelInfo."""
-    api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
-    info = api.model_info(settings.repo_id)
+def _open_repository(api: Any, settings: PushConfig, repo_type: str) -> Any:
+    """Make the repository if there is none; its ModelInfo or DatasetInfo."""
+    api.create_repo(settings.repo_id, private=settings.private, exist_ok=True, repo_type=repo_type)
+    info = api.repo_info(settings.repo_id, repo_type=repo_type)
     if settings.private and not info.private:
         raise RecipeError("it is public: if that is meant, set hub.private to false")
     return info

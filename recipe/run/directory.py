@@ -91,11 +91,11 @@ def _check_directory(path: Path) -> None:
         raise RecipeError(f"{path} {what} no directory: make it one, or remove it")
 
 
-def _lock(place: Path, run: Run) -> IO[str] | None:
-    """Lock the run directory, or the one that its checkpoints lead to, until the process ends; None where there are no locks.
+def lock(place: Path, taken: str) -> IO[str] | None:
+    """Lock a directory until the process ends, or the file is closed; None where there are no locks.
 
     Raises:
-        RecipeError: another process has locked it.
+        RecipeError: another process has locked it, which `taken` says.
     """
     file = open_to_append(place / LOCK)
     try:
@@ -107,12 +107,17 @@ def _lock(place: Path, run: Run) -> IO[str] | None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):  # but ENOLCK, EOPNOTSUPP, ENOSYS
             return None
-        where = "" if place == run.directory else f", whose {place.name} lead to {place.resolve()}"
-        raise RecipeError(
-            f"another process is training in run.directory = {str(run.directory)!r}{where}: wait for it, or set "
-            "--run.directory"
-        ) from None
+        raise RecipeError(taken) from None
     return file
+
+
+def _lock(place: Path, run: Run) -> IO[str] | None:
+    """Lock the run directory, or the one that its checkpoints lead to; see `lock`."""
+    where = "" if place == run.directory else f", whose {place.name} lead to {place.resolve()}"
+    return lock(
+        place,
+        f"another process is training in run.directory = {str(run.directory)!r}{where}: wait for it, or set --run.directory",
+    )
 
 
 def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:

@@ -4,6 +4,7 @@ A directory may be a link or a mount, which says where its content goes: it stay
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -60,6 +61,15 @@ def sync(path: Path) -> None:
     """Force a file or directory to the disk, where the file system can."""
     with where_supported():
         _fsync(path)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def remove(path: Path) -> None:

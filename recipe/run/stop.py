@@ -50,7 +50,7 @@ class StopRequest:
         self.signal = self.received = self.agreements = self.rank_out_of_memory = 0
         self.is_agreed = self.is_preparing = False
         self._group: Any = None
-        self._ranks = 1
+        self._ranks, self._words = 1, ""
 
     def listen(self) -> None:
         """Take signals as requests. The same signal a second time leaves at once, with nothing saved.
@@ -67,9 +67,9 @@ class StopRequest:
         for number in listened_signals():
             signal.signal(number, self._receive)
 
-    def prepare(self) -> None:
-        """Until `prepared` nothing is to be saved: a signal ends this process at once."""
-        self.is_preparing = True
+    def prepare(self, words: str = "before training began") -> None:
+        """Until `prepared` nothing is to be saved: a signal ends this process at once, and a line says so in these words."""
+        self.is_preparing, self._words = True, words
 
     def prepared(self) -> None:
         """From here on a signal is a request, and what is done is saved."""
@@ -135,7 +135,7 @@ class StopRequest:
             if number not in STOP_SIGNALS:
                 continue
             if self.is_preparing and os.environ.get("RANK", "0") == "0":
-                print(f"stopped by signal {number} before training began", file=sys.stderr, flush=True)
+                print(f"stopped by signal {number} {self._words}", file=sys.stderr, flush=True)
             if self.is_preparing or time.monotonic() - first.setdefault(number, time.monotonic()) > REPEAT_SECONDS:
                 os._exit(128 + number)
 
