@@ -49,14 +49,14 @@ def main() -> None:
     stop.listen()
     stop.prepare("before all was prepared; the same command goes on from here")
 
-    from recipe.data.prepare import prepare
+    from recipe.data.prepare import Wanted, prepare
     from recipe.data.workers import available_processors
 
     directory, push = Path(config.output), PushConfig(config.repo_id, config.private)
     if push.repo_id:
         _say(check_repository(push, "repo_id", "the files", "dataset"))
     processes = config.processes or available_processors()
-    manifest = prepare(config, directory, config.format, processes, _say)
+    manifest = prepare(Wanted(config, directory, config.format), processes, _say)
     for part, words in (("training", "to train on"), ("held_out", "held out")):
         _say(f"{manifest[part]['documents']:,} documents, {manifest[part]['tokens']:,} tokens {words}")
     _say(f"train from {directory}:\n  {shlex.join(training_command(config, manifest, arguments))}")

@@ -1,43 +1,34 @@
-"""A source as files of token ids, made once: the k-th of them is a function of the source, the tokenizer and k alone."""
+"""A source as files of token ids, written once: a directory that is begun, gone on with after a kill, and finished."""
 
 import json
-import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from recipe.config.settings import Config, flat_settings
 from recipe.config.text_files import MANIFEST
-from recipe.data.documents import Source
 from recipe.data.encode import DocumentEncoder
 from recipe.data.files import File
 from recipe.data.find import Say, find_files_of
-from recipe.data.formats import Ids
+from recipe.data.prepare_file import UNFINISHED, Preparation, cannot_write, count_files, prepare_file, share
 from recipe.data.record import TextFile, record_text, what_changed
-from recipe.data.sources import TYPICAL_TOKEN_BYTES, open_source
-from recipe.data.streams import ENCODED_CHARACTERS, ENCODED_DOCUMENTS
+from recipe.data.sources import open_source
 from recipe.data.token_writers import Output
 from recipe.data.tokenizer import load_tokenizer, token_ids_of, vocabulary_hash
-from recipe.data.workers import Report, do_all
+from recipe.data.workers import do_all
 from recipe.errors import RecipeError
 from recipe.format import duration, short_count
 from recipe.run.directory import lock
 from recipe.run.files import new_directory, new_file, remove, remove_leftovers, sha256_of
 
 FORMAT = 1  # of the manifest
-UNFINISHED = ".preparing"  # directory of what is there until all is done
-TRAINED = "tokenizer"  # directory of one that was trained on the text
-_PARTS = ("training", "held_out")
-FILE_BYTES = 256e6  # of ids, before compression
-FEWEST_FILES = 8  # if the source has so many shards: work for so many processes
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0  # between lines of progress
-
+_PARTS = ("training", "held_out")
 # What decides the files; the text itself is compared by its record.
 _SETTINGS = (
     *("batch.lanes", "data.text_column", "data.token_column", "data.rows_are", "data.token_dtype", "data.encoding"),
@@ -46,174 +37,94 @@ _SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """What a process needs to make any of the files."""
+class Wanted:
+    """What is to be prepared, and where."""
 
-    source: Source
-    encoder: DocumentEncoder | None  # None: the source holds ids
-    output: Output
+    config: Config
     directory: Path
-    files: int  # that training documents are written to
+    format: Literal["parquet", "llmc"]
 
-    def path(self, number: int) -> Path:
-        """A file of training documents."""
-        return self.directory / f"train-{number:05d}-of-{self.files:05d}.{self.output.ending}"
+    @property
+    def unfinished(self) -> Path:
+        return self.directory / UNFINISHED
 
-    def held_out_path(self, number: int) -> Path:
-        """What was held out of it, until all is done."""
-        return self.directory / UNFINISHED / f"val-{number:05d}.{self.output.ending}"
+    @property
+    def trained(self) -> Path:
+        """Where a tokenizer is that was trained on the text."""
+        return self.directory / "tokenizer"
 
-    def result(self, number: int) -> dict[str, Any] | None:
-        """What `prepare_file` gave, if it is done."""
-        with suppress(OSError, ValueError):
-            result: dict[str, Any] = json.loads(self._result_path(number).read_text("utf-8"))
-            size = result["training"].get("bytes")
-            if size is None or self.path(number).stat().st_size == size:
-                return result
-        return None
-
-    def keep(self, number: int, result: dict[str, Any]) -> None:
-        """Note that a file is done."""
-        with new_file(self._result_path(number)) as temporary:
-            temporary.write_text(json.dumps(result), encoding="utf-8")
-
-    def _result_path(self, number: int) -> Path:
-        return self.directory / UNFINISHED / f"{number:05d}.json"
+    @property
+    def tokenizer(self) -> str | None:
+        """The tokenizer that is named; None: one is trained."""
+        return self.config.data.tokenizer or self.config.model.init_from
 
 
-def count_files(source: Source, output: Output) -> int:
-    """How many files the training documents are written to. It depends on the source alone."""
-    shards = source.training
-    text = shards.text_bytes or sum(file.size for file in {part.file for part in shards.parts})
-    tokens = shards.tokens or text / TYPICAL_TOKEN_BYTES
-    size = tokens * (2 if output.dtype == "uint16" else 4)
-    return min(len(shards), max(FEWEST_FILES, math.ceil(size / FILE_BYTES)))
-
-
-def share(shards: int, number: int, files: int) -> range:
-    """The shards of the source that a file holds."""
-    return range(shards * number // files, shards * (number + 1) // files)
-
-
-def prepare_file(preparation: Preparation, number: int, report: Report) -> dict[str, Any]:
-    """Make one file of training documents, and what is held out of them, and keep what they hold.
-
-    `report` is called with tokens and shards that are done.
-
-    Raises:
-        RecipeError: a shard cannot be read, or a file not written.
-    """
-    source, files, bad_rows = preparation.source, preparation.files, preparation.source.bad_rows
-    shards = share(len(source), number, files)
-    paths = preparation.path(number), preparation.held_out_path(number)
-    try:
-        with ExitStack() as stack:
-            training, held_out = (
-                stack.enter_context(preparation.output.open(stack.enter_context(new_file(path)))) for path in paths
-            )
-            for done, shard in enumerate(shards):
-                for ids, is_held_out in _encoded(preparation, source.split_shard(shard, shards[done + 1 : done + 9])):
-                    (held_out if is_held_out else training).add(ids)
-                    report(training.tokens + held_out.tokens, done)
-                training.end_shard()
-                held_out.end_shard()
-            if source.validation:
-                of_shards = share(len(source.validation), number, files)
-                for ids, _ in _encoded(preparation, source.validation_shards(of_shards)):
-                    held_out.add(ids)
-                held_out.end_shard()
-        result = {"training": _described(paths[0], training), "held_out": _described(paths[1], held_out)}
-        result["bad_rows"] = source.bad_rows - bad_rows
-        preparation.keep(number, result)
-    except OSError as error:
-        raise _cannot_write(preparation.directory, error) from None
-    return result
-
-
-def _encoded(preparation: Preparation, documents: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Ids, bool]]:
-    """Documents as token ids without end-of-text."""
-    if preparation.encoder is None:
-        yield from documents
-        return
-    texts, are_held_out = list[str](), list[bool]()
-    for text, is_held_out in chain(documents, [(None, False)]):
-        if text is None or len(texts) == ENCODED_DOCUMENTS or sum(map(len, texts)) >= ENCODED_CHARACTERS:
-            tokens = preparation.encoder.encode(texts)
-            yield from zip((ids[:-1] for ids in tokens), are_held_out, strict=True)
-            texts, are_held_out = [], []
-        texts.append(text)
-        are_held_out.append(is_held_out)
-
-
-def _described(path: Path, file: Any) -> dict[str, Any]:
-    """Documents, tokens without end-of-text, bytes and SHA-256 of a file; nobody reads one of llm.c without documents."""
-    found = {"documents": file.documents, "tokens": file.tokens}
-    if path.suffix == ".bin" and not file.documents:
-        path.unlink()
-        return found
-    return {**found, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def prepare(config: Config, directory: Path, form: Literal["parquet", "llmc"], processes: int, say: Say) -> Any:
-    """Write the one source of `config.data` to a directory as token ids, or what of it is not there yet; its manifest.
+def prepare(wanted: Wanted, processes: int, say: Say) -> dict[str, Any]:
+    """Write the one source of `config.data` as token ids, or what of it is not there yet. Returns the manifest.
 
     Raises:
         RecipeError: it cannot be read or written, holds no documents, or the directory is that of something else.
     """
+    config, directory, unfinished = wanted.config, wanted.directory, wanted.unfinished
     if config.data.sources:
         raise RecipeError("data.sources: prepare the sources of a mixture one by one, each to a directory of its own")
-    named, trained, unfinished = (
-        config.data.tokenizer or config.model.init_from,
-        directory / TRAINED,
-        directory / UNFINISHED,
-    )
     files = find_files_of(config, say=say)
-    tokenizer = load_tokenizer(config, (), config.model.init_from) if named else None
-    settings = _settings(config, form, tokenizer)
-    about = {"settings": settings, "source": _describe_source(config, files)}
+    tokenizer = load_tokenizer(config, (), config.model.init_from) if wanted.tokenizer else None
+    about = {"settings": _settings(wanted, tokenizer), "source": _describe_source(config, files)}
     if done := _earlier(directory, about):
         say(f"{directory} is complete: nothing is left to do")
         return done
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        held = lock(unfinished, f"another process is preparing {directory}: wait for it, or set --output")
-        with new_file(unfinished / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(about), encoding="utf-8")
-        for place in (directory, unfinished):
-            remove_leftovers(place)
-        cache, name = config.data.cache_directory or str(unfinished), str(trained) if trained.is_dir() else None
-        config = replace(
-            config, data=replace(config.data, cache_directory=cache, tokenizer=config.data.tokenizer or name)
-        )
-        source = open_source(config, files=files, say=say)
-        tokenizer = tokenizer or load_tokenizer(config, [source])
-        if not (named or trained.is_dir()):
+        with (
+            lock(unfinished, f"another process is preparing {directory}: wait for it, or set --output") or nullcontext()
+        ):
+            with new_file(unfinished / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(about), encoding="utf-8")
+            for place in (directory, unfinished):
+                remove_leftovers(place)
+            preparation = _open(wanted, files, tokenizer, say)
+            manifest = _finish(preparation, about, _prepare_files(preparation, processes, say))
+            remove(unfinished)
+            return manifest
+    except OSError as error:
+        raise cannot_write(directory, error) from None
+
+
+def _open(wanted: Wanted, files: Sequence[File], tokenizer: Any, say: Say) -> Preparation:
+    """The source as it is cut for `batch.lanes`. A tokenizer that is trained on it is saved beside the files first."""
+    config, trained = wanted.config, wanted.trained
+    data = replace(config.data, cache_directory=config.data.cache_directory or str(wanted.unfinished))
+    if tokenizer is None and trained.is_dir():
+        data = replace(data, tokenizer=str(trained))
+    config = replace(config, data=data)
+    source = open_source(config, files=files, say=say)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config, [source])
+        if not trained.is_dir():
             with new_directory(trained) as temporary:
                 tokenizer.save_pretrained(temporary)
-        ids = token_ids_of(tokenizer, settings["data.tokenizer"] or TRAINED, source.holds_pieces)
-        output = Output(form, ids, config.batch.lanes)
-        encoder = None if source.holds_ids else DocumentEncoder(tokenizer)
-        preparation = Preparation(source, encoder, output, directory, count_files(source, output))
-        results = _prepare_files(preparation, processes, say)
-        manifest = _finish(preparation, about, results)
-        if held:
-            held.close()
-        remove(unfinished)
-        return manifest
-    except OSError as error:
-        raise _cannot_write(directory, error) from None
+    ids = token_ids_of(tokenizer, _public(wanted.tokenizer) or trained.name, source.holds_pieces)
+    output = Output(wanted.format, ids, config.batch.lanes)
+    encoder = None if source.holds_ids else DocumentEncoder(tokenizer)
+    return Preparation(source, encoder, output, wanted.directory, count_files(source, output))
 
 
-def _settings(config: Config, form: str, tokenizer: Any) -> dict[str, Any]:
-    """What decides the files but for the text. Directories of this machine are not in it."""
+def _public(name: str | None) -> str | None:
+    """A tokenizer's name, without the directories of this machine."""
+    return Path(name).resolve().name if name and Path(name).is_dir() else name
+
+
+def _settings(wanted: Wanted, tokenizer: Any) -> dict[str, Any]:
+    """What decides the files but for the text."""
+    config = wanted.config
     settings = {name: value for name, value in flat_settings(config).items() if name in _SETTINGS}
-    name = config.data.tokenizer or config.model.init_from
-    settings["data.tokenizer"] = Path(name).resolve().name if name and Path(name).is_dir() else name
+    settings |= {name: _public(settings[name]) for name in ("data.tokenizer", "model.init_from")}
     if tokenizer is None:
         settings["model.vocab_size"] = config.model.vocab_size
     else:
         settings["vocabulary_sha256"] = vocabulary_hash(tokenizer)
-    return settings | {"format": form}
+    return {**settings, "format": wanted.format}
 
 
 def _describe_source(config: Config, files: Sequence[File]) -> dict[str, Any]:
@@ -229,6 +140,8 @@ def _earlier(directory: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         RecipeError: it holds another preparation, or something else, or not what its manifest says.
     """
     elsewhere = "set --output to another directory"
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise RecipeError(f"{directory} is no directory: {elsewhere}")
     for path in (directory / MANIFEST, directory / UNFINISHED / MANIFEST):
         try:
             earlier = json.loads(path.read_text("utf-8"))
@@ -255,8 +168,6 @@ def _earlier(directory: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         return dict(earlier)
     if directory.is_dir() and any(directory.iterdir()):
         raise RecipeError(f"{directory} is not empty, and was not made by this command: {elsewhere}")
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise RecipeError(f"{directory} is no directory: {elsewhere}")
     return None
 
 
@@ -338,10 +249,3 @@ def _finish(preparation: Preparation, about: dict[str, Any], results: Sequence[d
     with new_file(preparation.directory / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
-
-
-def _cannot_write(directory: Path, error: OSError) -> RecipeError:
-    return RecipeError(
-        f"cannot write {directory}: {error.strerror or error}; files that are done are kept, and the same command goes on from "
-        "there"
-    )

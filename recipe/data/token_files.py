@@ -42,7 +42,9 @@ def open_token_files(paths: Sequence[str], dtype: str | None, delimiters: Sequen
         for file in tokens.files:
             tokens.read_ids(file, 0, min(file.tokens, _LOOKED_AT_TOKENS))
         has_ends = tokens.is_indexed or any(
-            tokens.next_start(file, 1, _SEARCHED_TOKENS) <= min(file.tokens, _SEARCHED_TOKENS) for file in tokens.files
+            tokens.next_start(file, 1, _SEARCHED_TOKENS) <= min(file.tokens, _SEARCHED_TOKENS)
+            for file in tokens.files
+            if tokens.delimiters
         )
     except OSError as error:
         raise RecipeError(f"data.token_files: cannot read {error.filename}: {error.strerror}") from None

@@ -1,0 +1,144 @@
+"""The unit of work: one file of token ids, a function of the source, the tokenizer and the number of the file alone."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from recipe.data.documents import Source
+from recipe.data.encode import DocumentEncoder
+from recipe.data.formats import Ids
+from recipe.data.sources import TYPICAL_TOKEN_BYTES
+from recipe.data.streams import ENCODED_CHARACTERS, ENCODED_DOCUMENTS
+from recipe.data.token_writers import Output
+from recipe.data.workers import Report
+from recipe.errors import RecipeError
+from recipe.run.files import new_file, sha256_of
+
+UNFINISHED = ".preparing"  # directory of what is there until all is done
+FILE_BYTES = 256e6  # of ids, before compression
+FEWEST_FILES = 8  # if the source has so many shards: work for so many processes
+SHARDS_AHEAD = 8  # that may be fetched meanwhile
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a process needs to make any of the files."""
+
+    source: Source
+    encoder: DocumentEncoder | None  # None: the source holds ids
+    output: Output
+    directory: Path
+    files: int  # that training documents are written to
+
+    def path(self, number: int) -> Path:
+        """A file of training documents."""
+        return self.directory / f"train-{number:05d}-of-{self.files:05d}.{self.output.ending}"
+
+    def held_out_path(self, number: int) -> Path:
+        """What was held out of it, until all is done."""
+        return self.directory / UNFINISHED / f"val-{number:05d}.{self.output.ending}"
+
+    def result(self, number: int) -> dict[str, Any] | None:
+        """What `prepare_file` gave, if it is done."""
+        with suppress(OSError, ValueError):
+            result: dict[str, Any] = json.loads(self._result_path(number).read_text("utf-8"))
+            size = result["training"].get("bytes")
+            if size is None or self.path(number).stat().st_size == size:
+                return result
+        return None
+
+    def keep(self, number: int, result: dict[str, Any]) -> None:
+        """Note that a file is done."""
+        with new_file(self._result_path(number)) as temporary:
+            temporary.write_text(json.dumps(result), encoding="utf-8")
+
+    def _result_path(self, number: int) -> Path:
+        return self.directory / UNFINISHED / f"{number:05d}.json"
+
+
+def count_files(source: Source, output: Output) -> int:
+    """How many files the training documents are written to. It depends on the source alone."""
+    shards = source.training
+    text = shards.text_bytes or sum(file.size for file in {part.file for part in shards.parts})
+    tokens = shards.tokens or text / TYPICAL_TOKEN_BYTES
+    size = tokens * (2 if output.dtype == "uint16" else 4)
+    return min(len(shards), max(FEWEST_FILES, math.ceil(size / FILE_BYTES)))
+
+
+def share(shards: int, number: int, files: int) -> range:
+    """The shards of the source that a file holds."""
+    return range(shards * number // files, shards * (number + 1) // files)
+
+
+def prepare_file(preparation: Preparation, number: int, report: Report) -> dict[str, Any]:
+    """Make one file of training documents, and what is held out of them, and keep what they hold.
+
+    `report` is called with tokens and shards that are done.
+
+    Raises:
+        RecipeError: a shard cannot be read, or a file not written.
+    """
+    source, files, bad_rows = preparation.source, preparation.files, preparation.source.bad_rows
+    shards = share(len(source), number, files)
+    paths = preparation.path(number), preparation.held_out_path(number)
+    try:
+        with ExitStack() as stack:
+            training, held_out = (
+                stack.enter_context(preparation.output.open(stack.enter_context(new_file(path)))) for path in paths
+            )
+            for done, shard in enumerate(shards):
+                for ids, is_held_out in _encoded(
+                    preparation, source.split_shard(shard, shards[done + 1 : done + 1 + SHARDS_AHEAD])
+                ):
+                    (held_out if is_held_out else training).add(ids)
+                    report(training.tokens + held_out.tokens, done)
+                training.end_shard()
+                held_out.end_shard()
+            if source.validation:
+                of_shards = share(len(source.validation), number, files)
+                for ids, _ in _encoded(preparation, source.validation_shards(of_shards)):
+                    held_out.add(ids)
+                held_out.end_shard()
+        result = {"training": _described(paths[0], training), "held_out": _described(paths[1], held_out)}
+        result["bad_rows"] = source.bad_rows - bad_rows
+        preparation.keep(number, result)
+    except OSError as error:
+        raise cannot_write(preparation.directory, error) from None
+    return result
+
+
+def _encoded(preparation: Preparation, documents: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Ids, bool]]:
+    """Documents as token ids without end-of-text."""
+    if preparation.encoder is None:
+        yield from documents
+        return
+    texts, are_held_out = list[str](), list[bool]()
+    for text, is_held_out in chain(documents, [(None, False)]):
+        if text is None or len(texts) == ENCODED_DOCUMENTS or sum(map(len, texts)) >= ENCODED_CHARACTERS:
+            tokens = preparation.encoder.encode(texts)
+            yield from zip((ids[:-1] for ids in tokens), are_held_out, strict=True)
+            texts, are_held_out = [], []
+        texts.append(text)
+        are_held_out.append(is_held_out)
+
+
+def _described(path: Path, file: Any) -> dict[str, Any]:
+    """Documents, tokens without end-of-text, bytes and SHA-256 of a file; nobody reads one of llm.c without documents."""
+    found = {"documents": file.documents, "tokens": file.tokens}
+    if path.suffix == ".bin" and not file.documents:
+        path.unlink()
+        return found
+    return {**found, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def cannot_write(directory: Path, error: OSError) -> RecipeError:
+    """What to say of a directory."""
+    return RecipeError(
+        f"cannot write {directory}: {error.strerror or error}; files that are done are kept, and the same command goes on from "
+        "there"
+    )
