@@ -193,26 +193,26 @@ class Progress:
     def __init__(self, shards: dict[int, int], say: Say) -> None:
         self._shards, self._say = shards, say  # shards of each file that is to be made
         self._tokens, self._done = dict.fromkeys(shards, 0), dict.fromkeys(shards, 0)
-        self._started = time.monotonic()
+        self._begun = time.monotonic()
+        self._first: float | None = None  # when the first process had begun to read
         self._next = FIRST_PAUSE_SECONDS
 
     def report(self, number: int, tokens: int, done: int) -> None:
         """So many tokens, and shards, of a file are done."""
         self._tokens[number], self._done[number] = tokens, done
-        passed = time.monotonic() - self._started
+        self._first = self._first or time.monotonic()
+        passed = time.monotonic() - self._first
         if passed < self._next:
             return
         self._next = passed + min(max(FIRST_PAUSE_SECONDS, 0.05 * passed), LONGEST_PAUSE_SECONDS)
-        total, share_done = sum(self._tokens.values()), sum(self._done.values()) / sum(self._shards.values())
+        total, part = sum(self._tokens.values()), sum(self._done.values()) / sum(self._shards.values())
         files = sum(self._done[number] == count for number, count in self._shards.items())
-        left = f", {duration(passed / share_done - passed)} left" if share_done else ""
-        self._say(
-            f"{short_count(total)} tokens, {total / passed:,.0f} tokens/s, {files} of {len(self._shards)} files{left}"
-        )
+        left = f", {duration(passed / part - passed)} left" if part else ""
+        self._say(f"{short_count(total)} tokens, {total / passed:,.0f} tokens/s, {files} of {len(self._shards)} files{left}")
 
     def finish(self) -> None:
         """All is done."""
-        passed, total = time.monotonic() - self._started, sum(self._tokens.values())
+        passed, total = time.monotonic() - self._begun, sum(self._tokens.values())
         self._say(f"{total:,} tokens in {duration(passed)}: {total / passed:,.0f} tokens/s")
 
 

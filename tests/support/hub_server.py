@@ -1,4 +1,4 @@
-"""A small Hub on 127.0.0.1 for the real huggingface_hub client: repositories with commits, branches, tags and large files.
+"""A small Hub on 127.0.0.1 for the real huggingface_hub client: models and datasets with commits, branches, tags, large files.
 
 It can also be slow, fail, hang, and refuse a token. The client is led to it by `HF_ENDPOINT`, and kept to HTTP by
 `HF_HUB_DISABLE_XET`.
@@ -126,7 +126,7 @@ class HubServer:
 
 def is_large(path: str) -> bool:
     """Whether the Hub keeps a file outside of git."""
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".parquet", ".bin"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -330,7 +330,7 @@ def _git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-_MODEL = r"/api/models/(?P<repository>[^/]+/[^/]+)"
+_REPOSITORY = r"/api/(?:models|datasets)/(?P<repository>[^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
@@ -338,15 +338,15 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("PUT", "/objects/(?P<sha256>[0-9a-f]{64})", _Handler.object),
     ("GET", "/objects/(?P<sha256>[0-9a-f]{64})", _Handler.object),
     ("POST", "/verify", _Handler.verify),
-    ("GET", _MODEL, _Handler.info),
-    ("GET", _MODEL + "/revision/(?P<revision>.+)", _Handler.info),
-    ("GET", _MODEL + "/auth-check/write", _Handler.may_write),
-    ("GET", _MODEL + "/refs", _Handler.refs),
-    ("GET", _MODEL + "/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
-    ("POST", _MODEL + "/preupload/(?P<revision>.+)", _Handler.preupload),
-    ("POST", _MODEL + "/commit/(?P<revision>.+)", _Handler.commit),
-    ("POST", _MODEL + "/(?P<kind>tag|branch)/(?P<revision>.+)", _Handler.reference),
-    ("DELETE", _MODEL + "/(?P<kind>tag|branch)/(?P<revision>.+)", _Handler.reference),
-    ("POST", r"/(?P<repository>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.batch),
-    ("GET", "/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.download),
+    ("GET", _REPOSITORY, _Handler.info),
+    ("GET", _REPOSITORY + "/revision/(?P<revision>.+)", _Handler.info),
+    ("GET", _REPOSITORY + "/auth-check/write", _Handler.may_write),
+    ("GET", _REPOSITORY + "/refs", _Handler.refs),
+    ("GET", _REPOSITORY + "/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
+    ("POST", _REPOSITORY + "/preupload/(?P<revision>.+)", _Handler.preupload),
+    ("POST", _REPOSITORY + "/commit/(?P<revision>.+)", _Handler.commit),
+    ("POST", _REPOSITORY + "/(?P<kind>tag|branch)/(?P<revision>.+)", _Handler.reference),
+    ("DELETE", _REPOSITORY + "/(?P<kind>tag|branch)/(?P<revision>.+)", _Handler.reference),
+    ("POST", r"(?:/datasets)?/(?P<repository>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.batch),
+    ("GET", "(?:/datasets)?/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.download),
 ]
