@@ -48,6 +48,23 @@ class Limits:
     seconds: float = math.inf
 
 
+def open_lanes(settings: Mapping[str, Any], documents_are_counted: bool = False) -> tuple[Any, list[Any]]:
+    """A run with these settings, and its lanes, with the text open.
+
+    Args:
+        settings: that differ from the defaults.
+        documents_are_counted: as in `Reading`.
+    """
+    from benchmarks.training import any_tokenizer, start_quietly, with_settings
+    from recipe.config.settings import Config
+    from recipe.data import load_tokenizer, make_lanes, open_source
+
+    run = start_quietly(with_settings(Config(), {**settings, "precision": "fp32"}))
+    source = open_source(run.config)
+    tokenizer = any_tokenizer(2) if documents_are_counted else load_tokenizer(run.config, source)
+    return run, make_lanes(run, source, tokenizer)
+
+
 def read_updates(reading: Reading) -> dict[str, Any]:
     """Open, tokenize and pack `reading` in this process: time and resident set after each update, what is in the cache."""
     from benchmarks.training import any_tokenizer, start_quietly, with_settings
