@@ -48,44 +48,39 @@ class Limits:
     seconds: float = math.inf
 
 
-def open_lanes(settings: Mapping[str, Any], documents_are_counted: bool = False) -> tuple[Any, list[Any]]:
-    """A run with these settings, and its lanes, with the text open.
-
-    Args:
-        settings: that differ from the defaults.
-        documents_are_counted: as in `Reading`.
-    """
-    from benchmarks.training import any_tokenizer, start_quietly, with_settings
+def start(settings: Mapping[str, Any]) -> Any:
+    """A run in fp32 with these settings, the others at their defaults."""
+    from benchmarks.training import start_quietly, with_settings
     from recipe.config.settings import Config
-    from recipe.data import load_tokenizer, make_lanes, open_source
 
-    run = start_quietly(with_settings(Config(), {**settings, "precision": "fp32"}))
-    source = open_source(run.config)
-    tokenizer = any_tokenizer(2) if documents_are_counted else load_tokenizer(run.config, source)
-    return run, make_lanes(run, source, tokenizer)
+    return start_quietly(with_settings(Config(), {**settings, "precision": "fp32"}))
+
+
+def open_lanes(run: Any, counts_documents: bool = False) -> list[Any]:
+    """The lanes of a run, with the text open; `counts_documents` as in `Reading`."""
+    from benchmarks.training import any_tokenizer
+    from recipe.data.blocks import make_lanes
+    from recipe.data.sources import open_source
+    from recipe.data.tokenizer import load_tokenizer
+
+    sources = [open_source(run.config)]
+    return make_lanes(run, sources, any_tokenizer(2) if counts_documents else load_tokenizer(run.config, sources))
 
 
 def read_updates(reading: Reading) -> dict[str, Any]:
     """Open, tokenize and pack `reading` in this process: time and resident set after each update, what is in the cache."""
-    from benchmarks.training import any_tokenizer, start_quietly, with_settings
-    from recipe.config.settings import Config
-    from recipe.data.blocks import make_lanes, next_update
-    from recipe.data.sources import open_source
-    from recipe.data.tokenizer import load_tokenizer
+    from recipe.data.blocks import next_update
 
-    config = with_settings(Config(), {**reading.settings, "precision": "fp32"})
-    run = start_quietly(config)
+    run = start(reading.settings)
     base, began, processor = resident_bytes(), time.perf_counter(), time.process_time()
     seconds, resident, digest = [], [], hashlib.sha256()
-    sources = [open_source(config)]
-    tokenizer = any_tokenizer(2) if reading.counts_documents else load_tokenizer(config, sources)
-    lanes = make_lanes(run, sources, tokenizer)[: reading.lanes]
+    lanes = open_lanes(run, reading.counts_documents)[: reading.lanes]
     for _ in range(reading.updates):
         blocks = next_update(lanes, run.plan.update.blocks_per_lane, run.device).blocks
         seconds.append(time.perf_counter() - began)
         resident.append(resident_bytes())
         digest.update(blocks.astype("<i4").tobytes())
-    files = [path for path in config.cache_directory.rglob("*") if path.is_file()]
+    files = [path for path in run.config.cache_directory.rglob("*") if path.is_file()]
     return {
         "tokens_of_an_update": blocks.shape[0] * (blocks.shape[1] - 1),
         "seconds": seconds,  # from before the text was opened

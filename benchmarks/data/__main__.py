@@ -1,8 +1,8 @@
 """Tokens a second to int64 tensors, against other libraries and the machine's limits: `python -m benchmarks.data`. Linux.
 
-Of the peers, `datasets` is there; the others are left out where they are not installed. They name more than tokens need, and old
-versions of what the recipe has: `pip install --no-deps --target DIRECTORY litdata mosaicml-streaming lightning-utilities boto3
-botocore jmespath s3transfer tifffile obstore python-snappy cramjam zstd catalogue`, and PYTHONPATH=DIRECTORY.
+Of the peers, `datasets` is there; what is not installed is left out. The others want old versions of what the recipe has, for
+more than tokens need: `pip install --no-deps --target DIRECTORY litdata mosaicml-streaming lightning-utilities boto3 botocore
+jmespath s3transfer tifffile obstore python-snappy cramjam zstd catalogue`, and PYTHONPATH=DIRECTORY.
 """
 
 from __future__ import annotations
@@ -129,9 +129,10 @@ def report(result: Mapping[str, Any]) -> str:
     job, sizes, sections = Job(**result["job"]), result["sizes"], result["sections"]
     text = f"""From text or tokens to tensors
 {sizes["megabytes"]:g} MB of text, the files of Python's standard library again and again, each time with another first line:
-{sizes["tokens"]:,} tokens of GPT-2's vocabulary. Batches of {job.blocks} blocks of {job.length:,} tokens, int64. Each reader is a process of
-its own; they take turns, in another order each round; medians (smallest..largest) over {result["rounds"]} rounds. Imports do not count, opening
-does. Memory: peak of the resident set, memory-mapped files included, over what is there after the imports.
+{sizes["tokens"]:,} tokens of GPT-2's vocabulary. Batches of {job.blocks} blocks of {job.length:,} tokens, int64.
+Each reader is a process of its own; they take turns, in another order each round;
+medians (smallest..largest), {result["rounds"]} rounds. Imports do not count, opening does.
+Memory: peak of the resident set, memory-mapped files included, over what is there after the imports.
 `benchmarks/data/readers.py` says what each is.
 """
     writers: dict[str, Callable[[Result, Mapping[str, Any]], str]] = {
@@ -174,35 +175,34 @@ def _limits(section: Result, result: Mapping[str, Any]) -> str:
     found = section["limits"]["rounds"][0]
     ns = {name: found[f"{name}_seconds_per_token"] * 1e9 for name in ("cast", "hash", "tensor")}
     total = sum(ns.values())
-    bytes_per_token = (
-        2 + 2 * 4 + 3 * 2 * 8
-    )  # read as uint16, written as int32, hashed; int64 written three times, read twice
-    bandwidth = found["copied_bytes_per_second"]
+    moved = 2 + 2 * 4 + 3 * 2 * 8  # bytes: uint16 read, int32 written and hashed, int64 written and read three times
+    bandwidth, sha256 = found["copied_bytes_per_second"], found["sha256_bytes_per_second"]
     return f"""
 ## What the machine allows
 
-A copy in memory: {bandwidth / 1e9:.1f} GB/s. SHA-256: {found["sha256_bytes_per_second"] / 1e9:.2f} GB/s, on one core. What each token of ours needs, in ns on one core:
-from uint16 to int32 {ns["cast"]:.2f}, the hash of its block {ns["hash"]:.2f}, inputs and targets {ns["tensor"]:.2f}: {total:.2f}, so {1e3 / total:,.0f} M tokens/s is
-the most, and the hash is {ns["hash"] / total:.0%} of it. About {bytes_per_token} bytes are moved for a token: {bandwidth / bytes_per_token / 1e6:,.0f} M tokens/s at the speed of memory.
+A copy in memory: {bandwidth / 1e9:.1f} GB/s. SHA-256 on one core: {sha256 / 1e9:.2f} GB/s.
+What each token of ours needs, in ns on one core: from uint16 to int32 {ns["cast"]:.2f},
+the hash of its block {ns["hash"]:.2f}, inputs and targets {ns["tensor"]:.2f};
+together {total:.2f}, so that {1e3 / total:,.0f} M tokens/s is the most, and the hash is {ns["hash"] / total:.0%} of it.
+About {moved} bytes are moved for a token, which the memory can do for {bandwidth / moved / 1e6:,.0f} M tokens/s.
 """
 
 
 def _prepared(section: Result, result: Mapping[str, Any]) -> str:
     rows = _speeds(section, RAW, 1e6)
-    hashed = ""
-    if "limits" in result["sections"]:
+    hashed, ours = (
+        "",
+        [found["rounds"] for name, found in section.items() if name.startswith("this") and "rounds" in found],
+    )
+    if ours and "limits" in result["sections"]:
         seconds = result["sections"]["limits"]["limits"]["rounds"][0]["hash_seconds_per_token"]
-        shares = {
-            name: median(seconds * r["tokens"] / r["seconds"] for r in found["rounds"])
-            for name, found in section.items()
-            if name.startswith("this") and "missing" not in found
-        }
-        hashed = f"The ledger's hashes are {', '.join(f'{share:.0%}' for share in shares.values())} of the time in the rows of this recipe."
+        shares = [median(seconds * r["tokens"] / r["seconds"] for r in rounds) for rounds in ours]
+        hashed = f"The ledger's hashes are {', '.join(f'{share:.0%}' for share in shares)} of the time of its rows."
     return f"""
 ## Prepared tokens, in millions a second
 
-Ours shuffles documents' files and blocks, holds documents out, hashes every block and can be resumed; nanoGPT draws blocks with
-replacement; the limit reads in order. {hashed}
+This recipe shuffles shards and blocks, holds documents out and hashes every block; nanoGPT draws blocks with replacement; the
+limit reads in order. {hashed}
 
 {table(rows)}"""
 
@@ -211,8 +211,8 @@ def _on_the_fly(section: Result, result: Mapping[str, Any]) -> str:
     return f"""
 ## On the fly, in thousands a second
 
-{result["sizes"]["fly_megabytes"]:g} MB of the text. The limit has documents in memory and gives numpy arrays. Ours is endless: it counts what it has
-tokenized, of which some is still in the windows of its lanes.
+{result["sizes"]["fly_megabytes"]:g} MB of the text. The limit has documents in memory and gives numpy arrays.
+Ours is endless: it counts what it has tokenized, of which some is still in the windows of its lanes.
 
 {table(_speeds(section, BARE, 1e3))}"""
 
@@ -220,13 +220,16 @@ tokenized, of which some is still in the windows of its lanes.
 def _memory(section: Result, result: Mapping[str, Any]) -> str:
     rows = []
     for source in SOURCES:
-        row = {"": source}
-        for size in ("little", "much"):
-            if "missing" not in (found := section[f"{source}, {size}"]):
-                (one,) = found["rounds"]
-                row |= {f"{size}: tokens": f"{one['read_tokens']:,}", f"{size}: MB": f"{_megabytes(found):,.0f}"}
-        rows.append(row)
-    return "\n## Memory of more text\n\n8 lanes.\n\n" + table(rows)
+        little, much = (section[f"{source}, {size}"] for size in ("little", "much"))
+        if "rounds" in little and "rounds" in much:
+            row = {"": source}
+            for name, found in {"little": little, "much": much}.items():
+                row |= {
+                    f"{name}: tokens": f"{found['rounds'][0]['read_tokens']:,}",
+                    f"{name}: MB": f"{_megabytes(found):,.0f}",
+                }
+            rows.append(row)
+    return "\n## Memory of more text\n\n8 lanes.\n\n" + table(rows) if rows else ""
 
 
 def _megabytes(found: Result) -> float:
@@ -258,16 +261,17 @@ def _training_thread(section: Result, result: Mapping[str, Any]) -> str:
             asleep = [100 * (r[phase]["asleep_share"] - r["no reading"]["asleep_share"]) for r in rounds]
             row |= {
                 f"{phase}: slower by %": spread(lost),
-                "without the lock, %" + " " * (phase != "one H100"): spread(asleep),
+                f"{phase}: without the lock, %": spread(asleep),
             }
         row["flat out: thousand tokens/s"] = spread([r["flat out"]["tokens_per_second"] / 1e3 for r in rounds])
         rows.append(row)
     text = """
 ## Taking turns with the training's thread
 
-A Python thread launches 2,000 small operations of torch a step, as one that feeds a GPU does, on a core of its own; the reader's
-threads have the other core. It reads as fast as one H100 trains the 1.3B preset (60,000 tokens/s), or flat out. `without the
-lock`: the share of the time in which the thread slept since another had the interpreter's lock, over that without reading,
+A Python thread launches 2,000 small operations of torch a step, as one that feeds a GPU does, on a core of its own; the
+reader's threads have the other core. It reads as fast as one H100 trains the 1.3B preset (60,000 tokens/s), or
+flat out. `without the lock`: the share of the time in which the thread slept since another had the interpreter's lock,
+over that without reading,
 by Linux's own count, which other processes do not disturb.
 
 """
@@ -279,7 +283,8 @@ def _quickstart(section: Result, result: Mapping[str, Any]) -> str:
     return f"""
 ## The quickstart
 
-`data_wait_seconds` of {len(section["update_seconds"])} updates, the first apart: {waited:.4f} s of {total:.1f} s, {waited / total:.3%}.
+`data_wait_seconds` of {len(section["update_seconds"])} updates, the first apart: {waited:.4f} s of {total:.1f} s,
+{waited / total:.3%}.
 """
 
 
@@ -301,7 +306,6 @@ def chart(result: Mapping[str, Any]) -> Any:
                     alt.X(
                         "speed:Q",
                         title="million tokens a second",
-                        scale=alt.Scale(type="symlog" if section == "prepared" else "linear"),
                     ),
                     alt.Y("reader:N", sort=None, title=None, axis=alt.Axis(labelLimit=320)),
                 )

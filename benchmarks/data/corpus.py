@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipe.data.encode import DocumentEncoder
-from recipe.data.sources import standard_library_files
+from recipe.data.standard_library import standard_library_files
 from recipe.data.tokenizer import find_tokenizer
 
 PARTS = 1024  # row groups, so that 64 lanes get about as much each

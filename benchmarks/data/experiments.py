@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.data.readers import Job, settings_of
-from benchmarks.reading import open_lanes, peak_memory_bytes
+from benchmarks.reading import open_lanes, peak_memory_bytes, start
 from benchmarks.results import timed
 from recipe.data.blocks import UpdateReader, hash_blocks, next_update, to_tensors
 from recipe.data.lanes import Position
@@ -35,8 +35,8 @@ def training_thread(job: Job, source: str, seconds: float, switch_interval: floa
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[1:] or cores)  # threads are born with it
     settings = settings_of(job, source) | {"schedule.total_tokens": job.blocks * job.length * _LONG}
-    run, lanes = open_lanes(settings)
-    reader = UpdateReader(run, lanes)
+    run = start(settings)
+    reader = UpdateReader(run, open_lanes(run))
     reader.next_update()
     os.sched_setaffinity(0, cores[:1])
     x = torch.ones(8)
@@ -76,7 +76,8 @@ def _ran_seconds() -> float:
 
 def resume(job: Job, source: str) -> dict[str, Any]:
     """Seconds to the first update of lanes that go on in the middle of a window of full size."""
-    run, lanes = open_lanes(settings_of(job, source))
+    run = start(settings_of(job, source))
+    lanes = open_lanes(run)
     full = run.config.data.shuffle_blocks
     window = next(number for number in range(100) if lanes[0].window_blocks(number) == full)
     state = asdict(Position(window=window, block=full // 2))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.corpus import END_OF_TEXT, import_streaming, read_flat, tokenizer_of
-from benchmarks.reading import open_lanes
+from benchmarks.reading import open_lanes, start
 
 
 class Batch(NamedTuple):
@@ -97,7 +97,8 @@ def _ours(job: Job, source: str) -> Iterator[Batch]:
     from recipe.data import next_update
 
     yield from _started()
-    run, lanes = open_lanes(settings_of(job, source))
+    run = start(settings_of(job, source))
+    lanes = open_lanes(run)
     given, held, most = 0, 0, min(job.most_tokens, len(read_flat(job.path / "tokens")))
     while given + held < most:
         inputs, targets = next_update(lanes, run.plan.update.blocks_per_lane, run.device).batch
@@ -116,8 +117,8 @@ def bare_tokenizer(job: Job) -> Iterator[Batch]:
     encoder = tokenizer_of(job.path / "tokenizer").backend_tokenizer
     texts = pq.read_table(job.path / "text/text.parquet")["text"].to_pylist()
     yield from _started()
-    for start in range(0, len(texts), 256):
-        encodings = encoder.encode_batch_fast(texts[start : start + 256], add_special_tokens=False)
+    for first in range(0, len(texts), 256):
+        encodings = encoder.encode_batch_fast(texts[first : first + 256], add_special_tokens=False)
         ids = torch.from_numpy(np.concatenate([np.array(encoding.ids, dtype=np.int64) for encoding in encodings]))
         yield Batch(ids, ids)
 
@@ -157,8 +158,8 @@ def raw_memmap(job: Job) -> Iterator[Batch]:
     yield from _started()
     stream, length = read_flat(job.path / "tokens"), job.length
     windows = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
-    for start in range(0, len(windows), job.blocks):
-        yield _shifted(torch.from_numpy(windows[start : start + job.blocks].astype(np.int64)))
+    for first in range(0, len(windows), job.blocks):
+        yield _shifted(torch.from_numpy(windows[first : first + job.blocks].astype(np.int64)))
 
 
 def nanogpt(job: Job) -> Iterator[Batch]:
