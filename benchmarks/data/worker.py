@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -79,8 +80,8 @@ def take_turns(jobs: Mapping[str, tuple[str, Job]], rounds: int, **arguments: An
     return {name: answers[name] for name in jobs}
 
 
-def read(reader: Iterator[Batch]) -> dict[str, Any]:
-    """Read until the reader's end: seconds to the first tensors and in all, processor time, memory."""
+def read(reader: Iterator[Batch], most_seconds: float = math.inf) -> dict[str, Any]:
+    """Read until the reader's end, or about so long: seconds to the first tensors and in all, processor time, memory."""
     tokens, ahead, first, base = 0, 0, 0.0, 0
     began = processor = 0.0
     for inputs, _, held in reader:
@@ -90,6 +91,8 @@ def read(reader: Iterator[Batch]) -> dict[str, Any]:
             continue
         first = first or time.perf_counter() - began
         tokens += inputs.numel()
+        if time.perf_counter() - began > most_seconds:
+            break
     return {
         "tokens": tokens,
         "read_tokens": tokens + ahead,
@@ -111,7 +114,7 @@ def main() -> None:
         arguments = json.loads(line)
         try:
             if hasattr(readers, name):
-                answer = read(getattr(readers, name)(job))
+                answer = read(getattr(readers, name)(job), **arguments)
             else:
                 answer = getattr(experiments, name)(job, **arguments)
         except (ImportError, RecipeError) as error:
