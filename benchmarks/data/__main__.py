@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,12 +71,12 @@ def prepared(job: Job, options: argparse.Namespace) -> Result:
 
 def training_thread(job: Job, options: argparse.Namespace) -> Result:
     """The training's thread while the reader works."""
-    return _of_sources(job, options, "training_thread", seconds=options.seconds)
+    return _of_sources(job, "training_thread", min(options.rounds, 2), ("text", "flat"), seconds=options.seconds)
 
 
 def resume(job: Job, options: argparse.Namespace) -> Result:
     """A window again."""
-    return _of_sources(job, options, "resume")
+    return _of_sources(job, "resume", 1, SOURCES)
 
 
 def limits(job: Job, options: argparse.Namespace) -> Result:
@@ -116,12 +116,12 @@ def prepare(job: Job, options: argparse.Namespace) -> int:
     return tokens
 
 
-def _of_sources(job: Job, options: argparse.Namespace, experiment: str, **arguments: Any) -> Result:
+def _of_sources(job: Job, experiment: str, rounds: int, sources: Iterable[str], **arguments: Any) -> Result:
     found = dict[str, Any]()
-    for source in SOURCES:
+    for source in sources:
         for lanes in LANES:
             jobs = {f"{source}, {lanes} lanes": (experiment, replace(job, lanes=lanes))}
-            found |= take_turns(jobs, 1 if experiment == "resume" else options.rounds, source=source, **arguments)
+            found |= take_turns(jobs, rounds, source=source, **arguments)
     return found
 
 
