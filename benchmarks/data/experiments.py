@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from benchmarks.data.readers import Job, settings_of
 from benchmarks.reading import open_lanes, peak_memory_bytes, start
 from benchmarks.results import timed
 from recipe.data.blocks import UpdateReader, hash_blocks, next_update, to_tensors
-from recipe.data.lanes import Position
 
 OPERATIONS = 2000  # small ones of torch, of a training's step; a GPT-2 of 24 layers launches about as many
 GPU_TOKENS_PER_SECOND = 60_000  # what one H100 takes of the 1.3B preset
@@ -80,10 +78,9 @@ def resume(job: Job, source: str) -> dict[str, Any]:
     lanes = open_lanes(run)
     full = run.config.data.shuffle_blocks
     window = next(number for number in range(100) if lanes[0].window_blocks(number) == full)
-    state = asdict(Position(window=window, block=full // 2))
-    began = time.perf_counter()
+    in_window, began = {"window": window, "block": full // 2}, time.perf_counter()
     for lane in lanes:
-        lane.load_state_dict(state)
+        lane.load_state_dict(lane.state_dict() | in_window)
     next_update(lanes, run.plan.update.blocks_per_lane, run.device)
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "tokens": full * len(lanes) * job.length, "peak_bytes": peak_memory_bytes()}

@@ -109,7 +109,7 @@ def _ours(job: Job, source: str) -> Iterator[Batch]:
 def _held(lane: Any) -> int:
     """Tokens of a lane that are read and not given."""
     in_window = (len(lane._window) - lane._position.block) * lane.sequence_length if lane.is_ready else 0
-    return int(in_window + lane._stream._available)
+    return int(in_window + lane._tokens._available)
 
 
 def bare_tokenizer(job: Job) -> Iterator[Batch]:
