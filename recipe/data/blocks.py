@@ -203,13 +203,11 @@ def to_tensors(blocks: np.ndarray, device: torch.device, document_start: int | N
 
     With `document_start`, the token at which attention begins anew, the `document_starts` come with them.
     """
-    arrays = [blocks[:, :-1], blocks[:, 1:]]
-    if document_start is not None:
-        arrays.append(document_starts(blocks, document_start))
-    inputs, targets, *starts = (_to_device(array, device) for array in arrays)
-    if blocks[-1, -1] == PADDING:  # behind the last document of a validation set, and nowhere else
-        inputs, targets = inputs.clamp(min=0), targets.masked_fill(targets == PADDING, IGNORED_TARGET)
-    return inputs, targets, *starts
+    inputs, targets = blocks[:, :-1], blocks[:, 1:]
+    if (targets[:, -1] == PADDING).any():  # a padded row ends so
+        inputs, targets = np.maximum(inputs, 0), np.where(targets == PADDING, IGNORED_TARGET, targets)
+    starts = [] if document_start is None else [document_starts(blocks, document_start)]
+    return tuple(_to_device(array, device) for array in (inputs, targets, *starts))
 
 
 def document_starts(blocks: np.ndarray, document_start: int) -> np.ndarray:
@@ -228,5 +226,6 @@ def document_starts(blocks: np.ndarray, document_start: int) -> np.ndarray:
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    # Cast by numpy: torch would do it with threads, which wait for each other while those of the training have the cores.
     tensor = torch.from_numpy(array.astype(np.int64))
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
