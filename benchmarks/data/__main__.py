@@ -89,11 +89,11 @@ def quickstart(job: Job, options: argparse.Namespace) -> Result:
     directory = job.path / "quickstart"
     command = [sys.executable, "recipe/train.py", "--config", "configs/quickstart.yaml"]
     command += ["--run.directory", str(directory), "--evaluation.sample_tokens", "null"]
-    if options.quick:
-        command += ["--schedule.total_tokens", "40960", "--schedule.warmup_tokens", "4096"]
+    updates = 10 if options.quick else 80
+    command += ["--schedule.total_tokens", str(updates * 4096), "--schedule.warmup_tokens", "4096"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    updates = [line for line in read_lines(directory / LEDGER) if line["update"] > 1]
-    return {name: [line[name] for line in updates] for name in ("data_wait_seconds", "update_seconds")}
+    ledger = [line for line in read_lines(directory / LEDGER) if line["update"] > 1]
+    return {name: [line[name] for line in ledger] for name in ("data_wait_seconds", "update_seconds")}
 
 
 SECTIONS: dict[str, Callable[[Job, argparse.Namespace], Result]] = {

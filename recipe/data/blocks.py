@@ -170,7 +170,7 @@ class UpdateReader:
 
 def hash_blocks(blocks: np.ndarray) -> np.ndarray:
     """sha256 of each block's tokens as little-endian int32: uint8 [blocks, 32]."""
-    digests = [sha256(block.astype("<i4").tobytes()).digest() for block in blocks]
+    digests = [sha256(block).digest() for block in np.ascontiguousarray(blocks, dtype="<i4")]
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
