@@ -106,7 +106,9 @@ def test_ledger_fields_and_their_meaning(runs: Runs) -> None:
 
 def test_every_ledger_field_is_documented() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-    assert [f.name for f in fields(LedgerEntry) if f"`{f.name}`" not in text and f.name not in ("sources", "validation")] == []
+    assert [
+        f.name for f in fields(LedgerEntry) if f"`{f.name}`" not in text and f.name not in ("sources", "validation")
+    ] == []
 
 
 def test_trackers_receive_the_ledger(runs: Runs) -> None:

@@ -94,7 +94,7 @@ def ours_from_flat(job: Job) -> Iterator[Batch]:
 
 
 def _ours(job: Job, source: str) -> Iterator[Batch]:
-    from recipe.data import next_update
+    from recipe.data.blocks import next_update
 
     yield from _started()
     run = start(settings_of(job, source))

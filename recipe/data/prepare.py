@@ -208,7 +208,9 @@ class Progress:
         total, part = sum(self._tokens.values()), sum(self._done.values()) / sum(self._shards.values())
         files = sum(self._done[number] == count for number, count in self._shards.items())
         left = f", {duration(passed / part - passed)} left" if part else ""
-        self._say(f"{short_count(total)} tokens, {total / passed:,.0f} tokens/s, {files} of {len(self._shards)} files{left}")
+        self._say(
+            f"{short_count(total)} tokens, {total / passed:,.0f} tokens/s, {files} of {len(self._shards)} files{left}"
+        )
 
     def finish(self) -> None:
         """All is done."""

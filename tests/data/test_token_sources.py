@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipe.config.settings import BatchConfig, Config
-from recipe.data import load_tokenizer, make_lanes, next_update, open_source
-from recipe.data.blocks import combine_hashes
+from recipe.data.blocks import combine_hashes, make_lanes, next_update
 from recipe.data.columns import VOCABULARY_KEY
 from recipe.data.documents import Source
 from recipe.data.find import find_files_of
-from recipe.data.sources import check_passes, describe
+from recipe.data.sources import check_passes, describe, open_source
 from recipe.data.standard_library import standard_library_files
+from recipe.data.tokenizer import load_tokenizer
 from recipe.evaluation.in_run import read_validation_sets
 from tests.helpers import SCRIPT, TINY, expect_error, read_ledger, run_ranks, train
 from tests.support.lanes import CPU, config_for, run_on

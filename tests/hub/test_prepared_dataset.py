@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipe.commands import prepare as command
 from recipe.config.settings import Config, PushConfig
 from recipe.data.prepare import Wanted, prepare
 from recipe.data.sources import open_source
@@ -79,7 +77,9 @@ def test_what_is_pushed_is_read_from_the_hub_as_from_the_directory(
 
 def test_another_push_takes_the_files_of_the_one_before_away(online: HubServer, config: Config, tmp_path: Path) -> None:
     push(config, tmp_path / "out")
-    few = replace(config, data=replace(config.data, text_files=(f"{tmp_path}/texts/000.txt", f"{tmp_path}/texts/001.txt")))
+    few = replace(
+        config, data=replace(config.data, text_files=(f"{tmp_path}/texts/000.txt", f"{tmp_path}/texts/001.txt"))
+    )
     few = replace(few, batch=replace(few.batch, lanes=1))
     manifest = push(replace(few, data=replace(few.data, validation_one_in=None)), tmp_path / "few", "llmc")
     pushed = online.pushed("main", "user/data")

@@ -20,8 +20,9 @@ from recipe.checkpoint.resume import find_resume_point
 from recipe.commands import evaluate as evaluate_command
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, DataConfig, ModelConfig, PerformanceConfig
-from recipe.data import load_tokenizer, make_lanes, next_update, open_source
-from recipe.data.blocks import MicroBatch, document_starts, to_tensors
+from recipe.data.blocks import MicroBatch, document_starts, make_lanes, next_update, to_tensors
+from recipe.data.sources import open_source
+from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import RecipeError
 from recipe.model import attention
 from recipe.model.attention import causal_attention, document_mask, document_ranges, inside_documents
