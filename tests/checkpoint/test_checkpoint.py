@@ -45,6 +45,7 @@ from recipe.errors import RecipeError
 from recipe.model.gpt2 import build_gpt2
 from recipe.model.optimizer import build_optimizer
 from recipe.run.directory import begin_run, list_checkpoints
+from recipe.run.files import sha256_of
 from recipe.run.ledger import LedgerEntry, read_lines
 from tests.support.checkpoints import check_order_of_syncs, everything, state_of, trained, write
 from tests.support.runs import make_run
@@ -141,7 +142,7 @@ def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
 
         return call
 
-    for name in ("sync", "_sha256", "_save_optimizer", "write_model"):
+    for name in ("sync", "sha256_of", "_save_optimizer", "write_model"):
         monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
     monkeypatch.setattr(os, "replace", failing(os.replace))
 
@@ -202,7 +203,7 @@ def listed(path: Path) -> None:
     """Give the manifest the sizes and hashes that its files have now."""
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     for name in manifest["files"]:
-        manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoint._sha256(path / name)}
+        manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
     (path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 

@@ -104,7 +104,7 @@ def test_a_dataset_of_token_ids_is_found_by_its_column(server: HttpServer, tmp_p
     assert source.holds_ids
     assert source.training.tokens == sum(map(len, ids))
     before = len(server.ranges)
-    assert [document.tolist() for document in source.training_documents()] == ids
+    assert [np.asarray(document).tolist() for document in source.training_documents()] == ids
     asked = sum(end - start for start, end in server.ranges[before:])
     assert asked < 4.2 * sum(map(len, ids)), "Parquet has no integers of two bytes"
     named = config_of(tmp_path, tokenizer=str(tmp_path / "tokenizer"), token_column="id")
