@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
+import shlex
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import recipe.data.token_writers as token_writers
+from recipe.commands import prepare as command
 from recipe.config.settings import Config, MixtureSource
 from recipe.data.blocks import combine_hashes, make_lanes, next_update
 from recipe.data.encode import DocumentEncoder
@@ -24,7 +33,7 @@ from recipe.data.sources import open_source
 from recipe.data.token_formats import is_validation_file
 from recipe.data.tokenizer import load_tokenizer, train_tokenizer
 from recipe.errors import RecipeError
-from tests.helpers import write_texts
+from tests.helpers import TINY, read_ledger, run, start, train, write_texts
 from tests.support.lanes import CPU, config_for, run_on
 
 LANES, UPDATES = 4, 12
@@ -146,8 +155,6 @@ def test_what_is_written_does_not_depend_on_the_processes(corpus: Path, tmp_path
 def test_the_manifest_says_what_is_in_each_file(corpus: Path, tmp_path: Path) -> None:
     manifest = quietly(config_of(corpus, "a.jsonl", tmp_path), tmp_path / "out")
     assert manifest == json.loads((tmp_path / "out/manifest.json").read_text("utf-8"))
-    from hashlib import sha256
-
     for name, file in manifest["files"].items():
         content, table = (tmp_path / "out" / name).read_bytes(), pq.read_table(tmp_path / "out" / name)
         ids = table["input_ids"]
@@ -289,3 +296,101 @@ def test_what_cannot_be_prepared_is_one_line(corpus: Path, tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert quietly(config, tmp_path / "full") == quietly(config, tmp_path / "whole")
+
+
+def test_a_process_that_dies_is_one_line_and_what_is_done_is_kept(corpus: Path, tmp_path: Path) -> None:
+    config, out, killed = config_of(corpus, "a.jsonl", tmp_path), tmp_path / "out", list[int]()
+
+    def kill_one() -> None:
+        while len(workers := multiprocessing.active_children()) < 2:
+            time.sleep(0.002)
+        killed.append(int(workers[0].pid or 0))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    with pytest.raises(
+        RecipeError, match=r"a process was killed by signal 9, .*; the same command goes on from here"
+    ) as error:
+        quietly(config, out, processes=2)
+    thread.join()
+    assert error.value.exit_code == 1
+    assert not multiprocessing.active_children()
+    assert quietly(config, out, processes=2) == quietly(config, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
+    number: signal.Signals, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text((corpus / "a.jsonl").read_text("utf-8") * 16, encoding="utf-8")
+    flags = ["--data.text_files", f"{tmp_path}/a.jsonl", "--data.tokenizer", str(corpus / "tokenizer")]
+    command = [sys.executable, "-m", "recipe", "prepare", *TINY, *flags, "--processes", "2", "--output"]
+    process = start([*command, str(tmp_path / "out")])
+    notes, deadline = tmp_path / "out" / UNFINISHED, time.monotonic() + 120
+    while not [*notes.glob("0*.json")] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    assert len(helpers) >= 4, "two that work, the one that forks them, and multiprocessing's own"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    assert not alive
+    if number == signal.SIGKILL:
+        assert (process.returncode, errors) == (-9, "")
+    else:
+        assert process.returncode == 128 + number
+        assert errors == f"stopped by signal {number} before all was prepared; the same command goes on from here\n"
+    done = {path.stem: (tmp_path / "out" / f"train-{path.stem}-of-00008.parquet") for path in notes.glob("0*.json")}
+    inodes = {name: path.stat().st_ino for name, path in done.items()}
+    assert 1 <= len(inodes) < 8
+    again = run([*command, str(tmp_path / "out")])
+    assert again.returncode == 0, again.stderr
+    assert f"{len(inodes)} of 8 files are done already" in again.stdout
+    assert {name: path.stat().st_ino for name, path in done.items()} == inodes
+    whole = run([*command, str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_command_says_how_to_train_and_that_gives_the_same_updates(corpus: Path, tmp_path: Path) -> None:
+    """With a tokenizer that is trained on the text, which the run would train on the same."""
+    flags = [*TINY, "--data.text_files", f"{corpus}/texts/*.txt", "--data.validation_one_in", "5"]
+    of_text = train(*flags, "--run.max_updates", "3", "--run.directory", f"{tmp_path}/text")
+    assert of_text.returncode == 0, of_text.stderr
+    out = tmp_path / "out"
+    command = [*flags, "--run.max_updates", "3", "--run.directory", f"{tmp_path}/tokens"]
+    done = run([sys.executable, "-m", "recipe", "prepare", *command, "--output", str(out), "--processes", "1"])
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[:4] == ["python", "-m", "recipe", "train"]
+    of_tokens = train(*words[4:])
+    assert of_tokens.returncode == 0, of_tokens.stderr
+    hashes = [[line["blocks_sha256"] for line in read_ledger(tmp_path / name)] for name in ("text", "tokens")]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 3
+    losses = [[line["loss"] for line in read_ledger(tmp_path / name)] for name in ("text", "tokens")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], ["set --output to the directory"]),
+        (["--output", "out", "--repo_id", "data"], ["repo_id = 'data'", "user/name"]),
+        (["--output", "out", "--format", "csv"], ["format", "csv"]),
+        (["--output", "out", "--data.sources", "[{dataset: a/b}]", "--data.text_files", "[]"], ["one by one"]),
+    ],
+)
+def test_flags_are_answered_before_anything_is_read(
+    more: list[str], words: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare", *TINY, "--data.text_files", f"{corpus}/a.jsonl", *more])
+    monkeypatch.setattr("recipe.run.stop.StopRequest.listen", lambda stop: None)  # for signals of this process
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as error:
+        command.main()
+    assert all(word in str(error.value) for word in words)
+    assert not [*tmp_path.iterdir()]
