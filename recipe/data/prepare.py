@@ -15,7 +15,7 @@ from recipe.config.text_files import MANIFEST
 from recipe.data.encode import DocumentEncoder
 from recipe.data.files import File
 from recipe.data.find import Say, find_files_of
-from recipe.data.prepare_file import UNFINISHED, Preparation, cannot_write, count_files, prepare_file, share
+from recipe.data.prepare_file import PARTS, UNFINISHED, Preparation, cannot_write, count_files, prepare_file, share
 from recipe.data.record import TextFile, record_text, what_changed
 from recipe.data.sources import open_source
 from recipe.data.token_writers import Output
@@ -28,7 +28,6 @@ from recipe.run.files import new_directory, new_file, remove, remove_leftovers, 
 
 FORMAT = 1  # of the manifest
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0  # between lines of progress
-_PARTS = ("training", "held_out")
 # What decides the files; the text itself is compared by its record.
 _SETTINGS = (
     *("batch.lanes", "data.text_column", "data.token_column", "data.rows_are", "data.token_dtype", "data.encoding"),
@@ -72,6 +71,7 @@ def prepare(wanted: Wanted, processes: int, say: Say) -> dict[str, Any]:
     tokenizer = load_tokenizer(config, (), config.model.init_from) if wanted.tokenizer else None
     about = {"settings": _settings(wanted, tokenizer), "source": _describe_source(config, files)}
     if done := _earlier(directory, about):
+        remove(unfinished)
         say(f"{directory} is complete: nothing is left to do")
         return done
     try:
@@ -181,7 +181,7 @@ def _prepare_files(preparation: Preparation, processes: int, say: Say) -> list[d
         say(f"{len(results) - len(left)} of {len(results)} files are done already")
     for number, result in do_all(partial(prepare_file, preparation), left, processes, progress.report):
         results[number] = result
-        progress.report(number, sum(result[part]["tokens"] for part in _PARTS), shards[number])
+        progress.report(number, sum(result[part]["tokens"] for part in PARTS), shards[number])
     if left:
         progress.finish()
     return [result for result in results if result]
@@ -221,18 +221,24 @@ class Progress:
 def _finish(preparation: Preparation, about: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Put together what is held out, and write the manifest."""
     totals = {
-        part: {key: sum(result[part][key] for result in results) for key in ("documents", "tokens")} for part in _PARTS
+        part: {key: sum(result[part][key] for result in results) for key in ("documents", "tokens")} for part in PARTS
     }
     source, ids = preparation.source, preparation.output.ids
     if not totals["training"]["documents"]:
         raise RecipeError(f"{source.name} has no documents to train on")
-    files = {preparation.path(number).name: result["training"] for number, result in enumerate(results)}
+    files = {preparation.name(number): result["training"] for number, result in enumerate(results)}
+    unfinished = list(map(preparation.unfinished, range(preparation.files)))
     if source.validation or source.validation_one_in:
         path = preparation.directory / f"val-00000-of-00001.{preparation.output.ending}"
-        numbers = [number for number, result in enumerate(results) if result["held_out"]["documents"]]
+        held_out = [
+            of["held_out"] for of, result in zip(unfinished, results, strict=True) if result["held_out"]["documents"]
+        ]
         with new_file(path) as temporary:
-            preparation.output.join([preparation.held_out_path(number) for number in numbers], temporary)
+            preparation.output.join(held_out, temporary)
         files[path.name] = {**totals["held_out"], "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    for number, of in enumerate(unfinished):
+        if of["training"].exists():
+            os.replace(of["training"], preparation.directory / preparation.name(number))
     manifest = {
         "format": FORMAT,
         "tokenizer": {

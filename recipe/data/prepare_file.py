@@ -22,7 +22,8 @@ from recipe.run.files import new_file, sha256_of
 UNFINISHED = ".preparing"  # directory of what is there until all is done
 FILE_BYTES = 256e6  # of ids, before compression
 FEWEST_FILES = 8  # if the source has so many shards: work for so many processes
-SHARDS_AHEAD = 8  # that may be fetched meanwhile
+SHARDS_AHEAD = 2  # row groups of remote files on the way
+PARTS = ("training", "held_out")
 
 
 @dataclass(frozen=True)
@@ -35,29 +36,33 @@ class Preparation:
     directory: Path
     files: int  # that training documents are written to
 
-    def path(self, number: int) -> Path:
-        """A file of training documents."""
-        return self.directory / f"train-{number:05d}-of-{self.files:05d}.{self.output.ending}"
+    def name(self, number: int) -> str:
+        """Of a file of training documents, once all is done."""
+        return f"train-{number:05d}-of-{self.files:05d}.{self.output.ending}"
 
-    def held_out_path(self, number: int) -> Path:
-        """What was held out of it, until all is done."""
-        return self.directory / UNFINISHED / f"val-{number:05d}.{self.output.ending}"
+    def unfinished(self, number: int) -> dict[str, Path]:
+        """The files that training and held-out documents are in until all is done: nobody trains on a part by mistake."""
+        directory, ending = self.directory / UNFINISHED, self.output.ending
+        return {part: directory / f"{part}-{number:05d}.{ending}" for part in PARTS}
 
     def result(self, number: int) -> dict[str, Any] | None:
         """What `prepare_file` gave, if it is done."""
         with suppress(OSError, ValueError):
-            result: dict[str, Any] = json.loads(self._result_path(number).read_text("utf-8"))
-            size = result["training"].get("bytes")
-            if size is None or self.path(number).stat().st_size == size:
-                return result
+            result: dict[str, Any] = json.loads(self._note(number).read_text("utf-8"))
+            for part, path in self.unfinished(number).items():
+                is_moved = part == "training" and not path.exists()
+                path = self.directory / self.name(number) if is_moved else path
+                if "bytes" in result[part] and path.stat().st_size != result[part]["bytes"]:
+                    return None
+            return result
         return None
 
     def keep(self, number: int, result: dict[str, Any]) -> None:
         """Note that a file is done."""
-        with new_file(self._result_path(number)) as temporary:
+        with new_file(self._note(number)) as temporary:
             temporary.write_text(json.dumps(result), encoding="utf-8")
 
-    def _result_path(self, number: int) -> Path:
+    def _note(self, number: int) -> Path:
         return self.directory / UNFINISHED / f"{number:05d}.json"
 
 
@@ -85,27 +90,25 @@ def prepare_file(preparation: Preparation, number: int, report: Report) -> dict[
     """
     source, files, bad_rows = preparation.source, preparation.files, preparation.source.bad_rows
     shards = share(len(source), number, files)
-    paths = preparation.path(number), preparation.held_out_path(number)
+    paths = preparation.unfinished(number)
     try:
         with ExitStack() as stack:
             training, held_out = (
-                stack.enter_context(preparation.output.open(stack.enter_context(new_file(path)))) for path in paths
+                stack.enter_context(preparation.output.open(stack.enter_context(new_file(path))))
+                for path in paths.values()
             )
             for done, shard in enumerate(shards):
-                for ids, is_held_out in _encoded(
-                    preparation, source.split_shard(shard, shards[done + 1 : done + 1 + SHARDS_AHEAD])
-                ):
+                documents = source.split_shard(shard, shards[done + 1 : done + 1 + SHARDS_AHEAD])
+                for ids, is_held_out in _encoded(preparation, documents):
                     (held_out if is_held_out else training).add(ids)
                     report(training.tokens + held_out.tokens, done)
                 training.end_shard()
-                held_out.end_shard()
             if source.validation:
                 of_shards = share(len(source.validation), number, files)
                 for ids, _ in _encoded(preparation, source.validation_shards(of_shards)):
                     held_out.add(ids)
-                held_out.end_shard()
-        result = {"training": _described(paths[0], training), "held_out": _described(paths[1], held_out)}
-        result["bad_rows"] = source.bad_rows - bad_rows
+        described = map(_described, paths.values(), (training, held_out))
+        result = {**dict(zip(paths, described, strict=True)), "bad_rows": source.bad_rows - bad_rows}
         preparation.keep(number, result)
     except OSError as error:
         raise cannot_write(preparation.directory, error) from None

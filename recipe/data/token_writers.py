@@ -73,7 +73,9 @@ class ParquetFile:
         return self
 
     def __exit__(self, kind: Any, *error: object) -> None:
-        if kind is None and self._row_groups:
+        if kind is None:
+            self._write()
+        if self._row_groups:
             self._writer.add_key_value_metadata({SHARDS_KEY: json.dumps([self._lanes, *self._row_groups])})
         self._writer.close()
 

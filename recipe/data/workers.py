@@ -56,8 +56,8 @@ def _do_in_processes(
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
             process.start()
             theirs.close()
-            ours.send(numbers.pop(0))
             workers[ours] = process
+            _give(ours, process, numbers.pop(0))
         while workers:
             for connection in wait([*workers]):
                 assert isinstance(connection, Connection)
@@ -71,7 +71,7 @@ def _do_in_processes(
                     report(number, *answer)
                     continue
                 if numbers:
-                    connection.send(numbers.pop(0))
+                    _give(connection, workers[connection], numbers.pop(0))
                 else:
                     del workers[connection]
                     connection.close()
@@ -82,17 +82,20 @@ def _do_in_processes(
             process.join()
 
 
+def _give(connection: Connection, process: Any, number: int) -> None:
+    try:
+        connection.send(number)
+    except ConnectionError:
+        raise _has_died(process) from None
+
+
 def _has_died(process: Any) -> RecipeError:
     process.join(10)
-    code = process.exitcode
-    how = (
-        f"was killed by signal {-code}, perhaps for want of memory"
-        if code and code < 0
-        else f"ended with exit code {code}"
-    )
-    return RecipeError(
-        f"a process {how}; the same command goes on from here, with less memory if --processes is less", exit_code=1
-    )
+    code, how = process.exitcode or 0, f"ended with exit code {process.exitcode}"
+    if code < 0:
+        how = f"was killed by signal {-code}, perhaps for want of memory"
+    less = "with less memory if --processes is less"
+    return RecipeError(f"a process {how}; the same command goes on from here, {less}", exit_code=1)
 
 
 def _serve(connection: Connection, work: Work) -> None:

@@ -79,6 +79,16 @@ def read(config: Config, updates: int = UPDATES) -> tuple[list[str], list[list[i
     return hashes, [ids.tolist() for ids in held_out]
 
 
+def inodes_of(directory: Path) -> dict[str, int]:
+    """Of the files of training documents that are done."""
+    notes = [path.stem for path in (directory / UNFINISHED).glob("0*.json")]
+    hidden = {note: directory / UNFINISHED / f"training-{note}.parquet" for note in notes}
+    return {
+        note: (path if path.exists() else directory / f"train-{note}-of-00008.parquet").stat().st_ino
+        for note, path in hidden.items()
+    }
+
+
 def files_of(directory: Path) -> dict[str, bytes]:
     return {
         path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
@@ -193,14 +203,13 @@ def test_what_is_done_is_not_done_again(corpus: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("recipe.run.files.os.replace", replace_some)
     kills, kept = 0, dict[str, int]()
     while True:
-        left = 5  # settings, then what is held out, the file and the note of it, and a file that is not noted
+        left = 5  # the settings, what is held out, the file, the note of it, and one of the next file
         try:
             assert quietly(config, out) == whole
             break
         except Killed:
             kills += 1
-        noted = {f"train-{path.stem}-of-00008.parquet" for path in (out / UNFINISHED).glob("0*.json")}
-        inodes = {name: (out / name).stat().st_ino for name in noted}
+        inodes = inodes_of(out)
         assert inodes | kept == inodes, "they are the files that they were"
         kept = inodes
         assert not (out / "manifest.json").exists()
@@ -342,13 +351,14 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
     else:
         assert process.returncode == 128 + number
         assert errors == f"stopped by signal {number} before all was prepared; the same command goes on from here\n"
-    done = {path.stem: (tmp_path / "out" / f"train-{path.stem}-of-00008.parquet") for path in notes.glob("0*.json")}
-    inodes = {name: path.stat().st_ino for name, path in done.items()}
+    inodes = inodes_of(tmp_path / "out")
     assert 1 <= len(inodes) < 8
+    assert not [*(tmp_path / "out").glob("*.parquet")], "which somebody would train on"
     again = run([*command, str(tmp_path / "out")])
     assert again.returncode == 0, again.stderr
     assert f"{len(inodes)} of 8 files are done already" in again.stdout
-    assert {name: path.stat().st_ino for name, path in done.items()} == inodes
+    final = {note: (tmp_path / "out" / f"train-{note}-of-00008.parquet").stat().st_ino for note in inodes}
+    assert final == inodes
     whole = run([*command, str(tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
