@@ -49,6 +49,9 @@ hash of its tokens."""
 hf download {repo_id} --repo-type dataset --local-dir tokens
 python -m recipe train --data.token_files 'tokens/*.bin' --data.tokenizer {tokenizer["name"]}{packed}
 ```"""
+    if manifest["settings"]["data.tokenizer"] is None and manifest["settings"]["model.init_from"] is None:
+        download = f"hf download {repo_id} --repo-type dataset --include 'tokenizer/*' --local-dir ."
+        how = f"The tokenizer was trained on the text; `{download}` brings it.\n\n{how}"
     return printable(f"""---
 {metadata.to_yaml()}
 ---
