@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipe.config.settings import HELD_OUT
+from recipe.config.settings import HELD_OUT, MixtureSource
 from recipe.report.charts import curves_png
 from recipe.report.record import Record, read_record
 from recipe.report.summary import (
@@ -59,14 +59,14 @@ def model_card(record: Record, model: str | Path, *, has_image: bool = True) -> 
 
     name = one_line(record.directory.resolve().name if isinstance(model, Path) else model.rpartition("/")[2])
     config = record.config
-    dataset, base, rows = hub_dataset(config), initial_weights(config), rows_of(record, ())
-    results = _results(record, rows.held_out)
+    base, rows = initial_weights(config), rows_of(record, ())
+    results = _results(record, rows)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "pretraining"],
         base_model=base if base and is_hub_id(config.model.init_from or "") else None,
-        datasets=[dataset] if dataset else None,
+        datasets=[*dict.fromkeys(filter(None, map(hub_dataset, config.data.mixture)))] or None,
         metrics=["perplexity"] if results else None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -96,21 +96,31 @@ def _evaluations(record: Record) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _results(record: Record, held_out: str) -> list[EvalResult]:
+def _about(source: MixtureSource, label: str) -> dict[str, Any]:
+    """A source as the Hub's model-index has it; in a mixture called by its label, since several may be of files."""
+    files = "local-text-files" if source.text_files else "local-token-files"
+    name = label or files if source.files else one_line(short_name(source.repository) or "")
+    about = {"dataset_type": name, "dataset_name": f"{label or name}, held out"}
+    if hub_dataset(source):
+        about |= {"dataset_config": source.configuration, "dataset_split": source.split}
+        about["dataset_revision"] = source.revision
+    return about
+
+
+def _results(record: Record, rows: Any) -> list[EvalResult]:
     """The last evaluations as the Hub's model-index has them."""
     from huggingface_hub import EvalResult
 
-    data = record.config.data
+    sources = record.config.data.sources
     results = []
     for name, evaluation in dict(_evaluations(record)).items():  # the last of each set
         about: dict[str, Any] = {"dataset_type": name, "dataset_name": name}
-        if name == HELD_OUT:
-            source = "local-text-files" if data.text_files else one_line(short_name(data.repository) or "")
-            about = {"dataset_type": source, "dataset_name": f"{source}, held out"}
-            about["dataset_args"] = {"held_out": held_out}
-            if hub_dataset(record.config):
-                about |= {"dataset_config": data.configuration, "dataset_split": data.split}
-                about["dataset_revision"] = data.revision
+        if name == HELD_OUT and sources:
+            about = {"dataset_type": "mixture", "dataset_name": "all sources by weight, held out"}
+        for source in record.config.data.mixture:
+            if name == (source.label if sources else HELD_OUT):
+                about = _about(source, source.label if sources else "")
+                about["dataset_args"] = {"held_out": rows.held_out_of(source)}
         results += [
             EvalResult(
                 task_type="text-generation",

@@ -216,7 +216,8 @@ def _numbers(ledger: list[dict[str, Any]]) -> pd.DataFrame:
 
     names = dict.fromkeys(name for line in ledger for name in line)
     sets = [match[1] for name in names if (match := re.fullmatch(r"validation/([\w-]+)/loss", name))]
-    columns = [*COLUMNS, *(f"validation/{name}/{value}" for name in sets for value in ("loss", "bits_per_byte"))]
+    columns = [*COLUMNS, *(name for name in names if re.fullmatch(r"source/[\w-]+/(tokens|passes)", name))]
+    columns += [f"validation/{name}/{value}" for name in sets for value in ("loss", "bits_per_byte")]
     numbers = pd.DataFrame(
         [[number(line.get(name)) for name in columns] for line in ledger], columns=columns, dtype=float
     )

@@ -12,7 +12,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recipe.config.settings import HELD_OUT, STANDARD_LIBRARY, STANDARD_LIBRARY_VALIDATION_ONE_IN, Config
+from recipe.config.settings import (
+    HELD_OUT,
+    STANDARD_LIBRARY,
+    STANDARD_LIBRARY_VALIDATION_ONE_IN,
+    Config,
+    SourceConfig,
+)
 from recipe.config.text_files import is_remote, public_name
 from recipe.format import duration, event_name, event_text, percent, short_count, size_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
@@ -40,14 +46,14 @@ def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
         "text": _if_known(lambda value, pattern: pattern.format(value)),
     }
     plain: list[Callable[..., Any]] = [event_name, event_text, fenced, quoted, markdown, smoothing_window]
-    plain += [some_of_each_kind, repeatable_config, names_of_files, parity_rows, short_name]
+    plain += [some_of_each_kind, repeatable_config, name_of_source, parity_rows, short_name]
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
         "HELD_OUT": HELD_OUT,
-        "STANDARD_LIBRARY": STANDARD_LIBRARY,
         "STANDARD_LIBRARY_VALIDATION_ONE_IN": STANDARD_LIBRARY_VALIDATION_ONE_IN,
         "hub_dataset": hub_dataset,
+        "is_standard_library": is_standard_library,
         "initial_weights": initial_weights,
     }
     return templates
@@ -100,17 +106,28 @@ def rows_of(record: Record, validation_sets: Sequence[str]) -> Any:
     return environment().get_template("rows.jinja").make_module({"record": record, "validation_sets": validation_sets})
 
 
-def hub_dataset(config: Config) -> str | None:
-    """The id of the Hub dataset that a run read; None if it read something else."""
-    is_other = config.data.text_files or config.data.dataset == STANDARD_LIBRARY
-    return None if is_other or not is_hub_id(config.data.repository) else config.data.repository
+def is_standard_library(source: SourceConfig) -> bool:
+    """Whether a source is the interpreter's own files."""
+    return not source.files and source.dataset == STANDARD_LIBRARY
 
 
-def names_of_files(text_files: Sequence[str]) -> str:
-    """What text files are called: addresses, and names without their directories, which are the author's own."""
-    where = "" if any(map(is_remote, text_files)) else "local "
-    names = [public_name(path) if is_remote(path) else Path(path).name for path in text_files[:5]]
-    return f"{where}files: {', '.join(names)}{', ...' if len(text_files) > 5 else ''}"
+def hub_dataset(source: SourceConfig) -> str | None:
+    """The id of the Hub dataset that a source is; None if it is something else."""
+    is_other = source.files or is_standard_library(source)
+    return None if is_other or not is_hub_id(source.repository) else source.repository
+
+
+def name_of_source(source: SourceConfig) -> str:
+    """A dataset, or files: their addresses, or their names without directories, which are the author's own."""
+    if is_standard_library(source):
+        return "the .py files of Python's standard library, without its tests"
+    if not source.files:
+        return short_name(source.repository) or ""
+    what = (
+        f"{'' if any(map(is_remote, source.files)) else 'local '}files{' of token ids' if source.token_files else ''}"
+    )
+    names = [public_name(path) if is_remote(path) else Path(path).name for path in source.files[:5]]
+    return f"{what}: {', '.join(names)}{', ...' if len(source.files) > 5 else ''}"
 
 
 def is_hub_id(name: str) -> bool:
