@@ -100,7 +100,7 @@ def _about(source: MixtureSource, label: str) -> dict[str, Any]:
     """A source as the Hub's model-index has it; in a mixture called by its label, since several may be of files."""
     files = "local-text-files" if source.text_files else "local-token-files"
     name = label or files if source.files else one_line(short_name(source.repository) or "")
-    about = {"dataset_type": name, "dataset_name": f"{label or name}, held out"}
+    about: dict[str, Any] = {"dataset_type": name, "dataset_name": f"{label or name}, held out"}
     if hub_dataset(source):
         about |= {"dataset_config": source.configuration, "dataset_split": source.split}
         about["dataset_revision"] = source.revision

@@ -111,10 +111,10 @@ class Ledger:
                 self.say(f"left out so far, since they hold no text: {rows:,} rows (data.on_bad_row = skip)")
             self._bad_rows = rows
 
-    def count_passes(self, update: int, passes: Mapping[str, int]) -> None:
-        """Write down where a source of a mixture has been read more often than its `max_passes`."""
+    def count_passes(self, update: int, columns: Mapping[str, int]) -> None:
+        """Write down where a source of a mixture has been read `max_passes` times, as its columns say."""
         for source in self.config.data.sources:
-            read, most = passes[source.label], source.max_passes
+            read, most = columns[f"source/{source.label}/passes"], source.max_passes
             if most and read >= most and read > self._passes.get(source.label, 0):
                 self.event("passes", update, source=source.label, passes=read, max_passes=most)
                 self.say(f"{source.label} has been read {read} times (max_passes = {most}), and is read again")

@@ -28,13 +28,9 @@ def measure_update(
     wait_seconds, peak_bytes, _, *largest = of_ranks.max(dim=0).values.tolist()
     _, _, bad_rows, *sums = map(int, of_ranks.sum(dim=0).tolist())
     run.ledger.count_bad_rows(blocks.update, bad_rows)
-    mixed = run.config.data.sources
-    sources: dict[str, int | None] = dict(
-        zip(source_columns(run.config), [*map(int, largest[: len(mixed)]), *sums[len(mixed) :]], strict=True)
-    )
-    run.ledger.count_passes(
-        blocks.update, dict(zip([source.label for source in mixed], map(int, largest), strict=False))
-    )
+    count = len(run.config.data.sources)
+    sources = dict(zip(source_columns(run.config), [*map(int, largest[:count]), *sums[count:]], strict=True))
+    run.ledger.count_passes(blocks.update, sources)
     loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
     update_seconds = time.perf_counter() - started
     tokens_per_second = target_tokens / update_seconds
@@ -55,7 +51,7 @@ def measure_update(
         tokens_per_second=tokens_per_second,
         mfu=run.plan.flops_per_token * tokens_per_second / (peak * plan.world_size) if peak else None,
         peak_memory_bytes=int(peak_bytes),
-        sources=sources,
+        sources={**sources},
     )
 
 

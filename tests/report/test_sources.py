@@ -52,7 +52,8 @@ def mixed(directory: Path) -> Record:
 
 def test_each_source_has_its_tokens_passes_and_validation(mixed: Record) -> None:
     card, tokens = model_card(mixed, "user/model", has_image=False), [100 * (n + 1) * UPDATES + 78 for n in range(4)]
-    assert card.data.datasets == ["user/web", "user/code"]
+    data: Any = card.data
+    assert data.datasets == ["user/web", "user/code"]
     whats = [
         "user/web, part, split train, revision v1",
         "user/code, default, split train",
@@ -78,7 +79,7 @@ def test_each_source_has_its_tokens_passes_and_validation(mixed: Record) -> None
     assert "| mine | after 12 updates |" in card.text
     assert "[user/web](https://huggingface.co/datasets/user/web) (web-part, 50.0" in card.text
     assert "/home/me" not in card.text
-    results = {result.dataset_name: result for result in card.data.eval_results or []}
+    results = {result.dataset_name: result for result in data.eval_results or []}
     assert results.keys() == {"all sources by weight, held out", "mine", *(f"{label}, held out" for label in LABELS)}
     assert [results[f"{label}, held out"].dataset_type for label in LABELS] == [
         "user/web",
@@ -95,11 +96,12 @@ def test_each_source_has_its_tokens_passes_and_validation(mixed: Record) -> None
 def test_a_run_over_token_files_names_them_and_no_dataset(directory: Path) -> None:
     record = with_data(directory, text_files=[], token_files=["/home/me/train.bin"])
     card = model_card(record, "user/model", has_image=False)
-    assert card.data.datasets is None
+    data: Any = card.data
+    assert data.datasets is None
     assert "trained from random weights on\nfiles of token ids.\n" in card.text
     assert "| source | local files of token ids: train.bin |" in card.text
     assert "| held out | one document in 10, by hash of its tokens, or the files called val |" in card.text
     assert "fineweb" not in card.text
     assert "| split |" not in card.text
-    assert {r.dataset_type for r in card.data.eval_results or []} == {"local-token-files", "mine"}
+    assert {r.dataset_type for r in data.eval_results or []} == {"local-token-files", "mine"}
     assert rows_of(record, ()).sources == []
