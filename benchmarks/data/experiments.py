@@ -44,21 +44,20 @@ def training_thread(job: Job, source: str, seconds: float, switch_interval: floa
             while not reader._ready.full():
                 time.sleep(0.1)
             time.sleep(0.3)
-        steps, tokens, asleep, spent, began = 0, 0, 0.0, 0.0, time.perf_counter()
+        steps, tokens, spent, waited, began, ran = 0, 0, 0.0, 0.0, time.perf_counter(), _ran_seconds()
         while (now := time.perf_counter()) - began < seconds:
             if tokens < tokens_per_second * (now - began) and (tokens_per_second < _FLAT_OUT or reader._ready.qsize()):
                 tokens += reader.next_update().batch[0].numel()
-            started, ran = time.perf_counter(), _ran_seconds()
+                waited += time.perf_counter() - now
+            started = time.perf_counter()
             for _ in range(OPERATIONS):
                 x.add_(1.0)
-            took = time.perf_counter() - started
-            asleep += took - (_ran_seconds() - ran)
-            spent += took
+            spent += time.perf_counter() - started
             steps += 1
-        wall = time.perf_counter() - began
+        asleep, wall = time.perf_counter() - began - waited - (_ran_seconds() - ran), time.perf_counter() - began
         phases[name] = {
             "step_seconds": spent / steps,
-            "asleep_share": asleep / spent,
+            "asleep_share": asleep / wall,
             "tokens_per_second": tokens / wall,
         }
     reader.close()

@@ -96,6 +96,7 @@ def ours_from_flat(job: Job) -> Iterator[Batch]:
 def _ours(job: Job, source: str) -> Iterator[Batch]:
     from recipe.data.blocks import next_update
 
+    tokenizer_of(job.path / "tokenizer")  # imports what it needs; it is loaded again
     yield from _started()
     run = start(settings_of(job, source))
     lanes = open_lanes(run)
@@ -131,6 +132,7 @@ def map_and_group(job: Job) -> Iterator[Batch]:
     import datasets
 
     datasets.disable_progress_bars()
+    tokenizer_of(job.path / "tokenizer")
     yield from _started()
     tokenizer, length, cache = tokenizer_of(job.path / "tokenizer"), job.length, job.path / f"cache-{job.processes}"
 

@@ -81,23 +81,28 @@ def take_turns(jobs: Mapping[str, tuple[str, Job]], rounds: int, **arguments: An
 
 
 def read(reader: Iterator[Batch], most_seconds: float = math.inf) -> dict[str, Any]:
-    """Read until the reader's end, or about so long: seconds to the first tensors and in all, processor time, memory."""
-    tokens, ahead, first, base = 0, 0, 0.0, 0
-    began = processor = 0.0
+    """Read until the reader's end, or about so long behind the first tensors: seconds to these and in all, memory.
+
+    Processor time is that behind the first tensors.
+    """
+    tokens, ahead, first_tokens, base = 0, 0, 0, 0
+    began = processor = first = 0.0
     for inputs, _, held in reader:
         ahead = held
         if not inputs.numel():  # imports are done
-            base, began, processor = resident_bytes(), time.perf_counter(), time.process_time()
+            base, began = resident_bytes(), time.perf_counter()
             continue
-        first = first or time.perf_counter() - began
         tokens += inputs.numel()
-        if time.perf_counter() - began > most_seconds:
+        if not first:
+            first, first_tokens, processor = time.perf_counter() - began, tokens + held, time.process_time()
+        if time.perf_counter() - began - first > most_seconds:
             break
     return {
         "tokens": tokens,
         "read_tokens": tokens + ahead,
         "seconds": time.perf_counter() - began,
         "first_seconds": first,
+        "first_read_tokens": first_tokens,
         "processor_seconds": time.process_time() - processor,
         "base_bytes": base,
         "peak_bytes": max(peak_memory_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024),
