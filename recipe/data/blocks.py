@@ -79,11 +79,12 @@ def make_lanes(run: Run, sources: Sequence[Source], tokenizer: Any) -> list[Lane
 def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.device) -> UpdateBlocks:
     """Read, tokenize and pack the next update's blocks of these lanes, and move them to the device."""
     states = [lane.state_dict() for lane in lanes]
-    reading = [
-        in_background(lane.next_blocks, blocks_per_lane) for lane in lanes
-    ]  # side by side: they may wait for a network
-    wait(reading)  # also if one has failed: no thread may be inside the tokenizer when the process ends
-    blocks = np.concatenate([future.result() for future in reading])
+    if any(stream.source.is_remote for stream in lanes[0].streams):  # a lane may wait for a network
+        reading = [in_background(lane.next_blocks, blocks_per_lane) for lane in lanes]
+        wait(reading)  # also if one has failed: no thread may be inside the tokenizer when the process ends
+        blocks = np.concatenate([future.result() for future in reading])
+    else:  # the interpreter's lock lets one go at a time, and threads that wait for it take it from the training's
+        blocks = np.concatenate([lane.next_blocks(blocks_per_lane) for lane in lanes])
     return UpdateBlocks(
         blocks,
         to_tensors(blocks, device, lanes[0].document_start),

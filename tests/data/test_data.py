@@ -241,6 +241,8 @@ def test_a_reader_that_is_never_read_is_stopped(tmp_path: Path) -> None:
 class BrokenLane:
     """Its text cannot be read, or what reads it has a bug."""
 
+    streams = ()
+
     def __init__(self, error: Exception) -> None:
         self.error = error
 
@@ -262,6 +264,24 @@ def test_an_error_while_reading_stops_the_training_with_one_line(
     assert capsys.readouterr().err == "error: cannot read on\n"
 
 
+def test_lanes_of_local_files_take_turns_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path)
+    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
+    source = open_source(config)
+    run = run_on(config, 8)
+    lanes = make_lanes(run, [source], load_tokenizer(config, [source]))
+    readers = []
+    for lane in lanes:
+
+        def read(count: int, lane: Any = lane, next_blocks: Any = lane.next_blocks) -> np.ndarray:
+            readers.append((lane.index, threading.current_thread()))
+            return next_blocks(count)
+
+        monkeypatch.setattr(lane, "next_blocks", read)
+    next_update(lanes, run.plan.update.blocks_per_lane, run.device)
+    assert readers == [(index, threading.current_thread()) for index in range(4)]
+
+
 def test_an_update_that_is_waited_for_says_how_far_reading_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +301,7 @@ def test_an_update_that_is_waited_for_says_how_far_reading_is(
     reader = UpdateReader(run, lanes)
     reader.next_update()
     reader.close()
-    assert "reading text: 3 of 4 lanes have what the update needs" in capsys.readouterr().out
+    assert "reading text: 2 of 4 lanes have what the update needs" in capsys.readouterr().out
 
 
 def test_a_bug_while_reading_reaches_the_training(tmp_path: Path) -> None:
