@@ -88,9 +88,14 @@ def test_each_source_has_its_tokens_passes_and_validation(mixed: Record) -> None
         "prepared",
     ]
     assert results["web-part, held out"].dataset_revision == "v1"
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table_of_sources(mixed: Record) -> None:
     page = report_page([mixed], ["run"])
     assert "local files of token ids: train.bin, val.bin" in page
-    assert f'<td data-label="tokens">{tokens[0]:,}</td>' in page
+    assert f'<td data-label="tokens">{100 * UPDATES + 78:,}</td>' in page
+    assert "validation loss, my_code" in page
 
 
 def test_a_run_over_token_files_names_them_and_no_dataset(directory: Path) -> None:

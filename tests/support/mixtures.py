@@ -85,7 +85,7 @@ def read_stream(lane: Lane, blocks: int) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int32), *(block[:-1] for block in lane.next_blocks(blocks))])
 
 
-def check_shares(lanes: Sequence[Lane], blocks: int = 300) -> None:
+def check_shares(lanes: Sequence[Lane], blocks: int = 150) -> None:
     """At every token of a lane, each source has its share: a document of its own more at most, and so a document of each
     other source less at most.
 
