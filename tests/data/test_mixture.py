@@ -15,7 +15,6 @@ from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import RecipeError
 from tests.support.lanes import CPU, END, LENGTH, run_on
 from tests.support.mixtures import (
-    LETTERS,
     LONG_AND_SHORT,
     Mixed,
     check_shares,
@@ -161,7 +160,3 @@ def test_ranks_share_the_same_blocks_and_count_their_tokens(ranks: int, tmp_path
 def test_a_source_too_small_for_the_lanes_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"1-0\.jsonl has 2 documents, fewer than batch\.lanes = 3"):
         mixture_of(tmp_path, (Mixed([9] * 9), Mixed([9] * 2)), 3)
-
-
-def test_letters_are_of_one_source() -> None:
-    assert len({*"".join(LETTERS)}) == sum(map(len, LETTERS))
