@@ -93,10 +93,8 @@ def prepare_file(preparation: Preparation, number: int, report: Report) -> dict[
     paths = preparation.unfinished(number)
     try:
         with ExitStack() as stack:
-            training, held_out = (
-                stack.enter_context(preparation.output.open(stack.enter_context(new_file(path))))
-                for path in paths.values()
-            )
+            temporary = [stack.enter_context(new_file(path)) for path in paths.values()]
+            training, held_out = [stack.enter_context(preparation.output.open(path)) for path in temporary]
             for done, shard in enumerate(shards):
                 documents = source.split_shard(shard, shards[done + 1 : done + 1 + SHARDS_AHEAD])
                 for ids, is_held_out in _encoded(preparation, documents):

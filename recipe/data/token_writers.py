@@ -40,7 +40,7 @@ class Output:
 
     def open(self, path: Path) -> "ParquetFile | LlmcFile":
         """A file to write."""
-        return (ParquetFile if self.format == "parquet" else LlmcFile)(path, self)
+        return ParquetFile(path, self) if self.format == "parquet" else LlmcFile(path, self)
 
     def join(self, parts: Sequence[Path], path: Path) -> None:
         """Write the documents of several files as one."""

@@ -139,8 +139,8 @@ def test_token_ids_are_prepared_again(form: str, corpus: Path, tmp_path: Path) -
     again = open_source(from_tokens(packed, f"{tmp_path}/third/*-of-*"))
     assert again.holds_pieces
     for read_all in ("training_documents", "validation_documents"):  # a flat stream is cut at other places
-        streams = [np.concatenate([*getattr(source, read_all)()]) for source in (open_source(packed), again)]
-        np.testing.assert_array_equal(*streams)
+        stream, expected = (np.concatenate([*getattr(of, read_all)()]) for of in (again, open_source(packed)))
+        np.testing.assert_array_equal(stream, expected)
 
 
 def test_rows_that_hold_ends_of_text_keep_them(corpus: Path, tmp_path: Path) -> None:
