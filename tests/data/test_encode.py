@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -196,3 +197,13 @@ def test_a_very_long_text_is_compared_by_its_beginning(
             (ids,) = encoder.encode([text])
             assert encode_module.gives_back(tokenizers["gpt2"], ids[:-1], text)
             assert not encode_module.gives_back(tokenizers["gpt2"], ids[:-1], f"x{text}")
+
+
+def test_an_encoder_in_another_process_finds_no_special_token_in_a_text_either() -> None:
+    """Of the tokens that are not in the model's own vocabulary a `tokenizers.Tokenizer` forgets that on the way."""
+    tokenizer = train_tokenizer(["some text"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<mask>"]})
+    encoder = DocumentEncoder(tokenizer)
+    (ids,) = encoder.encode(["a <mask> b"])
+    assert tokenizer.convert_tokens_to_ids("<mask>") not in ids
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(encoder)).encode(["a <mask> b"])[0], ids)

@@ -36,7 +36,7 @@ from recipe.errors import RecipeError
 from tests.helpers import TINY, read_ledger, run, start, train, write_texts
 from tests.support.lanes import CPU, config_for, run_on
 
-LANES, UPDATES = 4, 12
+LANES, UPDATES = 4, 8
 
 
 @pytest.fixture(scope="session")
