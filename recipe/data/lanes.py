@@ -140,12 +140,12 @@ class Lane:
         """Its blocks, and how many targets of each are from each source; permuted."""
         window, length = self._position.window, self.sequence_length
         count = self.window_blocks(window)
-        tokens, sources = self._tokens.take(count * length)
+        tokens, runs = self._tokens.take(count * length)
         order = sorted(range(count), key=lambda block: self.order.hash(self.index, "block", window, block))
         if len(self.streams) == 1:
             counts = np.full((count, 1), length, dtype=np.int64)
         else:
-            of_blocks = sources[1:].reshape(count, length)
+            of_blocks = np.repeat(*np.transpose(runs))[1:].reshape(count, length)
             counts = np.stack([(of_blocks == source).sum(1) for source in range(len(self.streams))], axis=1)
         return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][order], counts[order]
 
@@ -182,14 +182,17 @@ class _TokenStream:
             self._held.append(next(self._documents))
             self._available += len(self._held[-1].tokens)
 
-    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1]; and the source of each."""
+    def take(self, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1].
+
+        And where they are from, in their order: (source, so many tokens).
+        """
         self.read(count + 1)
-        parts, sources, left = list[np.ndarray](), list[int](), count + 1
+        parts, runs, left = list[np.ndarray](), list[tuple[int, int]](), count + 1
         for document in self._held:
             part = document.tokens[self._used if not parts else 0 :][:left]
             parts.append(part)
-            sources.append(document.source)
+            runs.append((document.source, len(part)))
             left -= len(part)
             if not left:
                 break
@@ -197,7 +200,7 @@ class _TokenStream:
         self._available -= count
         while self._used >= len(self._held[0].tokens):
             self._used -= len(self._held.popleft().tokens)
-        return np.concatenate(parts), np.repeat(sources, list(map(len, parts)))
+        return np.concatenate(parts), runs
 
     def position(self) -> Position:
         """Of the next token. Some have been taken."""
