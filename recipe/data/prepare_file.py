@@ -14,7 +14,7 @@ from recipe.data.encode import DocumentEncoder
 from recipe.data.formats import Ids
 from recipe.data.sources import TYPICAL_TOKEN_BYTES
 from recipe.data.streams import ENCODED_CHARACTERS, ENCODED_DOCUMENTS
-from recipe.data.token_writers import LlmcFile, Output, ParquetFile
+from recipe.data.token_writers import Output
 from recipe.data.workers import Report
 from recipe.errors import RecipeError
 from recipe.run.files import new_file, sha256_of
@@ -94,9 +94,9 @@ def prepare_file(preparation: Preparation, number: int, report: Report) -> dict[
     try:
         with ExitStack() as stack:
             temporary = [stack.enter_context(new_file(path)) for path in paths.values()]
-            outputs: list[ParquetFile | LlmcFile] = [
-                stack.enter_context(preparation.output.open(path)) for path in temporary
-            ]
+            outputs = [preparation.output.open(path) for path in temporary]
+            for output in outputs:
+                stack.enter_context(output)
             training, held_out = outputs
             for done, shard in enumerate(shards):
                 documents = source.split_shard(shard, shards[done + 1 : done + 1 + SHARDS_AHEAD])
