@@ -74,12 +74,14 @@ def test_map_and_group_gives_the_tokens_of_the_text(job: Job) -> None:
 
 @pytest.mark.slow
 def test_benchmark_writes_its_numbers(tmp_path: Path) -> None:
-    done = run([sys.executable, "-m", "benchmarks.data", "--quick", "--out", str(tmp_path)])
+    sections_of_minutes = ["limits", "prepared", "on_the_fly"]
+    command = [sys.executable, "-m", "benchmarks.data", "--quick", "--only", *sections_of_minutes]
+    done = run([*command, "--out", str(tmp_path)], timeout=900)
     assert done.returncode == 0, done.stderr
     (page,) = tmp_path.glob("*-data.md")
     result = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     sections = result["sections"]
-    assert [*sections] == ["limits", "prepared", "on_the_fly", "memory", "resume", "training_thread", "quickstart"]
+    assert [*sections] == sections_of_minutes
     for section in ("prepared", "on_the_fly"):
         limit = next(iter(sections[section]))
         assert "limit" in limit

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import DeviceType
 
+import recipe.model.attention
 import recipe.model.gpt2
 from benchmarks.gpu.__main__ import COMPILED, EAGER, PADDING, PARITY, PRESET, VOCABULARY, Benchmark, differences
 from benchmarks.gpu.profile import covered, kind_of, summarize
@@ -131,7 +132,7 @@ def break_attention(monkeypatch: pytest.MonkeyPatch, **wrong: Any) -> None:
     def attention(*tensors: Any, **options: Any) -> Any:
         return right(*tensors, **options | wrong)
 
-    monkeypatch.setattr(recipe.model.gpt2, "F", SimpleNamespace(scaled_dot_product_attention=attention))
+    monkeypatch.setattr(recipe.model.attention, "F", SimpleNamespace(scaled_dot_product_attention=attention))
 
 
 @pytest.mark.slow
