@@ -127,6 +127,11 @@ class SourceConfig:
         return self.text_files or self.token_files
 
     @property
+    def is_standard_library(self) -> bool:
+        """Whether Python's own standard library is read: files take its place too."""
+        return not self.files and self.dataset == STANDARD_LIBRARY
+
+    @property
     def public(self) -> Self:
         """Addresses without credentials, queries and fragments."""
         text, tokens = (tuple(map(public_name, files)) for files in (self.text_files, self.token_files))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from recipe.config.settings import STANDARD_LIBRARY, Config, SourceConfig
+from recipe.config.settings import Config, SourceConfig
 from recipe.config.text_files import TEXT_FILE_FORMATS, expand_files, is_remote, text_file_format
 from recipe.data.documents import may_pass, reason_of
 from recipe.data.files import File, find_file, side_by_side
@@ -34,7 +34,7 @@ def find_files_of(config: Config, of: SourceConfig | None = None, say: Say = lam
             say(found.left_out)
         is_any_remote = any(map(is_remote, paths))
         return patiently(retry_seconds * is_any_remote, "", lambda: find_all(paths), say)
-    if of.dataset == STANDARD_LIBRARY:
+    if of.is_standard_library:
         return find_all(split_standard_library()[0])
     name = (
         f"data.dataset = {of.dataset!r} (NAME or NAME:CONFIGURATION, data.split = {of.split!r}; for text on this machine "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recipe.config.settings import STANDARD_LIBRARY, Config, MixtureSource, SourceConfig
+from recipe.config.settings import Config, MixtureSource, SourceConfig
 from recipe.config.text_files import FLAT, text_file_format, token_file_format
 from recipe.data.documents import Source, hash_number
 from recipe.data.files import File, LocalFile, name_of
@@ -45,16 +45,15 @@ def open_source(
     """
     data, lanes, of = config.data, config.batch.lanes, of or config.data.mixture[0]
     files = find_files_of(config, of, say) if files is None else files
-    is_library = not of.files and of.dataset == STANDARD_LIBRARY
     name = str(of.dataset) if not of.files else name_of(files[0]) if len(files) == 1 else f"{len(files)} files"
     retry_seconds = data.retry_seconds * (not all(isinstance(file, LocalFile) for file in files))
     training, held_out = list(files), list[File]()
     if of.token_files:
         held_out = [file for file in files if is_validation_file(file.address)]
-        training = [file for file in files if file not in held_out]
+        training = [file for file in files if not is_validation_file(file.address)]
         if not training:
             training, held_out = held_out, []
-    elif is_library:
+    elif of.is_standard_library:
         held_out = find_all(split_standard_library()[1])
     nothing: Shards = patiently(retry_seconds, name, lambda: _no_shards(config, of, files), say)
     reading = nothing.reading
@@ -63,7 +62,7 @@ def open_source(
         nothing,
         None if held_out else data.validation_one_in,
         retry_seconds=retry_seconds,
-        skips_bad_rows=is_library or data.on_bad_row == "skip",
+        skips_bad_rows=of.is_standard_library or data.on_bad_row == "skip",
         label=of.label if data.sources else "",
         weight=of.weight,
         max_passes=of.max_passes,
@@ -76,7 +75,7 @@ def open_source(
         source.training = _flat_shards(training, lanes, of, reading)
         source.validation = _flat_shards(held_out, 1, of, reading) if held_out else None
     else:
-        if is_library:
+        if of.is_standard_library:
             source.training = Shards(reading, list(map(Part, training)))
         else:
             source.training = patiently(retry_seconds, name, lambda: make_shards(training, nothing, lanes, copy), say)
@@ -94,10 +93,9 @@ def open_source(
 
 def _no_shards(config: Config, of: SourceConfig, files: Sequence[File]) -> Shards:
     """How the documents of a source are read; whether a dataset has text or token ids, its first file says."""
-    is_library = not of.files and of.dataset == STANDARD_LIBRARY
-    is_text = is_library or bool(of.text_files)
+    is_text = of.is_standard_library or bool(of.text_files)
     format_of = token_file_format if of.token_files else text_file_format
-    kind = "text" if is_library else format_of(files[0].address)
+    kind = "text" if of.is_standard_library else format_of(files[0].address)
     assert kind is not None
     column, seen = of.token_column, Shards(Reading(kind), ())
     if column is None and not is_text and kind not in (FLAT, "text"):

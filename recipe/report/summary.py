@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from recipe.config.settings import (
     HELD_OUT,
-    STANDARD_LIBRARY,
     STANDARD_LIBRARY_VALIDATION_ONE_IN,
     Config,
     SourceConfig,
@@ -53,7 +52,6 @@ def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
         "HELD_OUT": HELD_OUT,
         "STANDARD_LIBRARY_VALIDATION_ONE_IN": STANDARD_LIBRARY_VALIDATION_ONE_IN,
         "hub_dataset": hub_dataset,
-        "is_standard_library": is_standard_library,
         "initial_weights": initial_weights,
     }
     return templates
@@ -106,20 +104,15 @@ def rows_of(record: Record, validation_sets: Sequence[str]) -> Any:
     return environment().get_template("rows.jinja").make_module({"record": record, "validation_sets": validation_sets})
 
 
-def is_standard_library(source: SourceConfig) -> bool:
-    """Whether a source is the interpreter's own files."""
-    return not source.files and source.dataset == STANDARD_LIBRARY
-
-
 def hub_dataset(source: SourceConfig) -> str | None:
     """The id of the Hub dataset that a source is; None if it is something else."""
-    is_other = source.files or is_standard_library(source)
+    is_other = source.files or source.is_standard_library
     return None if is_other or not is_hub_id(source.repository) else source.repository
 
 
 def name_of_source(source: SourceConfig) -> str:
     """A dataset, or files: their addresses, or their names without directories, which are the author's own."""
-    if is_standard_library(source):
+    if source.is_standard_library:
         return "the .py files of Python's standard library, without its tests"
     if not source.files:
         return short_name(source.repository) or ""
