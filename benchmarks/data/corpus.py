@@ -51,13 +51,13 @@ def write_tokens(directory: Path, size: float, tokenizer: Any) -> int:
     follows a first line is encoded once: it has the same tokens in every copy, since no token spans a digit and a line feed.
     """
     directory.mkdir()
-    encoder = DocumentEncoder(tokenizer)
+    encoder, end = DocumentEncoder(tokenizer), [tokenizer.eos_token_id]
     encode = cache(lambda text: encoder.encode([text])[0])
 
     def rows() -> Iterator[np.ndarray]:
         with open(directory / "train.bin", "wb") as flat:
             for first_line, rest in documents(size):
-                ids = np.concatenate([encode(first_line)[:-1], encode(rest)]).astype("<u2")
+                ids = np.concatenate([encode(first_line), encode(rest), end]).astype("<u2")
                 flat.write(ids.tobytes())
                 yield ids[:-1]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recipe.data.documents import Source
-from recipe.data.encode import make_encoders
+from recipe.data.encode import DocumentEncoder
 from recipe.data.files import in_background
 from recipe.data.lanes import Lane
 from recipe.data.streams import DocumentStream, LaneOrder
@@ -67,11 +67,11 @@ def make_lanes(run: Run, sources: Sequence[Source], tokenizer: Any) -> list[Lane
     """The lanes that this rank owns."""
     config, plan = run.config, run.plan.update
     order = LaneOrder(plan.lanes, config.run.seed, config.data.shuffle_blocks)
-    pairs = list(zip(sources, make_encoders(sources, tokenizer), strict=True))
+    encode = None if all(source.holds_ids for source in sources) else DocumentEncoder(tokenizer).encode
     lanes = []
     for index in plan.lanes_of_rank(run.rank):
-        streams = [DocumentStream(source, encoder.encode, index, order) for source, encoder in pairs]
-        lanes.append(Lane(streams, plan.sequence_length))
+        streams = [DocumentStream(source, None if source.holds_ids else encode, index, order) for source in sources]
+        lanes.append(Lane(streams, plan.sequence_length, tokenizer.eos_token_id))
         lanes[-1].document_start = tokenizer.eos_token_id if config.data.document_mask else None
     return lanes
 

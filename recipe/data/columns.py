@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recipe.data.files import File, name_of
-from recipe.data.formats import READ_IDS, BadRow, Ids, NotInRow, Reading, ids_of_row, no_column, strip_ends
+from recipe.data.formats import READ_IDS, BadRow, Ids, NotInRow, Reading, ids_of_row, no_column
 from recipe.errors import RecipeError
 
 VOCABULARY_KEY = b"recipe.vocabulary_sha256"  # of a file's metadata: see `recipe.data.tokenizer.vocabulary_hash`
@@ -74,26 +74,23 @@ def _ids_of(column: Any, reading: Reading) -> Iterator[Ids | NotInRow]:
     ids = reading.ids
     assert ids is not None
     ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
+    starts = np.concatenate([[0], ends[:-1]])
     values = column.flatten()
-    if values.null_count:
-        is_null = values.is_null().to_numpy(zero_copy_only=False)
-        values = pc.fill_null(values, 0)
-    else:
-        is_null = np.zeros(0, dtype=bool)
-    tokens = values.to_numpy(zero_copy_only=False)
-    all_known = not len(tokens) or (tokens.min() >= 0 and tokens.max() < ids.vocabulary)
-    if all_known:
-        tokens = tokens.astype(np.int32, copy=False)
-    start = 0
-    for end in ends.tolist():
-        document = tokens[start:end]
-        if len(is_null) and is_null[start:end].any():
+    is_null = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
+    tokens = (values if is_null is None else pc.fill_null(values, 0)).to_numpy(zero_copy_only=False)
+    if is_null is None and (not len(tokens) or (tokens.min() >= 0 and tokens.max() < ids.vocabulary)):
+        if len(tokens) and not ids.are_packed:  # as `strip_ends`, of all at once
+            is_delimiter = np.isin(tokens[ends - 1], ids.delimiters)
+            ends = ends - (is_delimiter & (starts < ends))
+            starts = starts + (np.isin(tokens[np.minimum(starts, len(tokens) - 1)], ids.delimiters) & (starts < ends))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield tokens[start:end]
+        return
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        if is_null is not None and is_null[start:end].any():
             yield NotInRow(f"has a null among the token ids of column {reading.column!r}")
-        elif not all_known:
-            try:
-                yield ids_of_row(document, ids)
-            except NotInRow as error:
-                yield error
-        else:
-            yield document if ids.are_packed else strip_ends(document, ids.delimiters)
-        start = end
+            continue
+        try:
+            yield ids_of_row(tokens[start:end], ids)
+        except NotInRow as error:
+            yield error

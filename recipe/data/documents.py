@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 
+import numpy as np
+
 from recipe.data.files import name_of
 from recipe.data.formats import BadRow, Ids, State
 from recipe.data.remote_files import RemoteFile
@@ -58,7 +60,7 @@ class Source:
         """Whether a document of `training` belongs to validation: the same answer on every rank and in every epoch."""
         if self.validation_one_in is None:
             return False
-        data = document.encode() if isinstance(document, str) else document.astype("<i4", copy=False).tobytes()
+        data = document.encode() if isinstance(document, str) else np.ascontiguousarray(document, "<i4").data
         return hash_number(data) % self.validation_one_in == 0
 
     def training_documents(self) -> Iterator[str | Ids]:
@@ -128,7 +130,7 @@ class Source:
     ) -> Iterator[tuple[str | Ids | BadRow, State]]:
         """(document, state after it), each once: after an error it goes on behind the last document."""
         all_pauses = partial(growing_pauses, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, self.retry_seconds)
-        pauses = all_pauses()
+        pauses, is_again = all_pauses(), False
         while True:
             try:
                 for document, state_after in shards.read(index, state, then):
@@ -136,7 +138,8 @@ class Source:
                     if isinstance(document, BadRow) and not self.skips_bad_rows:
                         raise RecipeError(f"{document}; --data.on_bad_row skip leaves such rows out")
                     yield document, state
-                    pauses = all_pauses()
+                    if is_again:
+                        pauses, is_again = all_pauses(), False
                 return
             except RecipeError:
                 raise
@@ -148,6 +151,7 @@ class Source:
                     ) from error
                 if (pause := next(pauses, None)) is None:
                     raise self._unreadable(name, error) from error
+                is_again = True
             time.sleep(pause)
 
     def _unreadable(self, name: str, error: Exception) -> RecipeError:
@@ -175,6 +179,6 @@ def reason_of(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def hash_number(value: bytes) -> int:
+def hash_number(value: bytes | memoryview) -> int:
     """64 bits of a hash that no library version changes."""
     return int.from_bytes(blake2b(value, digest_size=8).digest(), "big")

@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from recipe.data.documents import Source
-from recipe.data.formats import Ids
-
 # An encoding of `tokenizers` takes hundreds of bytes a token, so these bound what is encoded at once, in characters.
 BATCH_LENGTH = 1 << 19
 PIECE_LENGTH = 1 << 16  # a longer document is cut at the first place behind this
@@ -29,7 +26,6 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._encoder = _text_encoder(tokenizer)
-        self._end = tokenizer.eos_token_id
         self._anchor_tokens = len(self._ids([_ANCHOR])[0])
         self._lock = threading.Lock()
 
@@ -41,7 +37,7 @@ class DocumentEncoder:
         self._encoder.encode_special_tokens = True  # of which its own state says nothing
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The int32 tokens of each document, with its end-of-text token."""
+        """The int32 tokens of each document, without end-of-text token."""
         with self._lock:
             parts: list[list[np.ndarray]] = [[] for _ in texts]
             batch: list[tuple[int, str, int]] = []
@@ -54,8 +50,7 @@ class DocumentEncoder:
                     batch.append((index, piece, unused))
                     length += len(piece)
             self._encode_batch(batch, parts)
-        end = np.array([self._end], dtype=np.int32)
-        return [np.concatenate([*part, end]) for part in parts]
+        return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
     def _encode_batch(self, batch: list[tuple[int, str, int]], parts: list[list[np.ndarray]]) -> None:
         encodings = self._encoder.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
@@ -88,26 +83,6 @@ class DocumentEncoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-class IdsEncoder:
-    """Puts the end-of-text token behind documents that are tokens already, but not behind pieces of a stream."""
-
-    def __init__(self, end: int, are_pieces: bool) -> None:
-        self._end = np.array([] if are_pieces else [end], dtype=np.int32)
-
-    def encode(self, documents: Sequence[Ids]) -> list[np.ndarray]:
-        """The int32 tokens of each document, with its end-of-text token."""
-        return [np.concatenate((ids, self._end)) for ids in documents]
-
-
-def make_encoders(sources: Sequence[Source], tokenizer: Any) -> list[DocumentEncoder | IdsEncoder]:
-    """For each source, what makes of its documents the tokens that a model is trained on; one for all texts."""
-    of_text = None if all(source.holds_ids for source in sources) else DocumentEncoder(tokenizer)
-    return [
-        IdsEncoder(tokenizer.eos_token_id, source.holds_pieces) if source.holds_ids or of_text is None else of_text
-        for source in sources
-    ]
 
 
 def gives_back(tokenizer: Any, ids: np.ndarray, text: str) -> bool:

@@ -74,7 +74,7 @@ class Part:
     end: int | None = None  # behind the last one; None: to the end
 
 
-Ids = np.ndarray  # int32 [tokens] of a document, without end-of-text token; or a piece of a stream, as it is
+Ids = np.ndarray  # integers [tokens] of a document, without end-of-text token; or a piece of a stream, as it is
 Document = tuple[str | Ids | BadRow, State]
 
 
@@ -214,7 +214,6 @@ def ids_of_row(values: np.ndarray, ids: TokenIds) -> Ids:
                 f"has the token id {smallest if smallest < 0 else largest:,}, but the tokenizer has {ids.vocabulary:,} tokens: "
                 "is --data.tokenizer another?"
             )
-    values = values.astype(np.int32, copy=False)
     return values if ids.are_packed else strip_ends(values, ids.delimiters)
 
 

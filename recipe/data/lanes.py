@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ class _Document(NamedTuple):
     streams: tuple[StreamPosition, ...]  # before it
     source_tokens: tuple[int, ...]  # before it
     source: int
-    tokens: np.ndarray
+    tokens: np.ndarray  # without end-of-text
 
 
 class Lane:
@@ -55,12 +56,14 @@ class Lane:
     Args:
         streams: of each source, the documents that this lane reads, in one order.
         sequence_length: targets of a block.
+        end_of_text: the token behind each document, but not behind pieces of a stream, which has them.
     """
 
     document_start: int | None = None  # token at which attention begins anew, if it stays inside documents
 
-    def __init__(self, streams: Sequence[DocumentStream], sequence_length: int) -> None:
+    def __init__(self, streams: Sequence[DocumentStream], sequence_length: int, end_of_text: int) -> None:
         self.streams, self.sequence_length = streams, sequence_length
+        self._ends = [None if stream.source.holds_pieces else end_of_text for stream in streams]
         self.index, self.order = streams[0].index, streams[0].order
         total = math.fsum(stream.source.weight for stream in streams)  # the same in every version of Python
         self._shares = [stream.source.weight / total for stream in streams]
@@ -87,9 +90,7 @@ class Lane:
     def state_dict(self) -> dict[str, Any]:
         """JSON value from which `load_state_dict` continues with exactly the next block."""
         position = self._position
-        streams = [
-            dict(vars(stream)) for stream in position.streams
-        ]  # `asdict` would take a tenth of the reader's time
+        streams = [stream._asdict() for stream in position.streams]
         return {**vars(position), "streams": streams, "source_tokens": [*position.source_tokens]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -98,8 +99,9 @@ class Lane:
 
     def _begin(self, position: Position) -> None:
         self._position = position
-        self._tokens = _TokenStream(self._read_documents(position), position)
-        self._window: np.ndarray | None = None  # int32 [blocks of the window, sequence_length + 1], permuted
+        self._tokens = _TokenStream(self._read_documents(position), position, self._ends)
+        self._window: np.ndarray | None = None  # int32 [blocks of the window x sequence_length + 1]
+        self._window_order: list[int] = []  # the numbers of its blocks, permuted
         self._window_sources = np.zeros((0, 0), dtype=np.int64)  # [blocks of the window, sources], targets from each
 
     def next_blocks(self, count: int) -> np.ndarray:
@@ -109,20 +111,22 @@ class Lane:
             RecipeError: the lane's shards hold no text, or cannot be read.
         """
         self._read_ahead()
-        parts, missing = list[np.ndarray](), count
+        length, given = self.sequence_length, 0
+        blocks = np.empty((count, length + 1), dtype=np.int32)
         self.source_tokens = np.zeros(len(self.streams), dtype=np.int64)
-        while missing:
+        while given < count:
             if self._window is None:
-                self._window, self._window_sources = self._read_window()
-            first, size = self._position.block, len(self._window)
-            given = min(size - first, missing)
-            parts.append(self._window[first : first + given])
-            missing -= given
-            self.source_tokens += self._window_sources[first : first + given].sum(0)
-            self._position = replace(self._position, block=first + given)
-            if first + given == size:
+                self._window = self._read_window()
+            first = self._position.block
+            numbers = self._window_order[first : first + count - given]
+            for row, number in enumerate(numbers, start=given):
+                blocks[row] = self._window[number * length : (number + 1) * length + 1]
+            given += len(numbers)
+            self.source_tokens += self._window_sources[numbers].sum(0)
+            self._position = replace(self._position, block=first + len(numbers))
+            if self._position.block == len(self._window_order):
                 self._position, self._window = replace(self._tokens.position(), window=self._position.window + 1), None
-        return np.concatenate(parts)
+        return blocks
 
     def window_blocks(self, window: int) -> int:
         """Blocks of a window, by its number."""
@@ -132,22 +136,23 @@ class Lane:
     def _read_ahead(self) -> None:
         """As much of the next window as has been used of this one, so that no update waits for a whole window."""
         if self._window is not None:
-            used = self._position.block / len(self._window)
+            used = self._position.block / len(self._window_order)
             blocks = math.ceil(used * self.window_blocks(self._position.window + 1))
             self._tokens.read(blocks * self.sequence_length + 1)
 
-    def _read_window(self) -> tuple[np.ndarray, np.ndarray]:
-        """Its blocks, and how many targets of each are from each source; permuted."""
+    def _read_window(self) -> np.ndarray:
+        """The tokens of the next window; sets the order of its blocks, and how many targets of each are from each source."""
         window, length = self._position.window, self.sequence_length
         count = self.window_blocks(window)
         tokens, runs = self._tokens.take(count * length)
-        order = sorted(range(count), key=lambda block: self.order.hash(self.index, "block", window, block))
+        self._window_order = sorted(range(count), key=partial(self.order.hash, self.index, "block", window))
         if len(self.streams) == 1:
-            counts = np.full((count, 1), length, dtype=np.int64)
+            self._window_sources = np.full((count, 1), length, dtype=np.int64)
         else:
             of_blocks = np.repeat(*np.transpose(runs))[1:].reshape(count, length)
-            counts = np.stack([(of_blocks == source).sum(1) for source in range(len(self.streams))], axis=1)
-        return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][order], counts[order]
+            of_sources = [(of_blocks == source).sum(1) for source in range(len(self.streams))]
+            self._window_sources = np.stack(of_sources, axis=1)
+        return tokens
 
     def _read_documents(self, start: Position) -> Iterator[_Document]:
         """The documents from that in which `start` is: each from the source that lacks most tokens of its share."""
@@ -157,7 +162,7 @@ class Lane:
             source = self._most_lacking(taken) if len(taken) > 1 else 0
             tokens = waiting[source][1]
             yield _Document(tuple(position for position, _ in waiting), tuple(taken), source, tokens)
-            taken[source] += len(tokens)
+            taken[source] += len(tokens) + (self._ends[source] is not None)
             waiting[source] = next(documents[source])
 
     def _most_lacking(self, taken: Sequence[int]) -> int:
@@ -168,10 +173,10 @@ class Lane:
 
 
 class _TokenStream:
-    """The tokens of one document after the other, from a position on."""
+    """The tokens of one document after the other, from a position on; `ends` are the tokens behind those of each source."""
 
-    def __init__(self, documents: Iterator[_Document], start: Position) -> None:
-        self._documents = documents
+    def __init__(self, documents: Iterator[_Document], start: Position, ends: Sequence[int | None]) -> None:
+        self._documents, self._ends = documents, ends
         self._held: deque[_Document] = deque()  # documents in hand; the first may be partly used
         self._used = start.token  # tokens used of the first document in hand
         self._available = -start.token
@@ -180,7 +185,7 @@ class _TokenStream:
         """Have at least `count` tokens in hand."""
         while self._available < count:
             self._held.append(next(self._documents))
-            self._available += len(self._held[-1].tokens)
+            self._available += self._size(self._held[-1])
 
     def take(self, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1].
@@ -188,19 +193,30 @@ class _TokenStream:
         And where they are from, in their order: (source, so many tokens).
         """
         self.read(count + 1)
-        parts, runs, left = list[np.ndarray](), list[tuple[int, int]](), count + 1
+        taken, runs = np.empty(count + 1, dtype=np.int32), list[tuple[int, int]]()
+        place, used = 0, self._used
         for document in self._held:
-            part = document.tokens[self._used if not parts else 0 :][:left]
-            parts.append(part)
-            runs.append((document.source, len(part)))
-            left -= len(part)
-            if not left:
+            tokens = document.tokens[used : used + count + 1 - place]
+            after = place + len(tokens)
+            taken[place:after] = tokens
+            end = self._ends[document.source]
+            if end is not None and after <= count and used + len(tokens) == len(document.tokens):
+                taken[after] = end
+                after += 1
+            runs.append((document.source, after - place))
+            place, used = after, 0
+            if place > count:
                 break
         self._used += count
         self._available -= count
-        while self._used >= len(self._held[0].tokens):
-            self._used -= len(self._held.popleft().tokens)
-        return np.concatenate(parts), runs
+        while self._used >= (size := self._size(self._held[0])):
+            self._held.popleft()
+            self._used -= size
+        return taken, runs
+
+    def _size(self, document: _Document) -> int:
+        """Of its tokens, and the one behind them."""
+        return len(document.tokens) + (self._ends[document.source] is not None)
 
     def position(self) -> Position:
         """Of the next token. Some have been taken."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +23,11 @@ from recipe.data.files import File, LocalFile, PlaceInFile, in_background, name_
 from recipe.data.formats import Document, Part, Reading, State
 from recipe.errors import RecipeError
 
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE, IDS_AT_ONCE = 32, 1024  # rows of a batch of texts, and of token ids, which are not copied
 SHARDS_KEY = b"recipe.shards"  # of a file's metadata: lanes, and the row groups of each shard that it was prepared from
 TAIL_BYTES = 1 << 16  # of a remote file, read in the hope that they hold its footer; pyarrow asks for as many
 AT_ONCE_BYTES = 64 << 20  # of text: a row group of so much is decoded at once, so that nothing else of the file is kept
+KEPT_COLUMNS = 1 << 14  # of all row groups of local files whose footers are kept
 FETCH_AHEAD = 0.75  # of a row group's rows have been read when the next one is fetched
 
 Tail = tuple[int, bytes]  # so many bytes, compressed, since a footer repeats itself
@@ -43,6 +44,18 @@ class RowGroup:
     data: bytes = b""  # the column's, from `start` on
 
 
+class Footer(NamedTuple):
+    """What pyarrow makes of one, and how many rows are before each row group."""
+
+    metadata: Any
+    rows_before: list[int]
+
+    @property
+    def size(self) -> int:
+        """Columns of all its row groups: each takes about a kilobyte."""
+        return int(self.metadata.num_columns * self.metadata.num_row_groups)
+
+
 class ParquetReader:
     """Reads parts of Parquet files; several threads may, each another part."""
 
@@ -54,9 +67,10 @@ class ParquetReader:
         self.ranges: dict[str, list[tuple[int, int]]] = {}
         self.largest_bytes = 0  # of the column in a row group: read, and the next one fetched, as stored
         self._ahead: dict[tuple[str, int], Future[RowGroup]] = {}
+        self._footers: dict[str, Footer] = {}  # of local files, by path; those used last, as much as memory allows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ahead": {}}
+        return {**self.__dict__, "_ahead": {}, "_footers": {}}
 
     def columns(self, file: File) -> list[str]:
         """Their names.
@@ -66,7 +80,7 @@ class ParquetReader:
             OSError: it cannot be read.
         """
         self._keep_tail(file)
-        with self._open(file) as parquet:
+        with _DECODING, self._open(file) as parquet:
             return list(parquet.schema_arrow.names)
 
     def _keep_tail(self, file: File) -> None:
@@ -152,12 +166,14 @@ class ParquetReader:
             metadata, index = parquet.metadata, self._index(parquet, file)
             if group >= metadata.num_row_groups:
                 return metadata.num_row_groups, 0, 0, ()
-            row_before = sum(metadata.row_group(earlier).num_rows for earlier in range(group))
-            at_once = 1024 if self.reading.ids else ROWS_AT_ONCE
-            batches = parquet.iter_batches(at_once, row_groups=[group], columns=[self.reading.column])
+            kept = self._footers.get(file.address)
+            row_before = (kept.rows_before if kept else _rows_before(metadata))[group]
+            at_once = IDS_AT_ONCE if self.reading.ids else ROWS_AT_ONCE
+            batches = parquet.iter_batches(at_once, [group], [self.reading.column], use_threads=False)
             if metadata.row_group(group).column(index).total_uncompressed_size <= AT_ONCE_BYTES:
                 batches = [*batches]
-            _give_back_memory()
+            if not kept:
+                _give_back_memory()
             return metadata.num_row_groups, metadata.row_group(group).num_rows, row_before, batches
 
     def forget(self) -> None:
@@ -174,11 +190,19 @@ class ParquetReader:
     def _open(self, file: File, fetched: RowGroup | None = None) -> Any:
         try:
             if isinstance(file, LocalFile):
-                return pq.ParquetFile(file.address, buffer_size=1 << 20)
+                kept = self._footers.pop(file.address, None)
+                parquet = pq.ParquetFile(file.address, metadata=kept and kept.metadata, buffer_size=1 << 20)
+                self._keep_footer(file, kept or Footer(parquet.metadata, _rows_before(parquet.metadata)))
+                return parquet
             held = fetched or RowGroup(self.tails[file.address])
             return pq.ParquetFile(pa.PythonFile(_HeldFile(file, held), mode="r"))
         except pa.ArrowInvalid as error:
             raise RecipeError(f"{name_of(file)} ({file.size:,} bytes) is no Parquet file: {error}") from None
+
+    def _keep_footer(self, file: File, footer: Footer) -> None:
+        self._footers[file.address] = footer
+        while sum(kept.size for kept in self._footers.values()) > KEPT_COLUMNS:
+            del self._footers[next(iter(self._footers))]
 
     def _take(self, file: File, group: int, tail: Tail | None) -> RowGroup:
         ahead = self._ahead.pop((file.address, group), None)
@@ -203,6 +227,12 @@ class ParquetReader:
             if group >= parquet.metadata.num_row_groups:
                 return 0, 0
             return _range(parquet.metadata.row_group(group).column(self._index(parquet, file)))
+
+
+def _rows_before(metadata: Any) -> list[int]:
+    """How many rows a file has before each row group, and before its end."""
+    rows = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return list(accumulate(rows, initial=0))
 
 
 def _range(column: Any) -> tuple[int, int]:

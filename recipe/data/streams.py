@@ -3,22 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from recipe.data.documents import Source
-from recipe.data.formats import Ids
 from recipe.errors import RecipeError
 
-# Texts are encoded together up to so many, and so many characters: more would keep the first update waiting.
-ENCODED_DOCUMENTS, ENCODED_CHARACTERS = 16, 1 << 16
+# Texts are encoded together, about so many characters; fewer at first, for which the first update waits.
+FIRST_CHARACTERS, ENCODED_CHARACTERS = 1 << 16, 1 << 18
 
 Encode = Callable[[list[Any]], Sequence[np.ndarray]]
 
 
-@dataclass(frozen=True)
-class StreamPosition:
+class StreamPosition(NamedTuple):
     """Which document comes next."""
 
     epoch: int = 0  # complete passes over the lane's shards
@@ -42,32 +40,35 @@ class LaneOrder:
 class DocumentStream:
     """Reads the shards index, index + lanes, ... of a source, in a new order each epoch, and no others.
 
-    `encode` makes of documents the int32 tokens of each, with its end-of-text token.
+    `encode` makes of texts the tokens of each, without end-of-text token. None: the source holds ids.
     """
 
-    def __init__(self, source: Source, encode: Encode, index: int, order: LaneOrder) -> None:
+    def __init__(self, source: Source, encode: Encode | None, index: int, order: LaneOrder) -> None:
         self.source, self.encode, self.index, self.order = source, encode, index, order
         self.shards = range(index, len(source), order.lanes)
 
     def read(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, np.ndarray]]:
-        """(position of a document, its tokens) from `start` on, for ever.
+        """(position of a document, its tokens without end-of-text) from `start` on, for ever.
 
         Raises:
             RecipeError: the lane's shards hold no document, or cannot be read.
         """
-        if self.source.holds_ids:
-            for position, ids in self._read_documents(start):
-                yield position, self.encode([ids])[0]
+        if self.encode is None:
+            yield from self._read_documents(start)
+            return
         positions: list[StreamPosition] = []
-        texts: list[Any] = []
+        texts: list[str] = []
+        characters, wanted = 0, FIRST_CHARACTERS
         for position, text in self._read_documents(start):
             positions.append(position)
             texts.append(text)
-            if len(texts) == ENCODED_DOCUMENTS or sum(map(len, texts)) >= ENCODED_CHARACTERS:
+            characters += len(text) + 1
+            if characters >= wanted:
                 yield from zip(positions, self.encode(texts), strict=True)
                 positions, texts = [], []
+                characters, wanted = 0, min(2 * wanted, ENCODED_CHARACTERS)
 
-    def _read_documents(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, str | Ids]]:
+    def _read_documents(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, Any]]:
         position = start
         has_any = start.shard > 0 or start.reader is not None
         while True:

@@ -122,6 +122,10 @@ class FlatTokens:
 
     def read_ids(self, file: TokenFile, start: int, end: int) -> np.ndarray:
         """Tokens of a file, int32."""
+        return self._read_stored(file, start, end).astype(np.int32, copy=False)
+
+    def _read_stored(self, file: TokenFile, start: int, end: int) -> np.ndarray:
+        """The same in the integers of the file."""
         dtype = np.dtype(file.dtype)
         ids = np.fromfile(file.path, dtype, end - start, offset=file.offset + start * dtype.itemsize)
         if len(ids) < end - start:
@@ -133,7 +137,7 @@ class FlatTokens:
                 f"largest id {ids[place]:,} at token {start + place:,} of {file.path}, but the tokenizer has "
                 f"{self.vocabulary:,} tokens: is --data.tokenizer or --data.token_dtype another?"
             )
-        return ids.astype(np.int32, copy=False)
+        return ids
 
     def next_start(self, file: TokenFile, place: int, most: int | None = None) -> int:
         """The first token, at `place` or behind it, in front of which is a delimiter; behind `tokens` if there is none."""
@@ -205,7 +209,7 @@ class FlatTokens:
             behind = place + len(ids)
             # no further behind the end than a document; twice as much for one that is longer than a chunk
             count = max(min(CHUNK_TOKENS, end - behind + _DOCUMENT_TOKENS), len(ids))
-            ids = np.concatenate([ids, self._read_on(number, behind, count)])
+            ids = np.concatenate([ids, self._read_on(number, behind, count)], dtype=np.int32, casting="unsafe")
             cuts = np.flatnonzero(self._is_delimiter(ids))
             for before, after in self._documents_between(ids, cuts[: np.searchsorted(cuts, end - place - 1) + 1]):
                 yield ids[before + 1 : after], {"token": place + after + 1}
@@ -221,10 +225,13 @@ class FlatTokens:
         return zip(before.tolist(), after.tolist(), strict=True)
 
     def _read_on(self, number: int, place: int, count: int) -> np.ndarray:
-        """Tokens from a place in a file, or in those into which its last document runs on; behind them is a delimiter."""
+        """Tokens from a place in a file, or in those into which its last document runs on; behind them is a delimiter.
+
+        In the integers of the file.
+        """
         for file in self.files[number:] if self.format == "llm.c" else self.files[number : number + 1]:
             if place < file.tokens:
-                return self.read_ids(file, place, min(place + count, file.tokens))
+                return self._read_stored(file, place, min(place + count, file.tokens))
             place -= file.tokens
         return np.array(self.delimiters[-1:], np.int32)
 

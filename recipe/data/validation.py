@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from recipe.data.blocks import PADDING
-from recipe.data.encode import DocumentEncoder, IdsEncoder, gives_back
+from recipe.data.encode import DocumentEncoder, gives_back
 from recipe.data.formats import Ids
 from recipe.errors import RecipeError
 from recipe.run.files import new_file
@@ -44,22 +44,22 @@ def pack_validation(
     max_tokens: float,
     are_pieces: bool = False,
 ) -> ValidationSet | None:
-    """Whole documents until `max_tokens` are reached; None if there are none. `are_pieces`: see `IdsEncoder`.
+    """Whole documents until `max_tokens` are reached; None if there are none.
 
     The stream starts with an end-of-text token, so that every token of every document is a target exactly once. Of documents
-    that are token ids the text is what they decode to.
+    that are token ids the text is what they decode to. No end-of-text token is put behind `are_pieces`, which have them.
     """
-    end = tokenizer.eos_token_id
-    of_text, of_ids = DocumentEncoder(tokenizer), IdsEncoder(end, are_pieces)
-    parts, targets, text_bytes = [np.array([end], dtype=np.int32)], 0, 0
+    encoder, end = DocumentEncoder(tokenizer), np.array([tokenizer.eos_token_id], dtype=np.int32)
+    parts, targets, text_bytes = [end], 0, 0
     unknown, unknown_tokens, is_exact = tokenizer.unk_token_id, 0, True
     for document in documents:
-        parts += of_text.encode([document]) if isinstance(document, str) else of_ids.encode([document])
-        targets += len(parts[-1])
-        if unknown not in (None, end):
-            unknown_tokens += int((parts[-1] == unknown).sum())
+        ids = encoder.encode([document])[0] if isinstance(document, str) else document
+        parts += [ids] if are_pieces else [ids, end]
+        targets += len(ids) + (not are_pieces)
+        if unknown not in (None, tokenizer.eos_token_id):
+            unknown_tokens += int((ids == unknown).sum())
         if isinstance(document, str):
-            text, is_same = document, is_exact and gives_back(tokenizer, parts[-1][:-1], document)
+            text, is_same = document, is_exact and gives_back(tokenizer, ids, document)
         else:
             text = tokenizer.decode(document, clean_up_tokenization_spaces=False)
             is_same = REPLACEMENT not in text

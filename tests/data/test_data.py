@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import recipe.data.documents as documents_module
+import recipe.data.streams as streams_module
 from recipe.config.settings import STANDARD_LIBRARY_VALIDATION_ONE_IN, BatchConfig, DataConfig, ModelConfig, RunConfig
 from recipe.data.blocks import (
     IGNORED_TARGET,
@@ -45,6 +46,7 @@ from recipe.run.stop import Stopped
 from tests.helpers import expect_error, write_texts
 from tests.support.lanes import (
     CPU,
+    END,
     LENGTH,
     check_conservation,
     check_conservation_of_files,
@@ -171,15 +173,17 @@ def test_blocks_are_shuffled_inside_windows_that_grow_and_none_is_lost(
     assert (lane.next_blocks(8) != other.next_blocks(8)).any()
 
 
-def test_the_next_window_is_read_along_and_not_at_once(tmp_path: Path) -> None:
+def test_the_next_window_is_read_along_and_not_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one call reads is what a call uses, wherever a window ends: no update waits for a whole window."""
+    for name in ("FIRST_CHARACTERS", "ENCODED_CHARACTERS"):
+        monkeypatch.setattr(streams_module, name, 16 * LENGTH)
     source, encoded = source_of(["x" * (LENGTH - 1)] * 4000, tmp_path), []
 
     def encode(texts: list[str]) -> Sequence[np.ndarray]:
         encoded.append(len(texts))
         return encode_bytes(texts)
 
-    lane = Lane([DocumentStream(source, encode, 0, LaneOrder(1, 3, 128))], LENGTH)
+    lane = Lane([DocumentStream(source, encode, 0, LaneOrder(1, 3, 128))], LENGTH, END)
     read = []
     for _ in range(120):
         before = sum(encoded)

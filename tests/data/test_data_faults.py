@@ -83,13 +83,12 @@ def source_of(server: HttpServer, directory: Path, *names: str, lanes: int = 1, 
 
 def lane_of(source: Source, index: int = 0, lanes: int = 1) -> Lane:
     """Its tokens are a hash of each document, and 0 behind it."""
-    return Lane(
-        [DocumentStream(source, encode_hashes, index, LaneOrder(lanes, seed=3, shuffle_blocks=7))], sequence_length=4
-    )
+    stream = DocumentStream(source, encode_hashes, index, LaneOrder(lanes, seed=3, shuffle_blocks=7))
+    return Lane([stream], sequence_length=4, end_of_text=0)
 
 
 def encode_hashes(texts: list[str]) -> list[np.ndarray]:
-    return [np.array([crc32(text.encode()) >> 1, 0], dtype=np.int32) for text in texts]
+    return [np.array([crc32(text.encode()) >> 1], dtype=np.int32) for text in texts]
 
 
 def read(lane: Lane, blocks: int = BLOCKS) -> list[list[int]]:

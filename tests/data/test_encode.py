@@ -81,7 +81,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(
     tokenizer = tokenizers[kind]
     whole = DocumentEncoder(tokenizer).encode(texts)  # all of them are shorter than a piece
     plain = tokenizer.backend_tokenizer.encode(texts[0], add_special_tokens=False).ids
-    assert whole[0].tolist() == [*plain, tokenizer.eos_token_id], "the tokenizer's own, and end-of-text"
+    assert whole[0].tolist() == plain, "the tokenizer's own"
     found, pieces = in_pieces(tokenizer, texts, 500, monkeypatch)
     assert are_equal(found, whole)
     assert pieces > sum(map(len, texts)) / 1500, "there is a place in almost every stretch"
@@ -102,7 +102,7 @@ def test_a_word_longer_than_the_longest_piece_is_cut_there(monkeypatch: pytest.M
     tokenizer = train_tokenizer(["some text to train on"], 300)
     (ids,), pieces = in_pieces(tokenizer, ["ab" * 1250], 100, monkeypatch)
     assert pieces == 3
-    assert tokenizer.decode(ids[:-1]) == "ab" * 1250
+    assert tokenizer.decode(ids) == "ab" * 1250
 
 
 def test_batches_are_bounded_in_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_batches_are_bounded_in_characters(monkeypatch: pytest.MonkeyPatch) -> N
 
     encoder._encoder = Watched()
     documents = ["word " * n for n in (1, 500, 3, 70, 7)] * 3
-    assert [len(ids) for ids in encoder.encode(documents)] == [len(backend.encode(t).ids) + 1 for t in documents]
+    assert [len(ids) for ids in encoder.encode(documents)] == [len(backend.encode(t).ids) for t in documents]
     assert max(lengths) <= max(400, 8 * encode_module._CONTEXT)
 
 
@@ -132,10 +132,9 @@ def test_special_tokens_that_a_document_spells_out_are_text(
     text = " ".join([f"before{token}after {token} {token}{token}" for token in special])
     (ids,) = DocumentEncoder(tokenizer).encode([text])
     unknown = {tokenizer.unk_token_id} if kind not in ("gpt2", "byte_level") else set()
-    assert not (set(tokenizer.all_special_ids) - unknown) & set(ids[:-1].tolist())
-    assert ids[-1] == tokenizer.eos_token_id
+    assert not (set(tokenizer.all_special_ids) - unknown) & set(ids.tolist())
     if kind in ("gpt2", "gpt4", "prefix_space", "byte_level"):  # which can represent every text
-        assert tokenizer.decode(ids[:-1]).strip() == text
+        assert tokenizer.decode(ids).strip() == text
         assert tokenizer.unk_token_id is None or kind == "gpt2" or tokenizer.unk_token_id not in ids
 
 
@@ -151,7 +150,7 @@ def test_a_special_token_made_of_merges_is_text_too() -> None:
     assert tokenizer.backend_tokenizer.encode("</s>sa").ids == [7, 8]
     (ids,) = DocumentEncoder(tokenizer).encode(["</s>sa[PAD]"])
     assert ids.tolist()[:3] == [5, 6, 8]
-    assert set(ids[3:-1].tolist()).isdisjoint({7, tokenizer.pad_token_id})
+    assert set(ids[3:].tolist()).isdisjoint({7, tokenizer.pad_token_id})
 
 
 def test_threads_share_an_encoder(tokenizers: dict[str, Any], texts: list[str]) -> None:
@@ -195,8 +194,8 @@ def test_a_very_long_text_is_compared_by_its_beginning(
         monkeypatch.setattr(encode_module, "_DECODED", decoded)
         for text in texts:
             (ids,) = encoder.encode([text])
-            assert encode_module.gives_back(tokenizers["gpt2"], ids[:-1], text)
-            assert not encode_module.gives_back(tokenizers["gpt2"], ids[:-1], f"x{text}")
+            assert encode_module.gives_back(tokenizers["gpt2"], ids, text)
+            assert not encode_module.gives_back(tokenizers["gpt2"], ids, f"x{text}")
 
 
 def test_an_encoder_in_another_process_finds_no_special_token_in_a_text_either() -> None:

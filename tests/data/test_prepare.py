@@ -75,7 +75,7 @@ def read(config: Config, updates: int = UPDATES) -> tuple[list[str], list[list[i
     hashes = [combine_hashes(next_update(lanes, 2, CPU).sha256) for _ in range(updates)]
     held_out: list[Any] = list(source.validation_documents())
     if not source.holds_ids:
-        held_out = [ids[:-1] for ids in DocumentEncoder(tokenizer).encode(held_out)]
+        held_out = DocumentEncoder(tokenizer).encode(held_out)
     return hashes, [ids.tolist() for ids in held_out]
 
 

@@ -28,8 +28,8 @@ LENGTH = 32
 
 
 def encode_bytes(texts: list[str]) -> Sequence[np.ndarray]:
-    """A token for each byte, and the end-of-text token."""
-    return [np.array([*text.encode("utf-8", "replace"), END], dtype=np.int32) for text in texts]
+    """A token for each byte."""
+    return [np.array([*text.encode("utf-8", "replace")], dtype=np.int32) for text in texts]
 
 
 def config_for(tmp_path: Path, *patterns: str, lanes: int = 1, **data: Any) -> Config:
@@ -50,7 +50,7 @@ def run_on(config: Config, blocks: int, rank: int = 0, ranks: int = 1) -> Run:
 
 def lane_of(source: Source, index: int = 0, lanes: int = 1, shuffled: int = 1, seed: int = 3) -> Lane:
     """Unshuffled if not told otherwise: then a lane's blocks, one after the other, are its documents."""
-    return Lane([DocumentStream(source, encode_bytes, index, LaneOrder(lanes, seed, shuffled))], LENGTH)
+    return Lane([DocumentStream(source, encode_bytes, index, LaneOrder(lanes, seed, shuffled))], LENGTH, END)
 
 
 def documents_of(tokens: np.ndarray) -> list[bytes]:

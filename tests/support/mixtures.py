@@ -62,7 +62,8 @@ def mixture_of(directory: Path, mixture: Sequence[Mixed], lanes: int = 1, shuffl
     sources = open_sources(config_of(directory, mixture, lanes))
     order = LaneOrder(lanes, 3, shuffled)
     return [
-        Lane([DocumentStream(source, encode_bytes, lane, order) for source in sources], LENGTH) for lane in range(lanes)
+        Lane([DocumentStream(source, encode_bytes, lane, order) for source in sources], LENGTH, END)
+        for lane in range(lanes)
     ]
 
 
