@@ -21,10 +21,14 @@ from statistics import median
 from typing import Any
 
 from benchmarks.data.corpus import read_flat, tokenizer_of, write_litdata, write_mds, write_text, write_tokens
-from benchmarks.data.readers import SOURCES, Job
+from benchmarks.data.readers import SOURCES, Job, settings_of
 from benchmarks.data.worker import take_turns
 from benchmarks.results import command_line, ratio, spread, table, write_result
 from benchmarks.text_memory import gpt2_tokenizer
+from benchmarks.training import with_settings
+from recipe.config.settings import Config
+from recipe.data.prepare import Wanted
+from recipe.data.prepare import prepare as prepare_tokens
 from recipe.errors import run_command
 from recipe.run.ledger import LEDGER, read_lines
 
@@ -50,7 +54,7 @@ def memory(job: Job, options: argparse.Namespace) -> Result:
     """Ten times as much text, and all tokens."""
     little, jobs = replace(job, root=f"{job.root}/fly"), dict[str, Any]()
     more = replace(job, most_tokens=10 * len(read_flat(little.path / "tokens")))
-    for source, found in {"text": more, "flat": job, "parquet": job}.items():
+    for source, found in {"text": more, "flat": job, "prepared": job, "parquet": job}.items():
         jobs |= {
             f"{source}, little": (f"ours_from_{source}", little),
             f"{source}, much": (f"ours_from_{source}", found),
@@ -61,7 +65,8 @@ def memory(job: Job, options: argparse.Namespace) -> Result:
 def prepared(job: Job, options: argparse.Namespace) -> Result:
     """Tokens to tensors."""
     jobs = {RAW: ("raw_memmap", job)}
-    for source, name in (("flat", "a flat file"), ("parquet", "Parquet")):
+    files = {"flat": "a flat file", "prepared": "of `recipe prepare`", "parquet": "Parquet in 1,024 row groups"}
+    for source, name in files.items():
         for lanes in LANES:
             jobs[f"this recipe, {name}, {lanes} lanes"] = (f"ours_from_{source}", replace(job, lanes=lanes))
     jobs |= {"nanoGPT, random blocks": ("nanogpt", job), "`datasets`, streamed": ("datasets_stream", job)}
@@ -110,10 +115,18 @@ def prepare(job: Job, options: argparse.Namespace) -> int:
         write_text(directory / "text", megabytes * 1e6)
         tokens = write_tokens(directory / "tokens", megabytes * 1e6, tokenizer)
     (job.path / "fly/tokenizer").symlink_to(job.path / "tokenizer")
+    for directory in (job.path / "fly", job.path):
+        write_prepared(replace(job, root=str(directory), lanes=max(LANES)))
     for name, write in (("litdata", write_litdata), ("mds", write_mds)):
         with suppress(ImportError):
             write(job.path / name, job.path / "tokens", job.length)
     return tokens
+
+
+def write_prepared(job: Job) -> None:
+    """What `recipe prepare` makes of the flat file."""
+    config = with_settings(Config(), settings_of(job, "flat"))
+    prepare_tokens(Wanted(config, job.path / "prepared", "parquet"), processes=2, say=lambda _: None)
 
 
 def _of_sources(job: Job, experiment: str, rounds: int, sources: Iterable[str], **arguments: Any) -> Result:

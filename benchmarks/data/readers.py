@@ -35,7 +35,7 @@ class Job:
     """What a reader reads.
 
     Args:
-        root: directory of `text`, `tokens`, `litdata`, `mds`, `tokenizer`.
+        root: directory of `text`, `tokens`, `prepared`, `litdata`, `mds`, `tokenizer`.
         lanes: of ours.
         most_tokens: that ours reads, which is an endless stream; at most all that there are.
         blocks: of an update, or of a batch.
@@ -59,6 +59,7 @@ class Job:
 
 SOURCES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": lambda root: {"data.text_files": [str(root / "text/text.parquet")]},
+    "prepared": lambda root: {"data.token_files": [str(root / "prepared/*.parquet")]},
     "parquet": lambda root: {"data.token_files": [str(root / "tokens/train.parquet")]},
     "flat": lambda root: {"data.token_files": [str(root / "tokens/train.bin")], "data.token_dtype": "uint16"},
 }
@@ -83,8 +84,13 @@ def ours_from_text(job: Job) -> Iterator[Batch]:
     return _ours(job, "text")
 
 
+def ours_from_prepared(job: Job) -> Iterator[Batch]:
+    """This recipe: what `recipe prepare` writes."""
+    return _ours(job, "prepared")
+
+
 def ours_from_parquet(job: Job) -> Iterator[Batch]:
-    """This recipe: rows of ids."""
+    """This recipe: rows of ids, in small row groups."""
     return _ours(job, "parquet")
 
 

@@ -17,7 +17,8 @@ from benchmarks.text_memory import gpt2_tokenizer
 from recipe.data.encode import DocumentEncoder
 from tests.helpers import run
 
-SIZE, LENGTH = 1e5, 32
+SIZE, LENGTH, END = 1e5, 32, 50256
+OURS = ["ours_from_text", "ours_from_flat", "ours_from_parquet"]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,11 @@ def test_the_text_has_its_size_and_its_tokens(job: Job) -> None:
     assert 0.5 * SIZE < sum(len(text.encode()) for text in texts) < 1.1 * SIZE
     rows = [np.array(row) for row in pq.read_table(job.path / "tokens/train.parquet")["input_ids"].to_pylist()]
     encoded = DocumentEncoder(tokenizer_of(job.path / "tokenizer")).encode(texts)
-    assert [row.tolist() for row in rows] == [ids[:-1].tolist() for ids in encoded]
-    assert read_flat(job.path / "tokens").tolist() == np.concatenate(encoded).tolist()
+    assert [row.tolist() for row in rows] == [ids.tolist() for ids in encoded]
+    assert read_flat(job.path / "tokens").tolist() == [id for ids in encoded for id in [*ids.tolist(), END]]
 
 
-@pytest.mark.parametrize("name", ["raw_memmap", "datasets_stream", "litdata", "mosaicml", "ours_from_text"])
+@pytest.mark.parametrize("name", ["raw_memmap", "datasets_stream", "litdata", "mosaicml", *OURS])
 def test_every_token_is_read_once(job: Job, name: str, accelerate_state: None) -> None:
     """But for what does not fill the last batch; a target is what follows its input."""
     if name in ("litdata", "mosaicml"):
@@ -57,7 +58,7 @@ def test_every_token_is_read_once(job: Job, name: str, accelerate_state: None) -
             counted += np.bincount(inputs.flatten().numpy(), minlength=50257)
             read += inputs.numel() + held
     expected = np.bincount(stream, minlength=50257)
-    if name == "ours_from_text":  # it holds the rest
+    if name in OURS:  # which hold the rest
         assert (counted <= expected).all()
         assert counted.sum() > 0
         assert read >= len(stream)
