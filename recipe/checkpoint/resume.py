@@ -21,6 +21,8 @@ from recipe.data.sources import check_passes, describe, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
+from recipe.plan.run_plan import make_plan
+from recipe.plan.schedule import decay_start
 from recipe.run.directory import list_checkpoints
 from recipe.run.ledger import EVENTS, LEDGER, read_events
 from recipe.run.run import Run
@@ -32,7 +34,7 @@ from recipe.step.spikes import Spike, spike_error
 MAY_CHANGE_ON_RESUME = (
     *("run.directory", "run.max_updates", "run.parity_check", "batch.micro_batch_size", "batch.scaling"),
     *("data.cache_directory", "data.retry_seconds", "data.on_bad_row", "data.max_passes"),
-    *("schedule.total_tokens", "schedule.tokens_per_parameter"),
+    *("schedule.total_tokens", "schedule.tokens_per_parameter", "schedule.decay_tokens"),
     *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
 )
 
@@ -104,6 +106,7 @@ def find_resume_point(config: Config) -> ResumePoint:
             state = read_state(candidate)
             may_move = TEXT_MAY_MOVE if state.text else ()
             changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
+            _check_length(candidate, state.tokens, config, changes)
             is_own = candidate.parent == directory / "checkpoints"
             events = directory / EVENTS if is_own else _events_of(candidate)
             batches = {*state.skipped_batches, *_left_out(events, state.update)}
@@ -162,6 +165,32 @@ def _check_same_run(
         shown = ", ".join(f"{name} was {_shown(old)} and is {_shown(new)}" for name, (old, new) in fatal.items())
         raise RecipeError(f"{what}: {shown}; use another --run.directory, or --resume fresh to move it aside")
     return changes
+
+
+def _check_length(checkpoint: Path, tokens: int, config: Config, changes: dict[str, list[Any]]) -> None:
+    """With `wsd` the length may change while the rate is constant: the run is then that of its new length, to the bit.
+
+    Raises:
+        RecipeError: the decay has begun before the checkpoint, as the run was or as it would be.
+    """
+    schedule, names = config.schedule, ("total_tokens", "tokens_per_parameter", "decay_tokens")
+    was = {name: changes[f"schedule.{name}"][0] for name in names if f"schedule.{name}" in changes}
+    if schedule.shape != "wsd" or not was:
+        return
+    earlier = replace(config, schedule=replace(schedule, **was))
+    totals = [make_plan(other, world_size=1).total_tokens for other in (earlier, config)]
+    old, new = (decay_start(total, c.schedule) for total, c in zip(totals, (earlier, config), strict=True))
+    if tokens > old:
+        raise RecipeError(
+            f"the length of this run can change no more: its decay began at {old:,} tokens, and {checkpoint} is at {tokens:,}; "
+            f"go on from a checkpoint before that by --resume PATH, or with the length that it has, {totals[0]:,} tokens"
+        )
+    if tokens > new:
+        shortest = tokens + schedule.decay_tokens if schedule.decay_tokens else -(-tokens * 5 // 4)
+        raise RecipeError(
+            f"a run of {totals[1]:,} tokens would have begun to decay at {new:,}, and {checkpoint} is at {tokens:,} already: "
+            f"set --schedule.total_tokens {shortest} or more, or --schedule.decay_tokens to less"
+        )
 
 
 def _with_sources(settings: dict[str, Any]) -> dict[str, Any]:

@@ -280,8 +280,13 @@ class ScheduleConfig:
     """Length of the run if total_tokens is null (20: Hoffmann et al., 2022)."""
     warmup_tokens: Annotated[int, AtLeast(0), AtMost(10**15)] = 104_857_600
     """Linear warm-up over this many tokens: 200 updates of 524,288."""
+    shape: Literal["cosine", "wsd", "linear"] = "cosine"
+    """How the rate falls behind the warm-up. cosine: as half a cosine. linear: in a line. wsd: it stays at the peak, and falls
+    over the last decay_tokens, by the root of their share: so far the run may get another length on resume."""
+    decay_tokens: TokensOrNull = None
+    """wsd: tokens over which the rate falls, up to the end of the run. Null: a fifth of the run."""
     final_learning_rate_fraction: Annotated[float, AtLeast(0), AtMost(1)] = 0.1
-    """Fraction of the peak at which the cosine ends."""
+    """Fraction of the peak at which the run ends."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from recipe.plan.memory import (
     rows_per_chunk,
     state_bytes,
 )
-from recipe.plan.schedule import total_updates
+from recipe.plan.schedule import decay_start, total_updates
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,14 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
         raise RecipeError(
             f"schedule.warmup_tokens = {config.schedule.warmup_tokens:,} leaves nothing of the run's "
             f"{updates * update.tokens_per_update:,} tokens: set --schedule.warmup_tokens to less, or a longer run"
+        )
+    total = updates * update.tokens_per_update
+    if decay_start(total, config.schedule) < config.schedule.warmup_tokens:
+        decay = total - decay_start(total, config.schedule)
+        raise RecipeError(
+            f"schedule.warmup_tokens = {config.schedule.warmup_tokens:,} and a decay of {decay:,} tokens "
+            f"(schedule.decay_tokens; null is a fifth) do not fit into the run's {total:,} tokens: set one of them to less, or "
+            "a longer run"
         )
     return RunPlan(
         update=update,

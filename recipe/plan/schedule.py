@@ -1,6 +1,7 @@
 """Learning rate and times as functions of tokens, never of ranks. Imports no torch."""
 
 import math
+from collections.abc import Callable
 
 from recipe.config.settings import OptimizerConfig, ScheduleConfig
 
@@ -14,16 +15,33 @@ def total_updates(schedule: ScheduleConfig, parameters: int, tokens_per_update: 
 def learning_rate(tokens: int, total_tokens: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Learning rate of the update that ends at `tokens` target tokens.
 
-    It rises linearly from 0 to the peak at `warmup_tokens`, then falls as half a cosine to
-    `final_learning_rate_fraction` x peak at `total_tokens`.
+    It rises linearly from 0 to the peak at `warmup_tokens`, and falls from `decay_start` on to `final_learning_rate_fraction`
+    x peak at `total_tokens`.
     """
     peak, floor = optimizer.learning_rate, optimizer.learning_rate * schedule.final_learning_rate_fraction
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens
     if tokens >= total_tokens:
         return floor
-    progress = (tokens - schedule.warmup_tokens) / (total_tokens - schedule.warmup_tokens)
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    start = decay_start(total_tokens, schedule)
+    if schedule.shape == "wsd" and tokens <= start:  # whatever the length of the run
+        return peak
+    return floor + (peak - floor) * _SHAPES[schedule.shape]((tokens - start) / (total_tokens - start))
+
+
+# Of the way from the peak to the end: what is left of it after a share of the decay. wsd: Haegele et al., 2024.
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "linear": lambda share: 1.0 - share,
+    "wsd": lambda share: 1.0 - math.sqrt(share),
+}
+
+
+def decay_start(total_tokens: int, schedule: ScheduleConfig) -> int:
+    """Tokens at which the rate begins to fall."""
+    if schedule.shape != "wsd":
+        return schedule.warmup_tokens
+    return total_tokens - (schedule.decay_tokens or total_tokens // 5)
 
 
 def crosses(tokens_before: int, tokens_after: int, every_tokens: int) -> bool:

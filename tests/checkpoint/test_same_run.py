@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import pytest
 
 from recipe.checkpoint.files import take_snapshot, write_checkpoint
 from recipe.checkpoint.resume import find_resume_point
-from recipe.config.settings import Config, DataConfig, MixtureSource, RunConfig, flat_settings
+from recipe.config.settings import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    MixtureSource,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    flat_settings,
+)
 from recipe.errors import RecipeError
 from tests.support.checkpoints import state_of, trained
 
@@ -33,9 +43,9 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model, optimizer, tokenizer = trained()
     snapshot, gpt2 = take_snapshot(model, optimizer), model.gpt2
 
-    def write(config: dict[str, Any], text: str = "recorded") -> Path:
+    def write(config: dict[str, Any], text: str = "recorded", tokens: int = 500) -> Path:
         directory = tmp_path_factory.mktemp("run")
-        state = replace(state_of(5), config=config, text=text)
+        state = replace(state_of(5), config=config, text=text, tokens=tokens)
         write_checkpoint(directory / "checkpoints", snapshot, state, gpt2.config, tokenizer)
         return directory
 
@@ -95,6 +105,44 @@ def test_another_mixture_is_refused_with_the_difference(values: dict[str, Any], 
     directory = write(flat_settings(config))
     with pytest.raises(RecipeError, match=words):
         changes(directory, configured(directory, **values))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "values", "words"),
+    [
+        (8000, {"total_tokens": 20_000}, ""),
+        (8000, {"total_tokens": 12_000, "decay_tokens": 4000}, ""),
+        (8000, {"total_tokens": 100_000, "decay_tokens": 92_000}, ""),
+        (8000, {"shape": "linear"}, "schedule.shape was 'wsd' and is 'linear'"),
+        (8001, {"total_tokens": 20_000}, "can change no more: its decay began at 8,000 tokens, and {} is at 8,001"),
+        (8001, {"decay_tokens": 1000}, "can change no more"),
+        (
+            8000,
+            {"total_tokens": 9000},
+            "a run of 9,000 tokens would have begun to decay at 7,200, and {} is at 8,000 already: "
+            "set --schedule.total_tokens 10000 or more",
+        ),
+        (8000, {"decay_tokens": 2100}, "would have begun to decay at 7,900"),
+        (8000, {"decay_tokens": 3000, "total_tokens": 10_500}, "--schedule.total_tokens 11000 or more"),
+    ],
+)
+def test_the_length_of_a_stable_run_may_change_until_its_decay_begins(
+    tokens: int, values: dict[str, Any], words: str, write: Any
+) -> None:
+    schedule = ScheduleConfig(total_tokens=10_000, warmup_tokens=1000, shape="wsd")
+    batch, data, model = (
+        BatchConfig(tokens_per_update=100, lanes=1),
+        DataConfig(sequence_length=100),
+        ModelConfig(n_layer=1),
+    )
+    config = Config(batch=batch, data=data, model=model, schedule=schedule)
+    directory = write(flat_settings(config), tokens=tokens)
+    other = replace(config, schedule=replace(schedule, **values))
+    if not words:
+        assert set(changes(directory, other)) - {"run.directory"} == {f"schedule.{name}" for name in values}
+        return
+    with pytest.raises(RecipeError, match=re.escape(words.format(directory / "checkpoints/step-000005"))):
+        changes(directory, other)
 
 
 def test_files_of_a_source_may_move_if_their_text_is_recorded(write: Any) -> None:

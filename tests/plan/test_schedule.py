@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -19,6 +21,37 @@ SCHEDULE = ScheduleConfig(warmup_tokens=1000, final_learning_rate_fraction=0.1)
 )
 def test_learning_rate_at_the_points_that_define_it(tokens: int, expected: float) -> None:
     assert learning_rate(tokens, 10_000, OPTIMIZER, SCHEDULE) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay_tokens", "tokens", "expected"),
+    [
+        *[("linear", None, 500, 1e-4), ("linear", None, 1000, 2e-4), ("linear", None, 5500, 1.1e-4)],
+        *[
+            ("linear", None, 10_000, 2e-5),
+            ("wsd", None, 500, 1e-4),
+            ("wsd", None, 8000, 2e-4),
+            ("wsd", 3600, 6400, 2e-4),
+        ],
+        # A quarter of the way into the decay half of the way down, since the root of 1/4 is 1/2.
+        *[
+            ("wsd", None, 8500, 1.1e-4),
+            ("wsd", 3600, 7300, 1.1e-4),
+            ("wsd", None, 10_000, 2e-5),
+            ("wsd", None, 11_000, 2e-5),
+        ],
+    ],
+)
+def test_other_shapes_at_the_points_that_define_them(
+    shape: Literal["wsd", "linear"], decay_tokens: int | None, tokens: int, expected: float
+) -> None:
+    schedule = replace(SCHEDULE, shape=shape, decay_tokens=decay_tokens)
+    assert learning_rate(tokens, 10_000, OPTIMIZER, schedule) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_stable_rate_is_the_peak_to_the_last_bit_whatever_the_length() -> None:
+    optimizer, schedule = OptimizerConfig(learning_rate=0.1), ScheduleConfig(warmup_tokens=10, shape="wsd")
+    assert {learning_rate(t, total, optimizer, schedule) for total in (100, 999) for t in range(10, 81)} == {0.1}
 
 
 def test_without_warmup_the_first_token_has_the_peak() -> None:
