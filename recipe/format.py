@@ -112,6 +112,7 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "tokens/s": "{:,.0f}".format,
     "device-hours": "{:,.2f}".format,
     "money": "{:,.2f}".format,
+    "runs": "{:,.3g}".format,
 }
 
 

@@ -14,6 +14,7 @@ from recipe.format import Number, aligned
 from recipe.plan import run_plan
 from recipe.plan.devices import Device, device_rows, find_device
 from recipe.plan.memory import largest_micro_batch
+from recipe.plan.optimizer_memory import optimizer_numbers
 
 Table = dict[str, list[Number]]  # heading of a column -> its numbers; the only column has none
 
@@ -88,6 +89,7 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     return {
         "plan": {"": division},
         **data,
+        **({"optimizer_memory": {"": memory}} if (memory := optimizer_numbers(config, plan)) else {}),
         "memory_of_a_rank": {
             f"{name}_state": run_plan.memory_numbers(of, plan.update, device_type, memory_bytes)
             for name, of in configs.items()

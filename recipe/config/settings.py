@@ -243,7 +243,11 @@ class OptimizerConfig:
     beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
     """AdamW: decay of the first moment."""
     beta2: Annotated[float, AtLeast(0), Below(1)] = 0.95
-    """AdamW: decay of the second moment."""
+    """AdamW: decay of the second moment in an update. With batch.schedule that of batch.tokens_per_update: its memory in tokens
+    stays."""
+    beta2_half_life_tokens: TokensOrNull = None
+    """AdamW: tokens after which a gradient counts half in the second moment, in place of beta2; beta2 is not below 0.8. Null:
+    beta2."""
     epsilon: Positive = 1e-8
     """AdamW: added to the root of the second moment."""
     weight_decay: Annotated[float, AtLeast(0), AtMost(1000)] = 0.1

@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 from recipe.config.settings import OptimizerConfig, ScheduleConfig
 
+# Below it the second moment is hardly more than the last gradient.
+SMALLEST_BETA2 = 0.8
+
 
 def total_updates(schedule: ScheduleConfig, parameters: int, tokens_per_update: int) -> int:
     """Updates of the whole run: its tokens, rounded up to whole updates."""
@@ -42,6 +45,23 @@ def decay_start(total_tokens: int, schedule: ScheduleConfig) -> int:
     if schedule.shape != "wsd":
         return schedule.warmup_tokens
     return total_tokens - (schedule.decay_tokens or total_tokens // 5)
+
+
+def beta2_of(tokens_per_update: int, optimizer: OptimizerConfig, given_for: int | None = None) -> float:
+    """AdamW's beta2 in an update of so many tokens.
+
+    By its half-life; without one it is `optimizer.beta2` for updates of `given_for` tokens (None: these), and keeps its memory
+    in tokens for others. Marek et al., 2025.
+    """
+    if optimizer.beta2_half_life_tokens is not None:
+        return max(SMALLEST_BETA2, 0.5 ** (tokens_per_update / optimizer.beta2_half_life_tokens))
+    kept = optimizer.beta2 ** (tokens_per_update / (given_for or tokens_per_update))
+    return max(kept, min(SMALLEST_BETA2, optimizer.beta2))
+
+
+def half_life(tokens_per_update: int, beta: float) -> float:
+    """Tokens after which a gradient counts half in a moment that decays by `beta` in an update; 0 if it keeps nothing."""
+    return tokens_per_update * math.log(0.5) / math.log(beta) if beta else 0.0
 
 
 def crosses(tokens_before: int, tokens_after: int, every_tokens: int) -> bool:

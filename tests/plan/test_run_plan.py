@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_json_has_units_and_derivations_and_null_for_what_is_not_known() -> None
     assert (hours["value"], hours["unit"]) == (None, "hours")
     assert "--flops" in hours["derivation"]
     assert "--device h100" in tables["memory_of_a_rank"]["fp32_state"]["largest_micro_batch"]["derivation"]
+
+
+def test_the_plan_has_the_memory_of_the_optimizer_in_tokens() -> None:
+    """0.9^n = 1/2 after 6.58 updates and 0.95^n after 13.5; 1 / (2e-4 x 0.1) = 50,000 updates of 50,195."""
+    found = values(*LARGE)["optimizer_memory"]
+    assert found["beta1_half_life"] == pytest.approx(524_288 * math.log(2) / -math.log(0.9), abs=1)
+    assert found["beta2_half_life"] == pytest.approx(524_288 * math.log(2) / -math.log(0.95), abs=1)
+    assert found["weight_decay_averages_over"] == pytest.approx(50_000 / 50_195)
+    assert (
+        table(*LARGE)["weight decay averages over"] == "0.996 of the run: 1 / (0.0002 x 0.1) = 50,000 updates of 50,195"
+    )
+    assert (
+        values(*LARGE, "--optimizer.beta2_half_life_tokens", "10000000")["optimizer_memory"]["beta2_half_life"] == 10**7
+    )
+    assert [*values(*LARGE, "--optimizer.name", "sgd")["optimizer_memory"]] == ["weight_decay_averages_over"]
+    assert "optimizer_memory" not in values(*LARGE, "--optimizer.name", "sgd", "--optimizer.weight_decay", "0")
 
 
 def test_the_plan_has_tokens_and_passes_of_each_source(tmp_path: Path) -> None:

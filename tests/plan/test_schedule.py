@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from recipe.config.settings import OptimizerConfig, ScheduleConfig
-from recipe.plan.schedule import crosses, learning_rate, total_updates
+from recipe.plan.schedule import beta2_of, crosses, half_life, learning_rate, total_updates
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-4)
 SCHEDULE = ScheduleConfig(warmup_tokens=1000, final_learning_rate_fraction=0.1)
@@ -52,6 +52,28 @@ def test_other_shapes_at_the_points_that_define_them(
 def test_the_stable_rate_is_the_peak_to_the_last_bit_whatever_the_length() -> None:
     optimizer, schedule = OptimizerConfig(learning_rate=0.1), ScheduleConfig(warmup_tokens=10, shape="wsd")
     assert {learning_rate(t, total, optimizer, schedule) for total in (100, 999) for t in range(10, 81)} == {0.1}
+
+
+@pytest.mark.parametrize("tokens", [512, 4096, 2**19, 2**30])
+def test_beta2_by_half_life_forgets_half_after_that_many_tokens(tokens: int) -> None:
+    optimizer = OptimizerConfig(beta2=0.5, beta2_half_life_tokens=10_000_000)
+    beta2 = beta2_of(tokens, optimizer)
+    if tokens < 2**20:
+        assert beta2 ** (10_000_000 / tokens) == pytest.approx(0.5)
+        assert half_life(tokens, beta2) == pytest.approx(10_000_000)
+    else:
+        assert beta2 == 0.8
+
+
+def test_beta2_as_given_keeps_its_memory_in_tokens_for_another_budget() -> None:
+    """The numbers of Marek et al.'s rule for 0.95 at 524,288."""
+    optimizer = OptimizerConfig(beta2=0.95)
+    assert beta2_of(524_288, optimizer) == 0.95
+    found = [round(beta2_of(tokens, optimizer, 524_288), 4) for tokens in (131_072, 32_768, 8192, 524_288, 2**20)]
+    assert found == [0.9873, 0.9968, 0.9992, 0.95, 0.9025]
+    assert beta2_of(2**23, optimizer, 524_288) == 0.8
+    assert beta2_of(2**23, OptimizerConfig(beta2=0.7), 524_288) == 0.7, "what was given is no mistake"
+    assert beta2_of(2**23, OptimizerConfig(beta2=0.0), 524_288) == half_life(2**23, 0.0) == 0
 
 
 def test_without_warmup_the_first_token_has_the_peak() -> None:
