@@ -124,6 +124,7 @@ class Number:
     value: float | None  # None until it is known
     unit: str
     derivation: str = "{}"  # how it follows from other numbers; {} is the place of the value
+    is_shown: bool = True  # in the table; the JSON has it anyway
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from recipe.config.settings import Above, AtLeast, AtMost, Config, MixtureSource
 from recipe.config.text_files import FLAT, expand_files, is_remote, token_file_format
 from recipe.format import Number, aligned
 from recipe.plan import run_plan
+from recipe.plan.batch_advice import Machine, batch_numbers
 from recipe.plan.devices import Device, device_rows, find_device
 from recipe.plan.memory import largest_micro_batch
 from recipe.plan.optimizer_memory import optimizer_numbers
@@ -33,6 +34,8 @@ class PlanConfig(Config):
     """Share of the peak that the model's own arithmetic uses: an assumption until the run's ledger has it."""
     flops: Annotated[float | None, Above(0), AtMost(10**24)] = None
     """Peak FLOP/s of a device. Null: that of the device in bf16."""
+    link_gb_per_second: Annotated[float | None, Above(0), AtMost(10**6)] = None
+    """Bandwidth between ranks in one direction, 10^9 bytes a second: nccl-tests' bus bandwidth. Null: NVLink's, of up to 8."""
     price_per_hour: Annotated[float | None, AtLeast(0), AtMost(10**9)] = None
     """Price of a device for an hour."""
 
@@ -86,9 +89,12 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
         else {}
     )
     flops = config.flops or (device.bf16_flops if device and precision == "bf16" else None)
+    link = config.link_gb_per_second and config.link_gb_per_second * 1e9
+    machine = Machine(device, flops and flops * config.mfu, link)
     return {
         "plan": {"": division},
         **data,
+        "batch": {"": batch_numbers(config, plan, machine)},
         **({"optimizer_memory": {"": memory}} if (memory := optimizer_numbers(config, plan)) else {}),
         "memory_of_a_rank": {
             f"{name}_state": run_plan.memory_numbers(of, plan.update, device_type, memory_bytes)
@@ -142,7 +148,7 @@ def _memory_bytes(config: PlanConfig, device: Device | None, world_size: int) ->
 def as_text(table: Table) -> str:
     """Names, values and derivations; with several columns, the derivations of the first. Rows of zeros are left out."""
     if "" in table:
-        return aligned([(number.name, str(number)) for number in table[""]])
+        return aligned([(number.name, str(number)) for number in table[""] if number.is_shown])
     rows = [
         (row[0].name, *(n.shown for n in row), row[0].derivation)
         for row in zip(*table.values(), strict=True)

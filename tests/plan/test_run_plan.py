@@ -303,4 +303,4 @@ def test_the_peak_of_a_part_or_a_variant_of_a_device_is_not_known(cuda_name: str
 def test_the_plan_lists_its_devices(arguments: list[str]) -> None:
     lines = planned(arguments).splitlines()
     assert [line.split()[0] for line in lines] == list(DEVICES)
-    assert re.search(r"h100-nvl +94 GB +835 TFLOP/s in bf16 +NVIDIA H100 NVL", "\n".join(lines))
+    assert re.search(r"h100-nvl +94 GB +835 TFLOP/s in bf16 +3,900 GB/s +NVIDIA H100 NVL", "\n".join(lines))
