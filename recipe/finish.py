@@ -37,7 +37,7 @@ def has_nothing_left(run: Run, update: int) -> bool:
     """Whether a run that has done `update` updates has nothing left to do; says so."""
     plan, final = run.plan, run.directory / "final"
     if update > plan.planned_updates:
-        tokens = update * plan.update.tokens_per_update
+        tokens = plan.tokens_after(update)
         is_early = plan.planned_updates < plan.total_updates
         setting = f"--run.max_updates {update}" if is_early else f"--schedule.total_tokens {tokens}"
         run.console.say(

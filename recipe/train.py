@@ -64,11 +64,11 @@ def train(config: Config) -> None:
         """Put model, optimizer and lanes where `point` is, and start to read what comes after it."""
         lanes = make_lanes(run, sources, tokenizer)
         restore(run, point, model, optimizer, lanes)
-        return UpdateReader(run, lanes, point.update, point.skipped_batches), SpikeDetector(run, point.recent)
+        return UpdateReader(run, lanes, point.update), SpikeDetector(run, point.recent)
 
     parity = None
     if config.run.parity_check and not point.checkpoint:
-        first = next_update(make_lanes(run, sources, tokenizer), run.plan.update.blocks_per_lane, run.device)
+        first = next_update(make_lanes(run, sources, tokenizer), run.plan.update_at(1).blocks_per_lane, run.device)
         parity = check_parity(run, model, first.batch)
     (reader, spikes), update = begin(point), point.update
     begin_run(run, update, point.checkpoint)  # from here on the files in the directory are this run's

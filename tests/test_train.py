@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from recipe.plan.run_plan import make_plan
 from recipe.plan.schedule import learning_rate
 from recipe.run.ledger import LedgerEntry, read_lines
 from tests.helpers import ACCELERATE, ROOT, SCRIPT, read_ledger, run, run_ranks, train, write_texts
-from tests.support.factorisations import OPTIMIZERS, UPDATES, arguments, assert_same_updates
+from tests.support.factorisations import OPTIMIZERS, TOKENS, UPDATES, arguments, assert_same_updates
 
 FACTORISATIONS = ((1, 8), (1, 3), (2, 5), (3, 2))  # (ranks, micro-batch)
 LAUNCH = [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_2.yaml", SCRIPT]
@@ -69,37 +70,39 @@ def test_torchrun_launches_it_too(tmp_path: Path) -> None:
     assert_same_updates(read_ledger(tmp_path / "one"), read_ledger(tmp_path / "three"))
 
 
-def closed_form(arguments: list[str]) -> list[float]:
-    config = load_config(arguments)
-    plan = make_plan(config, 1)
-    tokens = config.batch.tokens_per_update
-    return [
-        learning_rate(tokens * update, plan.total_tokens, config.optimizer, config.schedule)
-        for update in range(1, plan.planned_updates + 1)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_learning_rate_is_its_closed_form_on_any_number_of_ranks(runs: Runs, optimizer: str) -> None:
+    """With a budget that changes too: times the root of what the budget is to the first."""
+    config = load_config(arguments(Path("x"), runs["sgd", 1, 8].parent / "texts", optimizer, 8))
+    sizes = TOKENS[optimizer]
+    total = make_plan(config, 1).total_tokens
+    assert total == (61_440 if optimizer == "sgd" else 61_952)  # rounded up to whole updates
+    expected = [
+        learning_rate(sum(sizes[:update]), total, config.optimizer, config.schedule) * math.sqrt(size / 1536)
+        for update, size in enumerate(sizes, start=1)
     ]
-
-
-def test_learning_rate_is_its_closed_form_on_any_number_of_ranks(runs: Runs) -> None:
-    expected = closed_form(arguments(Path("x"), runs["sgd", 1, 8].parent / "texts", "sgd", 8))
-    assert expected[0] == pytest.approx(0.5 * 1536 / 7680)
-    assert max(expected) == expected[4] == 0.5, "the warm-up ends with update 5"
+    assert expected[0] == pytest.approx(float(OPTIMIZERS[optimizer]) * 1536 / 7680)
+    assert expected[4] == pytest.approx(float(OPTIMIZERS[optimizer])), "the warm-up ends with update 5"
     for ranks, size in FACTORISATIONS:
-        assert [entry["learning_rate"] for entry in read_ledger(runs["sgd", ranks, size])] == pytest.approx(expected)
+        found = [entry["learning_rate"] for entry in read_ledger(runs[optimizer, ranks, size])]
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_ledger_fields_and_their_meaning(runs: Runs) -> None:
     names = {f.name for f in fields(LedgerEntry)} - {"sources", "validation"}  # no mixture, and nothing held out
-    for (_, ranks, size), directory in runs.items():
-        for number, entry in enumerate(read_ledger(directory), start=1):
+    for (optimizer, ranks, size), directory in runs.items():
+        sizes = TOKENS[optimizer]
+        for number, (entry, tokens) in enumerate(zip(read_ledger(directory), sizes, strict=True), start=1):
             assert set(entry) == names
             assert entry["update"] == number
-            assert entry["tokens"] == number * 1536
-            assert entry["target_tokens"] == 1536
+            assert entry["tokens"] == sum(sizes[:number])
+            assert entry["target_tokens"] == tokens
             assert (entry["world_size"], entry["micro_batch_size"]) == (ranks, size)
-            assert entry["gradient_accumulation_steps"] == {(1, 8): 3, (1, 3): 8, (2, 5): 3, (3, 2): 5}[ranks, size]
+            largest_share = math.ceil(8 / ranks) * tokens // 512
+            assert entry["gradient_accumulation_steps"] == math.ceil(largest_share / size)
             assert len(entry["blocks_sha256"]) == 64
             assert 0 <= entry["data_wait_seconds"] <= entry["update_seconds"] * 1.01 + 0.01
-            assert entry["tokens_per_second"] == pytest.approx(1536 / entry["update_seconds"])
+            assert entry["tokens_per_second"] == pytest.approx(tokens / entry["update_seconds"])
             assert entry["mfu"] is None, "the peak of this CPU is not known"
             assert entry["peak_memory_bytes"] > 1e8
 

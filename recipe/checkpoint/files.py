@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -50,8 +51,8 @@ class TrainingState:
     lane_states: list[dict[str, Any]]
     # Mean loss of lane 0's first targets of that last update, with the weights of this checkpoint
     verification_loss: float
-    # Batches (see `recipe.data.blocks.batch_index`) that rollbacks have left out
-    skipped_batches: list[int] = field(default_factory=list)
+    # Blocks of every lane that rollbacks have left out (see `recipe.data.lanes.Ranges`)
+    skipped_blocks: list[list[int]] = field(default_factory=list)
     # [loss, gradient norm] of the updates that a spike is compared with
     recent: list[list[float]] = field(default_factory=list)
     # Which text it is (see `recipe.data.record`); of earlier versions nothing is known
@@ -143,8 +144,16 @@ def read_state(directory: Path) -> TrainingState:
     """
     values = _read_json(directory / STATE)
     try:
+        if isinstance(values, dict) and values.pop(
+            "skipped_batches", None
+        ):  # of a version in which all updates had one size
+            raise ValueError("it says in another unit than this version what rollbacks have left out")
         state = TrainingState(**values)
-        counts = [state.update, state.tokens, *state.skipped_batches]
+        counts = [
+            state.update,
+            state.tokens,
+            *(count for start, stop in state.skipped_blocks for count in (start, stop)),
+        ]
         for lane in state.lane_states:
             position = Position.of(lane)
             counts += [position.token, position.window, position.block, *position.source_tokens]
@@ -190,15 +199,16 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     set_optimizer_state_dict(model, optimizer, everything, options=_FLAT)
 
 
-def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_per_update: int) -> list[Path]:
+def prune(root: Path, keep: int, keep_every_tokens: int | None, tokens_after: Callable[[int], int]) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_tokens`.
 
     Returns: the removed.
     """
     removed = []
     for path in list_checkpoints(root)[max(keep, 1) :]:
-        tokens = int(path.name.removeprefix("step-")) * tokens_per_update
-        if keep_every_tokens is None or not crosses(tokens - tokens_per_update, tokens, keep_every_tokens):
+        update = int(path.name.removeprefix("step-"))
+        before, after = tokens_after(update - 1), tokens_after(update)
+        if keep_every_tokens is None or not crosses(before, after, keep_every_tokens):
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path)
     return removed

@@ -12,10 +12,10 @@ import torch
 from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
 from recipe.config.command_line import read_config
 from recipe.config.settings import Config, DataConfig, MixtureSource, flat_settings
-from recipe.data.blocks import UpdateBlocks, batch_index, next_update
+from recipe.data.blocks import UpdateBlocks, next_update
 from recipe.data.documents import Source
 from recipe.data.find import find_files_of
-from recipe.data.lanes import Lane
+from recipe.data.lanes import Lane, Ranges, merge_ranges, number_of
 from recipe.data.record import Record, pack_record, record_text, touched, unpack_record, what_changed
 from recipe.data.sources import check_passes, describe, open_source
 from recipe.errors import RecipeError
@@ -54,8 +54,8 @@ class ResumePoint:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     # Dotted name -> [earlier value, value now] of settings that changed and may
     changes: dict[str, list[Any]] = field(default_factory=dict)
-    # Batches (see `batch_index`) that rollbacks have left out, before the checkpoint or after it
-    skipped_batches: tuple[int, ...] = ()
+    # Blocks of every lane that rollbacks have left out, before the checkpoint or after it
+    skipped_blocks: Ranges = ()
 
     @property
     def update(self) -> int:
@@ -109,8 +109,8 @@ def find_resume_point(config: Config) -> ResumePoint:
             _check_length(candidate, state.tokens, config, changes)
             is_own = candidate.parent == directory / "checkpoints"
             events = directory / EVENTS if is_own else _events_of(candidate)
-            batches = {*state.skipped_batches, *_left_out(events, state.update)}
-            return ResumePoint(candidate, state, skipped, changes, tuple(sorted(batches)))
+            blocks = merge_ranges([*state.skipped_blocks, *_left_out(events, state.update)])
+            return ResumePoint(candidate, state, skipped, changes, blocks)
         skipped.append((candidate.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
     raise RecipeError(f"no checkpoint of {directory} can be used ({reasons}); --resume fresh starts again from nothing")
@@ -124,14 +124,14 @@ def _events_of(checkpoint: Path) -> Path:
     return named if named.exists() else checkpoint.resolve().parent.parent / EVENTS
 
 
-def _left_out(events: Path, update: int) -> set[int]:
-    """Batches that rollbacks to at most `update` updates have left out."""
+def _left_out(events: Path, update: int) -> list[tuple[int, int]]:
+    """Blocks of every lane that rollbacks to at most `update` updates have left out."""
     try:
         rollbacks = read_events(events, "rollback", update)
-        return {int(batch) for event in rollbacks for batch in event["skipped_batches"]}
+        return [(int(start), int(stop)) for event in rollbacks for start, stop in event["skipped_blocks"]]
     except (KeyError, TypeError, ValueError):
         raise RecipeError(
-            f"{events} has a rollback that does not say which batches it left out: bring the file back, or --resume fresh"
+            f"{events} has a rollback that does not say which blocks it left out: bring the file back, or --resume fresh"
         ) from None
 
 
@@ -268,7 +268,7 @@ def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
     """
     update, settings = blocks.update, run.config.stability
     if not list_checkpoints(run.directory / "checkpoints"):
-        tokens = update // 2 * run.plan.update.tokens_per_update
+        tokens = run.plan.tokens_after(update // 2)
         ways = (
             f"this run has no checkpoint of its own to return to yet: begin again by the same command with "
             f"--checkpoint.every_tokens {tokens}, or go past it with --stability.on_spike continue"
@@ -284,13 +284,15 @@ def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:
             "--stability.on_spike continue it goes on regardless"
         )
         raise spike_error(run, update, spike, ways)
-    first = max(point.update, update - settings.rollback_updates) + 1
-    guilty = {batch_index(number, blocks.skipped_batches) for number in range(first, update + 1)}
-    left_out = sorted({*blocks.skipped_batches, *guilty} - {*point.skipped_batches})
-    run.ledger.event("rollback", point.update, spike_update=update, skipped_batches=left_out, **asdict(spike))
+    plan, a_block_of_each = run.plan, run.plan.update.lanes * run.plan.update.sequence_length
+    before = plan.tokens_after(max(point.update, update - settings.rollback_updates)) // a_block_of_each
+    last = plan.tokens_after(update) // a_block_of_each - 1
+    guilty = number_of(before, blocks.skipped_blocks), number_of(last, blocks.skipped_blocks) + 1
+    left_out = merge_ranges([*blocks.skipped_blocks, guilty])
+    run.ledger.event("rollback", point.update, spike_update=update, skipped_blocks=left_out, **asdict(spike))
     run.ledger.sync()  # before the updates that led to it are forgotten
     run.ledger.truncate(point.update)
-    return replace(point, skipped_batches=tuple(sorted({*point.skipped_batches, *left_out})))
+    return replace(point, skipped_blocks=merge_ranges([*point.skipped_blocks, *left_out]))
 
 
 def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Sequence[Lane]) -> None:
@@ -310,12 +312,13 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
     try:
         for lane in lanes:
             lane.load_state_dict(state.lane_states[lane.index])
-        blocks = next_update(lanes, run.plan.update.blocks_per_lane, run.device)
+            lane.skipped = point.skipped_blocks
+        blocks = next_update(lanes, run.plan.update_at(state.update).blocks_per_lane, run.device)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise RecipeError(
             f"the text cannot be read from where {point.checkpoint} left it: {error}", on_this_rank_only=True
         ) from error
-    if gather_hash(run, blocks) != state.blocks_sha256:
+    if gather_hash(run, replace(blocks, update=state.update)) != state.blocks_sha256:
         raise RecipeError(
             f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
             f"{point.checkpoint} was written; bring them back, or --resume fresh"

@@ -80,12 +80,11 @@ class CheckpointSaver:
             )
 
     def _is_due(self, update: int) -> bool:
-        settings, tokens_per_update = self.run.config.checkpoint, self.run.plan.update.tokens_per_update
-        after = update * tokens_per_update
+        settings, plan = self.run.config.checkpoint, self.run.plan
         every_tokens = filter(None, (settings.every_tokens, settings.keep_every_tokens))
-        if update == self.run.plan.planned_updates:
+        if update == plan.planned_updates:
             return True
-        if any(crosses(after - tokens_per_update, after, every) for every in every_tokens):
+        if any(crosses(plan.tokens_after(update - 1), plan.tokens_after(update), every) for every in every_tokens):
             return True
         if settings.every_minutes is None:
             return False
@@ -113,7 +112,7 @@ class CheckpointSaver:
                 blocks_sha256=entry.blocks_sha256,
                 lane_states=lane_states,
                 verification_loss=verification_loss(model, blocks),
-                skipped_batches=list(blocks.skipped_batches),
+                skipped_blocks=[[*stretch] for stretch in blocks.skipped_blocks],
                 recent=recent,
                 text=self.run.text_record,
             )
@@ -132,7 +131,7 @@ class CheckpointSaver:
         assert self._memory is not None
         gpt2_config = self.run.accelerator.unwrap_model(self.model).gpt2.config
         write_checkpoint(self.root, self._memory, state, gpt2_config, self.tokenizer)
-        prune(self.root, settings.keep, settings.keep_every_tokens, self.run.plan.update.tokens_per_update)
+        prune(self.root, settings.keep, settings.keep_every_tokens, self.run.plan.tokens_after)
 
     def report(self, wait: bool = False) -> str | None:
         """Say how the save under way has ended, if it has; the reason if it failed."""

@@ -74,7 +74,7 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     if memory_bytes is not None:
         largest = largest_micro_batch(config, world_size, memory_bytes, device_type, precision)
     plan = run_plan.make_plan(config, world_size, largest)
-    masked = plan.update.masked_micro_batches
+    masked = max(phase.update.masked_micro_batches for phase in plan.phases)
     padding = f"{{}}; {masked:,} masked blocks, for ranks with fewer blocks than steps" if masked else "{}"
     *division, state = plan.numbers()
     division += [Number("planned_updates", plan.planned_updates, "updates")]

@@ -1,5 +1,6 @@
 """The checks of a configuration. Imports no torch."""
 
+import itertools
 import os
 import re
 from dataclasses import is_dataclass
@@ -94,6 +95,13 @@ def validate(config: Config) -> None:
     for number, source in enumerate(data.mixture):
         check_source(source, f"data.sources[{number}]" if data.sources else "data")
     _check_names(config)
+    starts = [change.from_tokens for change in config.batch.schedule]
+    for number, (before, start) in enumerate(itertools.pairwise(starts), start=1):
+        if start <= before:
+            raise RecipeError(
+                f"batch.schedule[{number}].from_tokens = {start:,} is not behind the {before:,} of the entry before it: give "
+                "them in ascending order"
+            )
     if data.tokenizer is None and model.vocab_size < 257:
         raise RecipeError(
             f"model.vocab_size = {model.vocab_size} is too small to train a byte-level tokenizer, "

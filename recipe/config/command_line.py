@@ -13,7 +13,7 @@ from typing import Any
 
 from recipe.config.checks import check_text, check_values, validate
 from recipe.config.init_from import SHAPE, shape_of
-from recipe.config.settings import Config, MixtureSource, flat_fields, sections_of
+from recipe.config.settings import BudgetChange, Config, MixtureSource, flat_fields, sections_of
 from recipe.errors import RecipeError
 
 _MOST_ARGUMENTS = 1000  # reading them takes a tenth of a second; there are fewer settings
@@ -22,6 +22,12 @@ _PATHS = (
     *("run.directory", "data.text_files", "data.token_files", "data.sources", "data.tokenizer", "data.cache_directory"),
     *("model.init_from", "evaluation.sets", "resume", "output", "task_directory"),
 )
+
+# Of what settings are lists: (setting, what one is, an example).
+_PARTS: dict[type, tuple[str, str, str]] = {
+    MixtureSource: ("data.sources", "source", "{dataset: user/name, weight: 0.7}"),
+    BudgetChange: ("batch.schedule", "budget", "{from_tokens: 500000000, tokens_per_update: 1048576}"),
+}
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -50,7 +56,9 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("yaml", load_yaml, (yaml.YAMLError,))
     # Of a class that it does not know, it would import whatever the value names.
-    jsonargparse.typing.register_type(MixtureSource, asdict, _read_source, fail_already_registered=False)
+    for kind in _PARTS:
+        read = functools.partial(_read_part, kind)
+        jsonargparse.typing.register_type(kind, asdict, read, fail_already_registered=False)
     parser = jsonargparse.ArgumentParser(
         prog=program,
         description=description,
@@ -69,30 +77,29 @@ def make_parser(config_class: type, program: str, description: str) -> Any:
 
 
 @functools.cache
-def _source_parser() -> Any:
+def _part_parser(kind: type) -> Any:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(MixtureSource)
+    parser.add_class_arguments(kind)
     return parser
 
 
-def _read_source(settings: Any) -> MixtureSource:
-    """One of `data.sources`, from what YAML or JSON has of it.
+def _read_part(kind: type, settings: Any) -> Any:
+    """One of `data.sources` or of `batch.schedule`, from what YAML or JSON has of it.
 
     Raises:
-        RecipeError: it is no mapping, or not of a source's settings.
+        RecipeError: it is no mapping, or not of its settings.
     """
+    name, what, example = _PARTS[kind]
     if not isinstance(settings, dict):
-        raise RecipeError(
-            f"data.sources: {settings!r} is no source: give a list of mappings, such as [{{dataset: user/name, weight: 0.7}}]"
-        )
-    parser = _source_parser()
+        raise RecipeError(f"{name}: {settings!r} is no {what}: give a list of mappings, such as [{example}]")
+    parser = _part_parser(kind)
     try:
-        return MixtureSource(**vars(parser.parse_object(settings)))
+        return kind(**vars(parser.parse_object(settings)))
     except argparse.ArgumentError as error:
         helps = {action.dest: action.help for action in parser._actions if action.dest != "help"}
-        raise RecipeError(f"data.sources: {_explain(str(error), helps).removeprefix('--')}") from None
+        raise RecipeError(f"{name}: {_explain(str(error), helps).removeprefix('--')}") from None
 
 
 def parse(parser: Any, config_class: type, arguments: Sequence[str]) -> tuple[Any, Any]:

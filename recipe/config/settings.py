@@ -67,6 +67,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class BudgetChange:
+    """Another budget, from some place of the run on."""
+
+    from_tokens: Tokens
+    """The first update that begins at or after so many target tokens of the run is the first of this budget."""
+    tokens_per_update: Count
+    """Target tokens of each update from then on."""
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     """The update: its size in tokens is a promise; how it is split is not."""
 
@@ -77,6 +87,9 @@ class BatchConfig:
     the plan and one real step."""
     lanes: Annotated[int, AtLeast(1), AtMost(2**16)] = 64
     """Streams that the documents are dealt into, at least as many as ranks. They decide the order of the data."""
+    schedule: tuple[BudgetChange, ...] = ()
+    """Other budgets later in the run: `[{from_tokens: 500000000, tokens_per_update: 1048576}, ...]`, each a whole number of
+    blocks per lane. What that does to the learning rate is schedule.learning_rate_rule."""
     scaling: Scaling = "accumulate"
     """accumulate: accelerator.accumulate() and accelerator.backward(). manual: the reference path, which scales by hand."""
 
@@ -291,6 +304,9 @@ class ScheduleConfig:
     """wsd: tokens over which the rate falls, up to the end of the run. Null: a fifth of the run."""
     final_learning_rate_fraction: Annotated[float, AtLeast(0), AtMost(1)] = 0.1
     """Fraction of the peak at which the run ends."""
+    learning_rate_rule: Literal["none", "sqrt", "linear"] = "sqrt"
+    """What a budget of batch.schedule does to the learning rate: nothing, or times the root of its ratio to
+    batch.tokens_per_update, or times the ratio."""
 
 
 @dataclass(frozen=True)

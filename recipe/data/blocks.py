@@ -4,7 +4,7 @@ import atexit
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -17,7 +17,7 @@ from torch import Tensor
 from recipe.data.documents import Source
 from recipe.data.encode import DocumentEncoder
 from recipe.data.files import in_background
-from recipe.data.lanes import Lane
+from recipe.data.lanes import Lane, Ranges
 from recipe.data.streams import DocumentStream, LaneOrder
 from recipe.errors import RecipeError
 from recipe.plan.budget import UpdatePlan
@@ -49,18 +49,7 @@ class UpdateBlocks:
     # Of each source: targets from it in these blocks, and complete passes over it, of the lane that has made most
     source_tokens: tuple[int, ...] = ()
     source_passes: tuple[int, ...] = ()
-    skipped_batches: tuple[int, ...] = ()  # batches (see `batch_index`) that rollbacks have left out, or that will be
-
-
-def batch_index(update: int, skipped_batches: Iterable[int]) -> int:
-    """Which batch an update trains on. What the lanes give at once for an update is a batch; all count from 1.
-
-    They are the same number until a rollback leaves a batch out for good.
-    """
-    index = update
-    for skipped in sorted(skipped_batches):
-        index += skipped <= index
-    return index
+    skipped_blocks: Ranges = ()  # of every lane, that rollbacks have left out, or that will be
 
 
 def make_lanes(run: Run, sources: Sequence[Source], tokenizer: Any) -> list[Lane]:
@@ -93,6 +82,7 @@ def next_update(lanes: Sequence[Lane], blocks_per_lane: int, device: torch.devic
         bad_rows=lanes[0].bad_rows,
         source_tokens=tuple(np.sum([lane.source_tokens for lane in lanes], axis=0).tolist()),
         source_passes=tuple(map(max, zip(*(lane.passes for lane in lanes), strict=True))),
+        skipped_blocks=lanes[0].skipped,
     )
 
 
@@ -102,11 +92,11 @@ class UpdateReader:
     The thread starts at once. At most `UPDATES_READ_AHEAD` updates wait in memory. The states that come with an update are its
     own, however far the thread has read.
 
-    `done` updates come before the first; `skipped_batches` are left out.
+    `done` updates come before the first.
     """
 
-    def __init__(self, run: Run, lanes: Sequence[Lane], done: int = 0, skipped_batches: Sequence[int] = ()) -> None:
-        self.run, self.lanes, self.done, self.skipped_batches = run, lanes, done, tuple(skipped_batches)
+    def __init__(self, run: Run, lanes: Sequence[Lane], done: int = 0) -> None:
+        self.run, self.lanes, self.done = run, lanes, done
         self._ready: queue.Queue[UpdateBlocks | BaseException] = queue.Queue(maxsize=UPDATES_READ_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, name="data-reader", daemon=True)
@@ -150,14 +140,11 @@ class UpdateReader:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread: pinned memory would else open the first GPU too
         try:
-            update = self.done
-            batch = batch_index(update, self.skipped_batches)
-            while update < plan.planned_updates and not self._closed.is_set():
-                batch += 1
-                blocks = next_update(self.lanes, plan.update.blocks_per_lane, device)
-                if batch not in self.skipped_batches:
-                    update += 1
-                    self._put(replace(blocks, update=update, skipped_batches=self.skipped_batches))
+            for update in range(self.done + 1, plan.planned_updates + 1):
+                if self._closed.is_set():
+                    break
+                blocks = next_update(self.lanes, plan.update_at(update).blocks_per_lane, device)
+                self._put(replace(blocks, update=update))
         except BaseException as error:
             self._put(error)
 

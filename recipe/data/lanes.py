@@ -9,8 +9,9 @@ been read is ever part of the state, so nothing can be lost with it; to go on, t
 """
 
 import math
+import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,27 @@ from recipe.data.streams import DocumentStream, StreamPosition
 
 # Of the first window, for which the first update waits; each has twice as many as the one before, up to `shuffle_blocks`.
 FIRST_WINDOW_BLOCKS = 8
+
+
+# Blocks of a lane, numbered from 0 in the order in which they are given: [start, stop) of each stretch, ascending and apart.
+Ranges = tuple[tuple[int, int], ...]
+
+
+def merge_ranges(ranges: Iterable[Sequence[int]]) -> Ranges:
+    """The same blocks as `ranges`, which may overlap."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted((start, stop) for start, stop in ranges):
+        if merged and start <= merged[-1][1]:
+            start, stop = merged[-1][0], max(stop, merged.pop()[1])
+        merged.append((start, stop))
+    return tuple(merged)
+
+
+def number_of(block: int, skipped: Ranges) -> int:
+    """The number of the block that follows `block` others that are not skipped."""
+    for start, stop in skipped:
+        block += (stop - start) * (start <= block)
+    return block
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Lane:
     """
 
     document_start: int | None = None  # token at which attention begins anew, if it stays inside documents
+    skipped: Ranges = ()  # its blocks that are not given: rollbacks have left them out
 
     def __init__(self, streams: Sequence[DocumentStream], sequence_length: int, end_of_text: int) -> None:
         self.streams, self.sequence_length = streams, sequence_length
@@ -118,11 +141,13 @@ class Lane:
             if self._window is None:
                 self._window = self._read_window()
             first = self._position.block
-            numbers = self._window_order[first : first + count - given]
-            for row, number in enumerate(numbers, start=given):
-                blocks[row] = self._window[number * length : (number + 1) * length + 1]
-            given += len(numbers)
-            self.source_tokens += self._window_sources[numbers].sum(0)
+            alike, is_skipped = self._stretch(self._blocks_before_window() + first)
+            numbers = self._window_order[first:][: alike if is_skipped else min(alike, count - given)]
+            if not is_skipped:
+                for row, number in enumerate(numbers, start=given):
+                    blocks[row] = self._window[number * length : (number + 1) * length + 1]
+                given += len(numbers)
+                self.source_tokens += self._window_sources[numbers].sum(0)
             self._position = replace(self._position, block=first + len(numbers))
             if self._position.block == len(self._window_order):
                 self._position, self._window = replace(self._tokens.position(), window=self._position.window + 1), None
@@ -132,6 +157,19 @@ class Lane:
         """Blocks of a window, by its number."""
         most = self.order.shuffle_blocks
         return min(FIRST_WINDOW_BLOCKS << min(window, most.bit_length()), most)
+
+    def _blocks_before_window(self) -> int:
+        """Of all windows before the one in use."""
+        window, most = self._position.window, self.order.shuffle_blocks
+        growing = min(window, ((most - 1) // FIRST_WINDOW_BLOCKS).bit_length())  # windows of fewer than `most`
+        return FIRST_WINDOW_BLOCKS * ((1 << growing) - 1) + (window - growing) * most
+
+    def _stretch(self, block: int) -> tuple[int, bool]:
+        """How many blocks from this one on are skipped, or are not, as it is; and whether it is."""
+        for start, stop in self.skipped:
+            if block < stop:
+                return (stop - block, True) if start <= block else (start - block, False)
+        return sys.maxsize, False
 
     def _read_ahead(self) -> None:
         """As much of the next window as has been used of this one, so that no update waits for a whole window."""

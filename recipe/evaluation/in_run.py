@@ -162,8 +162,10 @@ class RunEvaluation:
         return mean | evaluations | mean  # in front of the others, and in place of an earlier one
 
     def _is_due(self, update: int) -> bool:
-        tokens, every = self.run.plan.update.tokens_per_update, self.run.config.evaluation.every_tokens
-        return update == self.run.plan.planned_updates or crosses((update - 1) * tokens, update * tokens, every)
+        plan, every = self.run.plan, self.run.config.evaluation.every_tokens
+        return update == plan.planned_updates or crosses(
+            plan.tokens_after(update - 1), plan.tokens_after(update), every
+        )
 
     def _record(self, update: int) -> tuple[dict[str, Any], dict[str, str]]:
         """The ledger's line of an update, empty if there is none, and its samples by prompt."""

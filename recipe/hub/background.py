@@ -33,7 +33,7 @@ class Pusher:
 
     def __init__(self, run: Run, done: int = 0) -> None:
         self.run, self.settings, self.links = run, run.config.hub, run.directory / PUSHING
-        self._tokens = done * run.config.batch.tokens_per_update  # at the newest checkpoint
+        self._saved = done  # updates of the newest checkpoint
         self._queue: list[tuple[int, Path]] = []  # (update, links to its files); the first is on its way
         self._child: Popen[str] | None = None
         self._started = 0.0
@@ -47,8 +47,8 @@ class Pusher:
         if not self.run.is_main or self.settings.repo_id is None:
             return
         if directory.name != "final":
-            before, self._tokens = self._tokens, update * self.run.config.batch.tokens_per_update
-            if self.settings.every_tokens and not crosses(before, self._tokens, self.settings.every_tokens):
+            before, self._saved, every = self._saved, update, self.settings.every_tokens
+            if every and not crosses(self.run.plan.tokens_after(before), self.run.plan.tokens_after(update), every):
                 return
             while len(self._queue) > 1:
                 self._report(*self._queue.pop(), f"{directory.name} took its place in the queue")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.config.settings import OptimizerConfig
-from recipe.plan.schedule import beta2_of, learning_rate
+from recipe.plan.schedule import learning_rate
 from recipe.run.run import Run
 
 
@@ -37,12 +37,13 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0)
 
 def set_learning_rate(run: Run, optimizer: Any, update: int) -> float:
     """Set rate and beta2 of this update's step, functions of its tokens, and return the rate."""
-    plan, settings = run.plan, run.config.optimizer
-    tokens = update * plan.update.tokens_per_update
-    rate = learning_rate(tokens, plan.total_tokens, settings, run.config.schedule)
+    plan, settings, phase = run.plan, run.config.optimizer, run.plan.phase_at(update)
+    rate = (
+        learning_rate(plan.tokens_after(update), plan.total_tokens, settings, run.config.schedule) * phase.rate_factor
+    )
     for group in optimizer.param_groups:
         if "betas" in group:  # numbers also where the step is compiled, which is done again when they change
-            group["betas"] = (settings.beta1, beta2_of(plan.update.tokens_per_update, settings))
+            group["betas"] = (settings.beta1, phase.beta2)
         if isinstance(group["lr"], Tensor):  # AdamW with bf16 state keeps a tensor, which compiled code reads
             group["lr"].fill_(rate)
         else:

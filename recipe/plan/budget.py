@@ -26,26 +26,27 @@ class UpdatePlan:
     lanes: int
     world_size: int
     micro_batch_size: int
+    setting: str = "batch.tokens_per_update"  # which says how large it is
 
     def __post_init__(self) -> None:
         tokens, length, lanes = self.tokens_per_update, self.sequence_length, self.lanes
         if tokens % length:
             raise RecipeError(
-                f"batch.tokens_per_update = {tokens:,} is {tokens / length:,.2f} blocks of {length:,} tokens, "
+                f"{self.setting} = {tokens:,} is {tokens / length:,.2f} blocks of {length:,} tokens, "
                 f"and must be a whole number of them: the nearest valid values are {_nearest(tokens, length)}"
             )
         blocks = tokens // length
         if blocks % lanes:
             raise RecipeError(
                 f"batch.lanes = {lanes} does not divide the {blocks:,} blocks of an update: choose lanes among "
-                f"{nearest_divisors(blocks, lanes)}, or batch.tokens_per_update = {_nearest(tokens, lanes * length)}"
+                f"{nearest_divisors(blocks, lanes)}, or {self.setting} = {_nearest(tokens, lanes * length)}"
             )
         if self.world_size > lanes:
             enough = nearest_divisors(blocks, self.world_size, at_least=self.world_size)
             advice = (
                 f"batch.lanes among {enough}"
                 if enough
-                else f"at most {blocks:,} ranks, or batch.tokens_per_update of {self.world_size * length:,} or more"
+                else f"at most {blocks:,} ranks, or {self.setting} of {self.world_size * length:,} or more"
             )
             raise RecipeError(
                 f"{self.world_size} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "

@@ -12,6 +12,7 @@ from recipe.config.settings import Config, ModelConfig
 from recipe.errors import RecipeError
 from recipe.format import size_text
 from recipe.plan.budget import UpdatePlan
+from recipe.plan.phases import make_phases
 
 # Of a device's memory: the rest is for the CUDA context, cuBLAS, NCCL and what the caching allocator cannot give out again. An
 # assumption, not measured.
@@ -91,8 +92,20 @@ def estimate_memory(
     Raises:
         RecipeError: a budget that does not divide.
     """
-    model, batch, every = config.model, config.batch, config.performance.activation_checkpointing
-    update = UpdatePlan(batch.tokens_per_update, config.data.sequence_length, batch.lanes, world_size, micro_batch_size)
+    return largest_update(config, micro_batch_size, device_type, precision, world_size)[1]
+
+
+def largest_update(
+    config: Config, micro_batch_size: int, device_type: str, precision: str, world_size: int
+) -> tuple[UpdatePlan, MemoryEstimate]:
+    """Of the phases of a run, the update that takes most memory, and how much that is; as `estimate_memory`."""
+    updates = [phase.update for phase in make_phases(config, world_size, micro_batch_size)]
+    estimates = [(update, _estimate(config, update, device_type, precision)) for update in updates]
+    return max(estimates, key=lambda pair: pair[1].peak_bytes)
+
+
+def _estimate(config: Config, update: UpdatePlan, device_type: str, precision: str) -> MemoryEstimate:
+    model, every, world_size = config.model, config.performance.activation_checkpointing, update.world_size
     width, rows = model.n_embd, update.largest_micro_batch
     tokens = rows * update.sequence_length
     is_bf16_state, is_cpu = config.optimizer.state == "bf16", device_type == "cpu"
@@ -152,17 +165,16 @@ def estimate_memory(
 
 
 def largest_micro_batch(config: Config, world_size: int, memory_bytes: float, device_type: str, precision: str) -> int:
-    """The most blocks in a forward and backward whose step takes `USABLE_SHARE` of the memory at most.
+    """The most blocks in a forward and backward whose step takes `USABLE_SHARE` of the memory at most, in every phase.
 
-    Never more than the largest micro-batch that the update is cut into: with a share of 8 blocks it is 8, 4, 3, 2 or 1.
+    Never more than the largest micro-batch that the largest update is cut into: with a share of 8 blocks it is 8, 4, 3, 2 or 1.
 
     `memory_bytes` is what one rank has. The configured micro-batch is ignored.
 
     Raises:
         RecipeError: not even one block fits.
     """
-    batch, length = config.batch, config.data.sequence_length
-    share = UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, 1).largest_share
+    share = max(phase.update.largest_share for phase in make_phases(config, world_size, 1))
 
     def fits(steps: int) -> bool:
         peak = estimate_memory(config, -(-share // steps), device_type, precision, world_size).peak_bytes

@@ -1,7 +1,7 @@
 """The plan of a run: every derived number, with its derivation. Imports no torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recipe.config.settings import Config, ModelConfig
 from recipe.errors import RecipeError
@@ -9,20 +9,21 @@ from recipe.format import Number, aligned, percent, short_count, size_text
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.memory import (
     USABLE_SHARE,
-    estimate_memory,
     largest_micro_batch,
+    largest_update,
     parameter_count,
     rows_per_chunk,
     state_bytes,
 )
-from recipe.plan.schedule import decay_start, total_updates
+from recipe.plan.phases import Phase, make_phases, phase_at, tokens_after, updates_for
+from recipe.plan.schedule import decay_start, stated_tokens
 
 
 @dataclass(frozen=True)
 class RunPlan:
     """Everything that follows from a configuration and a number of ranks."""
 
-    update: UpdatePlan  # in micro-batches of one block while `micro_batch_is_auto`
+    phases: tuple[Phase, ...]  # in micro-batches of one block while `micro_batch_is_auto`
     parameters: int
     flops_per_token: int  # forward and backward
     state_bytes: tuple[int, int, int]  # of (parameters, gradients, optimizer) on a rank
@@ -31,9 +32,36 @@ class RunPlan:
     micro_batch_is_auto: bool = False  # and its size not known yet
 
     @property
+    def update(self) -> UpdatePlan:
+        """The division of the first update. Ranks, lanes and micro-batch are those of all; for its size see `update_at`."""
+        return self.phases[0].update
+
+    @property
+    def reached_phases(self) -> tuple[Phase, ...]:
+        """Those of which the whole run has an update."""
+        return tuple(phase for phase in self.phases if phase.first_update <= self.total_updates)
+
+    @property
     def total_tokens(self) -> int:
         """Target tokens of the whole run, over which the schedules stretch."""
-        return self.total_updates * self.update.tokens_per_update
+        return self.tokens_after(self.total_updates)
+
+    def phase_at(self, update: int) -> Phase:
+        """The phase of an update, from 1."""
+        return phase_at(self.phases, update)
+
+    def update_at(self, update: int) -> UpdatePlan:
+        """The division of an update, from 1."""
+        return self.phase_at(update).update
+
+    def tokens_after(self, update: int) -> int:
+        """Target tokens seen when so many updates are done."""
+        return tokens_after(self.phases, update)
+
+    def with_micro_batch_size(self, size: int) -> "RunPlan":
+        """The same updates in other micro-batches."""
+        phases = [replace(phase, update=replace(phase.update, micro_batch_size=size)) for phase in self.phases]
+        return replace(self, phases=tuple(phases), micro_batch_is_auto=False)
 
     def numbers(self) -> list[Number]:
         """The division of an update, the length of the run, and the state of a rank."""
@@ -44,9 +72,17 @@ class RunPlan:
         micro_batch = f"{{}} x {length:,} tokens at most" if known else "auto: as many blocks as fit into memory"
         division = update.division if known else f"1 to {update.largest_share}"
         ratio = f"{{}} = {self.total_tokens / self.parameters:.1f} per parameter"
+        reached = self.reached_phases
+        until = f"{{}}, until update {reached[1].first_update - 1:,}" if len(reached) > 1 else "{}"
+        ends = [*(phase.tokens_before for phase in reached[1:]), self.total_tokens]
+        sizes = [
+            f"{end - phase.tokens_before:,} / {phase.update.tokens_per_update:,}"
+            for phase, end in zip(reached, ends, strict=True)
+        ]
         stops = f", stops after update {self.planned_updates:,}" if self.planned_updates < self.total_updates else ""
         return [
-            Number("tokens_per_update", tokens, "tokens"),
+            Number("tokens_per_update", tokens, "tokens", until),
+            *(self._phase_number(number) for number in range(1, len(self.phases))),
             Number("blocks_per_update", update.blocks_per_update, "blocks", f"{tokens:,} / {length:,} = {{}}"),
             Number("lanes", update.lanes, "lanes", f"{{}}, {update.blocks_per_lane} blocks of each in an update"),
             Number("world_size", update.world_size, "ranks", f"{{}}, {' to '.join(map(str, shares))} lanes each"),
@@ -54,9 +90,22 @@ class RunPlan:
             Number("gradient_accumulation_steps", steps, "micro-batches", division),
             Number("parameters", self.parameters, "parameters"),
             Number("total_tokens", self.total_tokens, "tokens", ratio),
-            Number("updates", self.total_updates, "updates", f"{self.total_tokens:,} / {tokens:,} = {{}}{stops}"),
+            Number("updates", self.total_updates, "updates", f"{' + '.join(sizes)} = {{}}{stops}"),
             state_number("state_bytes", self.state_bytes, " per rank, before activations"),
         ]
+
+    def _phase_number(self, number: int) -> Number:
+        phase, known = self.phases[number], not self.micro_batch_is_auto
+        update = phase.update
+        begins = f"from update {phase.first_update:,} ({phase.tokens_before:,} tokens) on"
+        if phase not in self.reached_phases:
+            begins += ", which is not reached"
+        steps = f", {update.gradient_accumulation_steps} accumulation steps" if known else ""
+        beta2 = f", beta2 {phase.beta2:.6g}" if phase.beta2 is not None else ""
+        text = (
+            f"{{}} {begins}: {update.blocks_per_lane} blocks of each lane{steps}, rate x {phase.rate_factor:.3g}{beta2}"
+        )
+        return Number(f"phase_{number + 1}", update.tokens_per_update, "tokens", text)
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value with its derivation) of each line of the table."""
@@ -74,15 +123,15 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
     """
     batch, length = config.batch, config.data.sequence_length
     size = micro_batch_size if batch.micro_batch_size == "auto" else batch.micro_batch_size
-    update = UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, micro_batch_size=size or 1)
+    phases = make_phases(config, world_size, size or 1)
     parameters = parameter_count(config.model, config.n_positions)
-    updates = total_updates(config.schedule, parameters, update.tokens_per_update)
-    if config.schedule.warmup_tokens >= updates * update.tokens_per_update:
+    updates = updates_for(phases, stated_tokens(config.schedule, parameters))
+    total = tokens_after(phases, updates)
+    if config.schedule.warmup_tokens >= total:
         raise RecipeError(
             f"schedule.warmup_tokens = {config.schedule.warmup_tokens:,} leaves nothing of the run's "
-            f"{updates * update.tokens_per_update:,} tokens: set --schedule.warmup_tokens to less, or a longer run"
+            f"{total:,} tokens: set --schedule.warmup_tokens to less, or a longer run"
         )
-    total = updates * update.tokens_per_update
     if decay_start(total, config.schedule) < config.schedule.warmup_tokens:
         decay = total - decay_start(total, config.schedule)
         raise RecipeError(
@@ -91,7 +140,7 @@ def make_plan(config: Config, world_size: int, micro_batch_size: int | None = No
             "a longer run"
         )
     return RunPlan(
-        update=update,
+        phases=phases,
         parameters=parameters,
         flops_per_token=flops_per_token(config.model, length),
         state_bytes=state_bytes(config),
@@ -144,7 +193,7 @@ def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_
     """What a rank holds during an update, and the largest micro-batch for `memory_bytes`: 0 if not one block fits."""
     model, every = config.model, config.performance.activation_checkpointing
     precision = planned_precision(config, device_type)
-    estimate = estimate_memory(config, update.micro_batch_size, device_type, precision, update.world_size)
+    update, estimate = largest_update(config, update.micro_batch_size, device_type, precision, update.world_size)
     size, length = update.largest_micro_batch, update.sequence_length
     per_token = size_text(estimate.activations_bytes / (size * length) / model.n_layer)
     again = f", {'each block' if every == 1 else f'one block in {every}'} again in backward" if every else ""
@@ -188,7 +237,7 @@ def time_numbers(plan: RunPlan, flops: float | None, mfu: float, price_per_hour:
     update, ranks = plan.update, plan.update.world_size
     balance = update.blocks_per_update / (update.largest_share * ranks)  # the others wait for the largest share
     speed = mfu * flops * ranks * balance / plan.flops_per_token
-    tokens = plan.planned_updates * update.tokens_per_update
+    tokens = plan.tokens_after(plan.planned_updates)
     hours = tokens / speed / 3600
     cost = None if price_per_hour is None else hours * ranks * price_per_hour
     rate = f"{mfu:g} MFU (assumed) x {flops / 1e12:,.3g} TFLOP/s x {ranks} / {plan.flops_per_token / 1e9:,.3g} GFLOP per token"

@@ -9,10 +9,9 @@ from recipe.config.settings import OptimizerConfig, ScheduleConfig
 SMALLEST_BETA2 = 0.8
 
 
-def total_updates(schedule: ScheduleConfig, parameters: int, tokens_per_update: int) -> int:
-    """Updates of the whole run: its tokens, rounded up to whole updates."""
-    tokens = schedule.total_tokens or math.ceil(schedule.tokens_per_parameter * parameters)
-    return -(-tokens // tokens_per_update)
+def stated_tokens(schedule: ScheduleConfig, parameters: int) -> int:
+    """Target tokens of the whole run, before they are rounded up to whole updates."""
+    return schedule.total_tokens or math.ceil(schedule.tokens_per_parameter * parameters)
 
 
 def learning_rate(tokens: int, total_tokens: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:

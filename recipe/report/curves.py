@@ -103,7 +103,7 @@ class Curves:
                     "event": event["event"],
                     "what": event_name(event["event"]),
                     "update": event["update"],
-                    "tokens": event["update"] * record.config.batch.tokens_per_update,
+                    "tokens": record.plan.tokens_after(event["update"]),
                     "time": _rounded(np.interp(event["update"], updates, hours) * self._per_hour),
                     "details": event_text(event),
                 }

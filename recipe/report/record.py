@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pandas as pd
 from recipe.config.command_line import read_config
 from recipe.config.settings import HELD_OUT, Config
 from recipe.errors import RecipeError
-from recipe.plan.budget import UpdatePlan
 from recipe.plan.run_plan import RunPlan, make_plan
 from recipe.run.ledger import EVENTS, LEDGER, read_lines, read_updates
 from recipe.text import all_printable
@@ -110,25 +109,29 @@ class Record:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """The run by how its updates were divided into ranks and micro-batches.
+        """The run by the size of its updates, and how they were divided into ranks and micro-batches.
 
-        Of each part: the `first` and the `last` update, the numbers of DIVISION, median `tokens_per_second` and `mfu`.
+        Of each part: `tokens` of an update, the `first` and the `last`, the numbers of DIVISION, median `tokens_per_second` and
+        `mfu`.
         """
         rows = (
             self.updates[self.updates["update"] > 0]
             .fillna(dict.fromkeys(DIVISION, 0))
             .astype(dict.fromkeys(DIVISION, int))
         )
-        part = (rows[DIVISION] != rows[DIVISION].shift()).any(axis=1).cumsum()
+        starts = [phase.first_update for phase in self.plan.phases]
+        division = rows[DIVISION].assign(phase=np.searchsorted(starts, rows["update"], side="right"))
+        part = (division != division.shift()).any(axis=1).cumsum()
         columns = {name: (name, "first") for name in DIVISION} | {name: (name, "median") for name in SPEED}
         found = rows.groupby(part).agg(first=("update", "min"), last=("update", "max"), **columns)
-        return list(found.to_dict("records"))
+        parts = found.to_dict("records")
+        return [{**part, "tokens": self.plan.update_at(int(part["first"])).tokens_per_update} for part in parts]
 
-    def division(self, world_size: int, micro_batch_size: int) -> str:
-        """The accumulation steps with the division written out; empty for numbers of a damaged ledger."""
-        batch, length = self.config.batch, self.config.data.sequence_length
+    def division(self, update: int, world_size: int, micro_batch_size: int) -> str:
+        """The accumulation steps of an update with the division written out; empty for numbers of a damaged ledger."""
+        plan = self.plan.update_at(update)
         try:
-            return UpdatePlan(batch.tokens_per_update, length, batch.lanes, world_size, micro_batch_size).division
+            return replace(plan, world_size=world_size, micro_batch_size=micro_batch_size).division
         except (RecipeError, ZeroDivisionError):
             return ""
 
@@ -163,10 +166,11 @@ def read_record(directory: Path, update: int | None = None) -> Record:
     if not (updates["update"] > 0).any():
         raise RecipeError(f"{directory} has done no update yet: there is none in its {LEDGER}")
     config = read_config(directory / "config.yaml")
-    updates["tokens"] = updates["tokens"].fillna(updates["update"] * config.batch.tokens_per_update)
     numbers = updates[["world_size", "micro_batch_size"]].iloc[-1].fillna(1).clip(lower=1).astype(int)
+    plan = make_plan(config, *numbers.tolist())
+    updates["tokens"] = updates["tokens"].fillna(updates["update"].astype(int).map(plan.tokens_after))
     events = [event for event in map(_read_event, events) if event and 0 <= event["update"] <= last]
-    record = Record(directory, config, make_plan(config, *numbers.tolist()), updates, events, {})
+    record = Record(directory, config, plan, updates, events, {})
     if record.is_finished:
         record.summary.update(_read_summary(directory / "summary.json"))
     return record

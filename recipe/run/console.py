@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,11 +16,10 @@ PAUSE_SHARE = 0.05  # of the time since the start
 
 
 class Console:
-    """Prints on rank 0."""
+    """Prints on rank 0. `tokens_after` says how much of the work so many of the `updates` are."""
 
-    def __init__(self, enabled: bool, updates: int) -> None:
-        self.enabled = enabled
-        self.updates = updates
+    def __init__(self, enabled: bool, updates: int, tokens_after: Callable[[int], int] = int) -> None:
+        self.enabled, self.updates, self.tokens_after = enabled, updates, tokens_after
         self._bar: Any = None
         self._started, self._first, self._next_line = 0.0, 0, 0.0
 
@@ -51,11 +51,12 @@ class Console:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(entry.update - self._bar.n)  # back, after a rollback
             return
-        passed, done = time.perf_counter() - self._started, max(entry.update - self._first, 1)
-        if done <= FIRST_LINES or passed >= self._next_line or entry.update == self.updates:
+        passed, done = time.perf_counter() - self._started, self.tokens_after(entry.update)
+        if entry.update - self._first <= FIRST_LINES or passed >= self._next_line or entry.update == self.updates:
             pause = min(max(SHORTEST_PAUSE_SECONDS, PAUSE_SHARE * passed), LONGEST_PAUSE_SECONDS)
             self._next_line = passed + pause
-            left = timedelta(seconds=round(passed / done * (self.updates - entry.update)))
+            trained = max(done - self.tokens_after(self._first), 1)
+            left = timedelta(seconds=round(passed * (self.tokens_after(self.updates) - done) / trained))
             self.say(f"update {entry.update:>6,}/{self.updates:,}  {values}, {left} left")
 
     def finish(self) -> None:

@@ -27,7 +27,7 @@ class Run:
     """What exists once on each rank. No loop, no hooks."""
 
     config: Config  # the settings
-    # What follows from them; `plan.update` is the division in force, replaced when the micro-batch changes
+    # What follows from them, replaced when the micro-batch changes
     plan: RunPlan
     accelerator: Any  # accelerate's
     precision: str  # `bf16` or `fp32`, in use
@@ -93,7 +93,7 @@ def start_run(config: Config) -> Run:
     stop.connect(accelerator.num_processes)
     if plan.micro_batch_is_auto:
         plan = resolve_auto_micro_batch(config, accelerator, precision)
-    console = Console(accelerator.is_main_process, plan.planned_updates)
+    console = Console(accelerator.is_main_process, plan.planned_updates, plan.tokens_after)
     console.section("plan", aligned([*plan.rows(), ("precision", f"{precision}: {reason}")]))
     for line in ignored_settings(precision):
         console.say(line)

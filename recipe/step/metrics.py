@@ -20,7 +20,7 @@ def measure_update(
 
     `started` is `time.perf_counter()` before the update waited for its data.
     """
-    plan, device = run.plan.update, run.device
+    plan, device = run.plan.update_at(blocks.update), run.device
     of_sources = (*blocks.source_passes, *blocks.source_tokens) if run.config.data.sources else ()
     rank_values = [[blocks.wait_seconds, peak_memory_bytes(device), blocks.bad_rows, *of_sources]]
     measured = torch.tensor(rank_values, dtype=result.loss.dtype, device=device)  # float64, if the device has it
@@ -37,7 +37,7 @@ def measure_update(
     peak = peak_flops(device, run.precision)
     return LedgerEntry(
         update=blocks.update,
-        tokens=blocks.update * plan.tokens_per_update,
+        tokens=run.plan.tokens_after(blocks.update),
         loss=loss,
         grad_norm=result.grad_norm.item(),
         learning_rate=learning_rate,
@@ -57,7 +57,7 @@ def measure_update(
 
 def gather_hash(run: Run, blocks: UpdateBlocks) -> str:
     """The `blocks_sha256` of an update, of which each rank knows its own blocks. Collective."""
-    plan = run.plan.update
+    plan = run.plan.update_at(blocks.update)
     padded = np.zeros((plan.largest_share, 32), dtype=np.uint8)  # ranks may hold unequal shares
     padded[: len(blocks.sha256)] = blocks.sha256
     hashes = run.accelerator.gather(torch.from_numpy(padded).to(run.device)).cpu().numpy()

@@ -1,6 +1,5 @@
 """A rank's micro-batches: as many blocks as fit into memory, and fewer on all ranks alike when one of them runs out."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from recipe.data.blocks import PADDING, MicroBatch, UpdateBlocks, split_into_mic
 from recipe.errors import RecipeError
 from recipe.model.kernels import eager
 from recipe.model.optimizer import seed_dropout
+from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
 from recipe.run.stop import DoesNotFit
 from recipe.step.update import UpdateResult, is_out_of_memory, run_update
@@ -44,25 +44,28 @@ class MicroBatches:
             Stopped: the ranks have abandoned the update.
         """
         run = self.run
+        if run.plan.phase_at(blocks.update).first_update == blocks.update:
+            self._on_trial = UPDATES_ON_TRIAL  # another budget may bring larger micro-batches
         while True:
             seed_dropout(run.config.run.seed, blocks.update, run.rank)
-            tokens = run.plan.update.tokens_per_update  # packed blocks have no masked target, so their number is known
+            plan = run.plan.update_at(blocks.update)
+            tokens = plan.tokens_per_update  # packed blocks have no masked target, so their number is known
             try:
-                return run_update(run, self.model, optimizer, self.split(blocks.batch), tokens)
+                return run_update(run, self.model, optimizer, self.split(blocks.batch, plan), tokens)
             except DoesNotFit as error:
                 rank = error.rank
             self._halve(blocks.update, rank)  # after `except`, whose error holds what is to be freed
 
-    def split(self, batch: MicroBatch) -> list[MicroBatch]:
+    def split(self, batch: MicroBatch, plan: UpdatePlan) -> list[MicroBatch]:
         """Micro-batches of this rank's blocks of an update, [blocks, tokens]."""
-        on_trial = self._on_trial > 0 and self.run.plan.update.world_size > 1
+        on_trial = self._on_trial > 0 and plan.world_size > 1
         self._on_trial -= 1
-        return split_into_micro_batches(batch, self.run.plan.update, self.run.rank, masked_row_last=on_trial)
+        return split_into_micro_batches(batch, plan, self.run.rank, masked_row_last=on_trial)
 
     def _halve(self, update: int, rank: int) -> None:
         from accelerate.utils.memory import clear_device_cache
 
-        run, plan = self.run, self.run.plan.update
+        run, plan = self.run, self.run.plan.update_at(update)
         size = min(plan.micro_batch_size, plan.largest_share)
         if size == 1:
             error = RecipeError(
@@ -71,13 +74,13 @@ class MicroBatches:
             )
             run.stop.request_stop(error, run.rank, already_printed=run.rank != 0)
             run.stop.agree()  # all ranks are here
-        run.plan = replace(run.plan, update=replace(plan, micro_batch_size=size // 2))
+        run.plan = run.plan.with_micro_batch_size(size // 2)
         self._on_trial = UPDATES_ON_TRIAL
         clear_device_cache(garbage_collection=True)
         run.ledger.event("micro_batch", update - 1, reason=f"rank {rank} ran out of memory", old=size, new=size // 2)
         run.console.say(
             f"rank {rank} ran out of memory: update {update:,} again, the same blocks in micro-batches of {size // 2} instead "
-            f"of {size}, {run.plan.update.gradient_accumulation_steps} accumulation steps"
+            f"of {size}, {run.plan.update_at(update).gradient_accumulation_steps} accumulation steps"
         )
 
 
@@ -111,8 +114,7 @@ def probe_micro_batch(run: Run, model: Any) -> None:
     Raises:
         RecipeError: not even one block fits.
     """
-    plan = run.plan.update
-    size = plan.largest_micro_batch
+    size = max(phase.update.largest_micro_batch for phase in run.plan.phases)
     while not _fits(size, run, model):
         if size == 1:
             raise RecipeError(
@@ -122,7 +124,7 @@ def probe_micro_batch(run: Run, model: Any) -> None:
         run.console.say(f"micro-batches of {size} blocks do not fit after all; trying {size // 2}")
         size //= 2
     run.console.say(f"micro-batches of {size} blocks fit: tried")
-    run.plan = replace(run.plan, update=replace(plan, micro_batch_size=size))
+    run.plan = run.plan.with_micro_batch_size(size)
 
 
 def _fits(size: int, run: Run, model: Any) -> bool:

@@ -52,6 +52,8 @@ class SpikeDetector:
         Raises:
             RecipeError: it is one, and `stability.on_spike` is stop.
         """
+        if self.run.plan.phase_at(entry.update).first_update == entry.update:
+            self.recent.clear()  # with another budget, loss and norm have another noise
         spike = self.find(entry.loss, entry.grad_norm)
         if spike:
             self.run.console.say(f"update {entry.update:,}: {spike}")

@@ -245,7 +245,9 @@ HARMS: list[tuple[Any, str]] = [
     (harm_state(lane_states=[{"era": 1}]), "unexpected keyword argument 'era'"),
     (harm_state(verification_loss=None), "a value is not of its kind"),
     (harm_state(recent=[[1.0]]), "a value is not of its kind"),
-    (harm_state(skipped_batches=[1.5]), "a value is not of its kind"),
+    (harm_state(skipped_blocks=[1, 2]), "cannot unpack"),
+    (harm_state(skipped_batches=[1]), "in another unit than this version"),
+    (harm_state(skipped_blocks=[[1.5, 2]]), "a value is not of its kind"),
 ]
 
 

@@ -52,7 +52,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = replace(state_of(update), config=flat_settings(configured(directory)))
         write_checkpoint(directory / "checkpoints", take_snapshot(model, optimizer), state, gpt2.config, tokenizer)
     write_lines(directory / "ledger.jsonl", ({"update": update} for update in range(1, 16)))
-    rollback = {"event": "rollback", "update": 5, "skipped_batches": [6, 7]}
+    rollback = {"event": "rollback", "update": 5, "skipped_blocks": [[6, 8]]}
     write_lines(
         directory / "events.jsonl", [{"event": "start", "update": 0}, rollback, {"event": "spike", "update": 12}]
     )
@@ -86,7 +86,7 @@ def test_a_rollback_is_known_wherever_the_checkpoints_are(
     run, link = tmp_path / "run", tmp_path / "best"
     shutil.copytree(original, run, dirs_exist_ok=True)
     whole = find_resume_point(configured(run))
-    assert (whole.update, whole.skipped_batches) == (15, (6, 7))
+    assert (whole.update, whole.skipped_blocks) == (15, ((6, 8),))
     move_and_link(run / "checkpoints", tmp_path / "elsewhere")
     link.symlink_to(run / "checkpoints/step-000015")
     monkeypatch.chdir(run)
@@ -103,20 +103,20 @@ def test_a_rollback_is_known_wherever_the_checkpoints_are(
         foreign = find_resume_point(
             configured(tmp_path / "other", resume=str(tmp_path / "run/checkpoints/step-000010"))
         )
-        assert (foreign.update, foreign.skipped_batches) == (10, (6, 7))
+        assert (foreign.update, foreign.skipped_blocks) == (10, ((6, 8),))
 
 
 def test_a_rollback_is_known_to_a_checkpoint_that_is_a_link(original: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(original, tmp_path / "run")
     move_and_link(directory / "checkpoints/step-000015", tmp_path / "elsewhere")
     point = find_resume_point(configured(directory))
-    assert (point.update, point.skipped_batches) == (15, (6, 7))
+    assert (point.update, point.skipped_blocks) == (15, ((6, 8),))
 
 
 def test_a_rollback_that_cannot_be_read_is_not_forgotten(original: Path, tmp_path: Path) -> None:
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     write_lines(tmp_path / "events.jsonl", [{"event": "rollback", "update": 5}])
-    with pytest.raises(RecipeError, match=r"events\.jsonl has a rollback that does not say which batches it left out"):
+    with pytest.raises(RecipeError, match=r"events\.jsonl has a rollback that does not say which blocks it left out"):
         find_resume_point(configured(tmp_path))
 
 
@@ -220,7 +220,7 @@ def test_nothing_is_lost_by_a_failure_at_any_point_of_making_room(
         for path in list_checkpoints(directory / "checkpoints")[:1]:
             update = int(path.name.removeprefix("step-"))
             assert updates_in(directory / "ledger.jsonl")[:update] == list(range(1, update + 1))
-            assert find_resume_point(configured(directory, resume=str(path))).skipped_batches == (6, 7)
+            assert find_resume_point(configured(directory, resume=str(path))).skipped_blocks == ((6, 8),)
         shutil.rmtree(elsewhere, ignore_errors=True)
     assert point > 5, "there are that many points"
 

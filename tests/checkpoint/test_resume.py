@@ -370,7 +370,7 @@ def test_pruning_keeps_the_newest_and_the_marked(tmp_path: Path) -> None:
     for update in (10, 20, 25, 30, 40, 50):
         (tmp_path / f"step-{update:06d}").mkdir()
     (tmp_path / "step-000060.bak").mkdir()
-    removed = prune(tmp_path, keep=2, keep_every_tokens=2000, tokens_per_update=100)
+    removed = prune(tmp_path, keep=2, keep_every_tokens=2000, tokens_after=lambda update: 100 * update)
     assert sorted(path.name for path in removed) == ["step-000010", "step-000025", "step-000030"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-000020",

@@ -13,6 +13,7 @@ from recipe.checkpoint.files import take_snapshot, write_checkpoint
 from recipe.checkpoint.resume import find_resume_point
 from recipe.config.settings import (
     BatchConfig,
+    BudgetChange,
     Config,
     DataConfig,
     MixtureSource,
@@ -27,8 +28,8 @@ from tests.support.checkpoints import state_of, trained
 SOURCES = MixtureSource(text_files=("a/x.jsonl",)), MixtureSource(dataset="user/b", weight=2.0)
 
 
-def configured(directory: Path, **data: Any) -> Config:
-    return Config(run=RunConfig(directory=str(directory)), data=DataConfig(**data))
+def configured(directory: Path, batch: BatchConfig = BatchConfig(), **data: Any) -> Config:  # noqa: B008 (frozen)
+    return Config(run=RunConfig(directory=str(directory)), batch=batch, data=DataConfig(**data))
 
 
 def with_source(number: int, **values: Any) -> dict[str, Any]:
@@ -97,6 +98,10 @@ def test_a_setting_that_a_checkpoint_does_not_know_was_its_default(write: Any) -
         (with_source(1, text_files=("b.jsonl",)), r"data\.sources\[1\]\.text_files was \[\] and is \['b\.jsonl'\]"),
         ({"sources": SOURCES[::-1]}, r"data\.sources\[0\]\.dataset was None and is 'user/b'"),
         ({"sources": SOURCES[:1]}, r"data\.sources was \[.* and is \["),
+        (
+            {"sources": SOURCES, "batch": BatchConfig(schedule=(BudgetChange(9, 524_288),))},
+            r"batch\.schedule was \[\] and is \[",
+        ),
         ({}, r"data\.sources was \[.* and is \[\]"),
     ],
 )

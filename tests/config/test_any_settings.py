@@ -114,6 +114,10 @@ def budgets(draw: st.DrawFn) -> dict[str, Any]:
         "model.n_embd": heads * draw(st.integers(1, 70)),
         "model.n_layer": draw(st.one_of(st.integers(1, 9), st.integers(1, 2**16))),
         "performance.activation_checkpointing": draw(st.one_of(st.none(), st.integers(1, 20))),
+        "batch.schedule": [
+            {"from_tokens": start, "tokens_per_update": lanes * length * draw(st.integers(1, 9))}
+            for start in sorted(draw(st.sets(st.integers(1, 10**6), max_size=2)))
+        ],
         "schedule.warmup_tokens": 0,
         "world_size": ranks,
         "device": draw(st.sampled_from([None, "h100", "cpu"])),
@@ -251,7 +255,8 @@ def test_any_command_line_is_a_plan_or_one_line(tmp_path: Path) -> None:
         assert all(map(as_text, tables.values()))
         numbers = [n for table in tables.values() for column in table.values() for n in column]
         assert all(n.value is None or (math.isfinite(n.value) and n.value >= 0) for n in numbers)
-        assert_budget_holds(make_plan(config, config.world_size or 1, 3).update)
+        for phase in make_plan(config, config.world_size or 1, 3).phases:
+            assert_budget_holds(phase.update)
 
     check()
     assert min(outcomes["tuple"], outcomes["RecipeError"]) > 10, outcomes

@@ -19,11 +19,18 @@ import pytest
 
 import recipe.data.documents as documents_module
 import recipe.data.streams as streams_module
-from recipe.config.settings import STANDARD_LIBRARY_VALIDATION_ONE_IN, BatchConfig, DataConfig, ModelConfig, RunConfig
+from recipe.config.settings import (
+    STANDARD_LIBRARY_VALIDATION_ONE_IN,
+    BatchConfig,
+    BudgetChange,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from recipe.data.blocks import (
     IGNORED_TARGET,
     UpdateReader,
-    batch_index,
     combine_hashes,
     hash_blocks,
     make_lanes,
@@ -32,7 +39,7 @@ from recipe.data.blocks import (
     to_tensors,
 )
 from recipe.data.documents import Source
-from recipe.data.lanes import Lane
+from recipe.data.lanes import Lane, Ranges, merge_ranges, number_of
 from recipe.data.shards import Shards
 from recipe.data.sources import open_source
 from recipe.data.standard_library import standard_library_files
@@ -59,6 +66,7 @@ from tests.support.lanes import (
     run_on,
     texts_of,
 )
+from tests.support.runs import make_run, stand_in
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 8])
@@ -318,26 +326,53 @@ def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> 
     check_states_of_updates(tmp_path)
 
 
-def test_skipped_batches_are_left_out_and_updates_count_on(tmp_path: Path) -> None:
-    """Also in a reader that begins between them or behind them, which counts batches from where its lanes are."""
+# Updates of 2, then of 3, then of 1 block of each of 4 lanes; what is left out begins and ends anywhere.
+UNEVEN = (BudgetChange(3 * 8 * LENGTH, 12 * LENGTH), BudgetChange(70 * LENGTH, 4 * LENGTH))
+LEFT_OUT: dict[Ranges, int] = {
+    (): 20,
+    ((2, 4), (7, 8), (9, 14)): 3,
+    ((0, 1), (15, 40)): 1,
+    ((5, 6), (6, 7)): 3,
+}  # and shuffled
+
+
+def test_updates_of_any_size_take_the_next_blocks_that_are_not_left_out(tmp_path: Path) -> None:
+    """Also a reader that begins in the middle, from the state that came with an update."""
     write_texts(tmp_path)
-    config = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
-    source = open_source(config)
-    tokenizer, run = load_tokenizer(config, [source]), run_on(config, 8)
-    lanes = make_lanes(run, [source], tokenizer)
-    batches = [next_update(lanes, 2, CPU) for _ in range(8)]
-    skipped = (3, 6)
-    assert [batch_index(update, skipped) for update in range(1, 7)] == [1, 2, 4, 5, 7, 8]
-    for done in (0, 2, 4, 5):
-        lanes = make_lanes(run, [source], tokenizer)
-        for lane, state in zip(lanes, batches[batch_index(done, skipped)].lane_states, strict=True):
-            lane.load_state_dict(state)
-        reader = UpdateReader(run, lanes, done, skipped)
-        for update in range(done + 1, 7):
-            blocks = reader.next_update()
-            assert (blocks.update, blocks.skipped_batches) == (update, skipped)
-            np.testing.assert_array_equal(blocks.blocks, batches[batch_index(update, skipped) - 1].blocks)
-        reader.close()
+    plain = config_for(tmp_path, f"{tmp_path}/*.txt", lanes=4, tokenizer=None)
+    batch = BatchConfig(tokens_per_update=8 * LENGTH, lanes=4, schedule=UNEVEN)
+    plain = replace(plain, batch=batch, schedule=ScheduleConfig(total_tokens=90 * LENGTH, warmup_tokens=0))
+    source = open_source(plain)
+    tokenizer = load_tokenizer(plain, [source])
+    for skipped, shuffled in LEFT_OUT.items():
+        run = make_run(replace(plain, data=replace(plain.data, shuffle_blocks=shuffled)), stand_in())
+        every = [lane.next_blocks(70) for lane in make_lanes(run, [source], tokenizer)]
+        kept = iter([n for n in range(70) if not any(start <= n < stop for start, stop in skipped)])
+        assert run.plan.planned_updates == 12
+        expected = []
+        for size in [2] * 3 + [3] * 4 + [1] * 5:
+            numbers = [next(kept) for _ in range(size)]
+            expected.append(np.concatenate([blocks[numbers] for blocks in every]))
+        states: list[Any] = []
+        for done in (0, 3, 5):
+            lanes = make_lanes(run, [source], tokenizer)
+            for number, lane in enumerate(lanes):
+                lane.skipped = skipped
+                if done:
+                    lane.load_state_dict(states[done][number])
+            reader = UpdateReader(run, lanes, done)
+            for update, blocks in enumerate(expected[done:], start=done + 1):
+                found = reader.next_update()
+                assert (found.update, found.skipped_blocks) == (update, skipped)
+                np.testing.assert_array_equal(found.blocks, blocks)
+                states.append(found.lane_states)
+            reader.close()
+
+
+def test_stretches_of_blocks_are_merged_and_counted_past() -> None:
+    assert merge_ranges([[9, 12], (3, 5), (4, 7), [7, 8], (10, 11)]) == ((3, 8), (9, 12))
+    skipped = merge_ranges([(3, 8), (9, 12)])
+    assert [number_of(block, skipped) for block in range(6)] == [0, 1, 2, 8, 12, 13]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])

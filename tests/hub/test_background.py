@@ -30,6 +30,8 @@ from recipe.commands import push as push_command
 from recipe.config.command_line import load_config, read_config
 from recipe.errors import RecipeError
 from recipe.hub.background import Pusher
+from recipe.plan.phases import Phase
+from recipe.plan.run_plan import make_plan
 from recipe.run.console import Console
 from recipe.run.ledger import EVENTS, Ledger, read_lines
 from recipe.run.run import Run
@@ -315,10 +317,9 @@ def run(root: Path, pushed: SimpleNamespace, online: HubServer, tmp_path: Path) 
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     accelerator = SimpleNamespace(is_main_process=True, process_index=0)
     ledger = Ledger(config, accelerator, print)
-    plan: Any = None
     stop = StopRequest()
     stop.listen()
-    yield Run(config, plan, accelerator, "fp32", stop, Console(True, UPDATES), ledger)
+    yield Run(config, make_plan(config, 1), accelerator, "fp32", stop, Console(True, UPDATES), ledger)
     ledger.close()
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
@@ -391,6 +392,19 @@ def test_checkpoints_are_pushed_when_enough_tokens_have_passed(run: Run, tmp_pat
         assert links() == {f"step-{number:06d}" for number in expected}
     pusher.finish()
     assert [revision for revision, _ in failures_of(run)] == ["step-000016", "step-000012", "step-000020"]
+
+
+def test_tokens_between_pushes_are_those_of_the_budget_of_each_update(run: Run, tmp_path: Path) -> None:
+    """Eight updates of 1,536, then one of 3,072: that reaches the second 7,680."""
+    run.config = replace(run.config, hub=replace(run.config.hub, every_tokens=5 * 1536, wait_seconds=0))
+    first = run.plan.update
+    larger = replace(first, tokens_per_update=2 * first.tokens_per_update)
+    run.plan = replace(run.plan, phases=(Phase(1, 0, first), Phase(9, 8 * 1536, larger)))
+    pusher = Pusher(run, done=8)
+    (tmp_path / "step-000009").mkdir()
+    pusher.push(9, tmp_path / "step-000009")
+    pusher.finish()
+    assert [revision for revision, _ in failures_of(run)] == ["step-000009"]
 
 
 @pytest.mark.parametrize("can_link", [True, False])

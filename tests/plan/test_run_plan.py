@@ -131,14 +131,35 @@ def test_the_plan_has_the_memory_of_the_optimizer_in_tokens() -> None:
     assert found["beta1_half_life"] == pytest.approx(524_288 * math.log(2) / -math.log(0.9), abs=1)
     assert found["beta2_half_life"] == pytest.approx(524_288 * math.log(2) / -math.log(0.95), abs=1)
     assert found["weight_decay_averages_over"] == pytest.approx(50_000 / 50_195)
-    assert (
-        table(*LARGE)["weight decay averages over"] == "0.996 of the run: 1 / (0.0002 x 0.1) = 50,000 updates of 50,195"
-    )
+    assert table(*LARGE)["weight decay averages over"] == "0.996 of the run: 1 / (0.0002 x 0.1) = 50,000 updates"
     assert (
         values(*LARGE, "--optimizer.beta2_half_life_tokens", "10000000")["optimizer_memory"]["beta2_half_life"] == 10**7
     )
     assert [*values(*LARGE, "--optimizer.name", "sgd")["optimizer_memory"]] == ["weight_decay_averages_over"]
     assert "optimizer_memory" not in values(*LARGE, "--optimizer.name", "sgd", "--optimizer.weight_decay", "0")
+
+
+def test_the_plan_has_every_phase_of_the_budget() -> None:
+    """98 updates of 4,096 tokens are the first with 400,000; the last of three changes lies behind the end."""
+    schedule = [(400_000, 8192), (700_000, 16_384), (70_000_000, 32_768)]
+    given = json.dumps([{"from_tokens": start, "tokens_per_update": size} for start, size in schedule])
+    arguments = [*QUICKSTART, "--batch.schedule", given, "--flops", "1e11", "--run.max_updates", "150"]
+    lines, found = table(*arguments), values(*arguments)
+    assert [found["plan"][f"phase_{number}"] for number in (2, 3, 4)] == [size for _, size in schedule]
+    assert lines["tokens per update"] == "4,096, until update 98"
+    assert lines["phase 2"] == (
+        "8,192 from update 99 (401,408 tokens) on: 4 blocks of each lane, 8 accumulation steps, rate x 1.41, beta2 0.9025"
+    )
+    assert "on, which is not reached: 16 blocks" in lines["phase 4"]
+    assert lines["updates"].startswith(
+        "401,408 / 4,096 + 303,104 / 8,192 + 278,528 / 16,384 = 152, stops after update 150"
+    )
+    seen = 401_408 + 303_104 + 15 * 16_384
+    assert found["run"]["hours"] * 3600 == pytest.approx(seen / found["run"]["tokens_per_second"])
+    memory = {name: lines[name] for name in ("beta1 half life", "beta2 half life", "weight decay averages over")}
+    assert memory["beta1 half life"].endswith("; then 53,894, 107,787")
+    assert "then" not in memory["beta2 half life"], "it stays"
+    assert memory["weight decay averages over"].endswith("; then 11.8, 16.7")
 
 
 def test_the_plan_has_tokens_and_passes_of_each_source(tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
 import pytest
 
 from recipe.config.settings import OptimizerConfig, ScheduleConfig
-from recipe.plan.schedule import beta2_of, crosses, half_life, learning_rate, total_updates
+from recipe.plan.schedule import beta2_of, crosses, half_life, learning_rate, stated_tokens
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-4)
 SCHEDULE = ScheduleConfig(warmup_tokens=1000, final_learning_rate_fraction=0.1)
@@ -80,10 +79,9 @@ def test_without_warmup_the_first_token_has_the_peak() -> None:
     assert learning_rate(0, 10_000, OPTIMIZER, ScheduleConfig(warmup_tokens=0)) == 2e-4
 
 
-def test_length_is_rounded_up_to_whole_updates() -> None:
-    assert total_updates(ScheduleConfig(total_tokens=1001), 7, 100) == 11
-    assert total_updates(ScheduleConfig(tokens_per_parameter=20), 1_315_819_520, 524_288) == 50_195
-    assert math.ceil(20 * 1_315_819_520 / 524_288) == 50_195
+def test_the_length_is_that_of_the_tokens_or_of_the_parameters() -> None:
+    assert stated_tokens(ScheduleConfig(total_tokens=1001), 7) == 1001
+    assert stated_tokens(ScheduleConfig(tokens_per_parameter=20), 1_315_819_520) == 26_316_390_400
 
 
 def test_crossings_do_not_depend_on_the_size_of_the_step() -> None:

@@ -7,14 +7,16 @@ import random
 import re
 import shlex
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipe.checkpoint import find_resume_point
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, StabilityConfig
-from recipe.data.blocks import batch_index
+from recipe.data.lanes import merge_ranges, number_of
 from recipe.errors import RecipeError
 from recipe.step.spikes import SpikeDetector, robust_score
 from tests.helpers import (
@@ -32,6 +34,7 @@ from tests.helpers import (
     wait_for,
     write_texts,
 )
+from tests.support.design_document import Order
 from tests.support.runs import make_run
 
 
@@ -228,12 +231,17 @@ def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) 
     done = train(*spiky_arguments(spiky / "back", *rollback))
     assert done.returncode == 0, done.stderr
     (*_, event) = read_events(spiky / "back", "rollback")
-    skipped = sorted(batch for event in read_events(spiky / "back", "rollback") for batch in event["skipped_batches"])
+    ranges = merge_ranges(
+        stretch for event in read_events(spiky / "back", "rollback") for stretch in event["skipped_blocks"]
+    )
+    # An update takes three blocks of each lane, so what is left out is whole batches: those of an update each, counted from 1.
+    assert not [place for stretch in ranges for place in stretch if place % 3]
+    skipped = [block // 3 + 1 for start, stop in ranges for block in range(start, stop, 3)]
     assert event["spike_update"] in skipped or len(skipped) > 4
     every_batch = {e["update"]: e["blocks_sha256"] for e in read_ledger(spiky / "continued")}
     entries = read_ledger(spiky / "back")
     assert [entry["update"] for entry in entries] == list(range(1, 25))
-    batches = [batch_index(entry["update"], skipped) for entry in entries]
+    batches = [number_of(3 * (entry["update"] - 1), ranges) // 3 + 1 for entry in entries]
     assert not set(batches) & set(skipped)
     for entry, batch in zip(entries, batches, strict=True):
         assert entry["blocks_sha256"] == every_batch.get(batch, entry["blocks_sha256"]), batch
@@ -258,6 +266,52 @@ def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) 
 
     run_ranks(2, [SCRIPT, *spiky_arguments(spiky / "two", *rollback)])
     assert [e["blocks_sha256"] for e in read_ledger(spiky / "two")] == [e["blocks_sha256"] for e in entries]
+
+
+def over_a_change(directory: Path, *more: str) -> list[str]:
+    """A third of the budget from update 10 on, and a checkpoint after update 8; what led to the spike is all behind that."""
+    schedule = json.dumps([{"from_tokens": 13_000, "tokens_per_update": 512}])
+    rollback = ["--stability.on_spike", "rollback", "--stability.rollback_updates", "60", "--batch.schedule", schedule]
+    return spiky_arguments(directory, *rollback, "--checkpoint.every_tokens", "12000", "--run.max_updates", "40", *more)
+
+
+def test_a_rollback_over_a_change_of_budget_leaves_out_the_blocks_that_were_trained_on(spiky: Path) -> None:
+    """The blocks that are left are given to updates of other sizes, as docs/design.md has it."""
+    done = train(*over_a_change(spiky / "over"))
+    assert done.returncode == 0, done.stderr
+    rollbacks = read_events(spiky / "over", "rollback")
+    assert rollbacks[0]["update"] == 8
+    # Three blocks of each lane in each of nine updates, then one: the ninth and all of the second budget are left out.
+    assert rollbacks[0]["skipped_blocks"] == [[24, 27 + rollbacks[0]["spike_update"] - 9]]
+    entries = read_ledger(spiky / "over")
+    assert [entry["target_tokens"] for entry in entries] == [1536] * 9 + [512] * 31
+    order = Order(yaml.safe_load((spiky / "over/config.yaml").read_text(encoding="utf-8")))
+    left_out = [stretch for event in rollbacks for stretch in event["skipped_blocks"]]
+    assert list(islice(order.hashes(left_out), 40)) == [entry["blocks_sha256"] for entry in entries]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_behind_a_rollback_over_a_change_resumes_exactly(spiky: Path) -> None:
+    for name, more in (("over-whole", []), ("over-two", ["--batch.micro_batch_size", "5", "--model.dropout", "0"])):
+        done = train(*over_a_change(spiky / name, *more))
+        assert done.returncode == 0, done.stderr
+    killed = spiky / "over-killed"
+    process = start_training(*over_a_change(killed))
+    wait_for(process, "robust standard deviations")
+    wait_for(process, "after 8 updates")
+    wait_for(process, "update ")
+    process.kill()
+    process.communicate()
+    done = train(*over_a_change(killed))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(spiky / "over-whole", killed)
+    shutil.rmtree(spiky / "over-ranks", ignore_errors=True)
+    run_ranks(
+        2, [SCRIPT, *over_a_change(spiky / "over-ranks", "--batch.micro_batch_size", "2", "--model.dropout", "0")]
+    )
+    one, two = (read_ledger(spiky / name) for name in ("over-two", "over-ranks"))
+    assert [entry["blocks_sha256"] for entry in one] == [entry["blocks_sha256"] for entry in two]
+    assert [entry["loss"] for entry in one] == pytest.approx([entry["loss"] for entry in two], rel=1e-4)
 
 
 @pytest.mark.slow

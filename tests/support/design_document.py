@@ -185,13 +185,26 @@ class Order:
             for j in sorted(range(len(held)), key=lambda j: h(repr((seed, lane, "block", window, j)).encode())):
                 yield held[j]
 
-    def hashes(self) -> Iterator[str]:
+    def budgets(self) -> Iterator[int]:
+        """Tokens of each update, for ever."""
+        batch, seen = self.settings["batch"], 0
+        while True:
+            begun = [change["tokens_per_update"] for change in batch["schedule"] if change["from_tokens"] <= seen]
+            yield [batch["tokens_per_update"], *begun][-1]
+            seen += [batch["tokens_per_update"], *begun][-1]
+
+    def kept(self, lane: int, left_out: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """The shuffled blocks of a lane that no rollback has left out."""
+        for k, block in enumerate(self.blocks(lane)):
+            if not any(start <= k < stop for start, stop in left_out):
+                yield block
+
+    def hashes(self, left_out: Sequence[Sequence[int]] = ()) -> Iterator[str]:
         """blocks_sha256 of each update, for ever."""
         length, batch = self.settings["data"]["sequence_length"], self.settings["batch"]
-        lanes = [self.blocks(lane) for lane in range(batch["lanes"])]
-        blocks_per_lane = batch["tokens_per_update"] // (length * batch["lanes"])
-        while True:
-            blocks = [block for lane in lanes for block in islice(lane, blocks_per_lane)]
+        lanes = [self.kept(lane, left_out) for lane in range(batch["lanes"])]
+        for tokens in self.budgets():
+            blocks = [block for lane in lanes for block in islice(lane, tokens // (length * batch["lanes"]))]
             digests = [hashlib.sha256(as_bytes(block)).digest() for block in blocks]
             yield hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 

@@ -12,6 +12,12 @@ from tests.helpers import TINY
 
 UPDATES = 20
 OPTIMIZERS = {"sgd": "0.5", "adamw": "5e-3"}  # name: learning rate
+# Twice the budget from update 8 on, two thirds of it from update 12 on.
+SCHEDULES = {
+    "sgd": "[]",
+    "adamw": "[{from_tokens: 10000, tokens_per_update: 3072}, {from_tokens: 20000, tokens_per_update: 1024}]",
+}
+TOKENS = {"sgd": [1536] * UPDATES, "adamw": [1536] * 7 + [3072] * 4 + [1024] * 9}  # of each update
 
 
 def arguments(directory: Path, texts: Path, optimizer: str, micro_batch_size: int) -> list[str]:
@@ -19,7 +25,7 @@ def arguments(directory: Path, texts: Path, optimizer: str, micro_batch_size: in
         *TINY,
         *["--run.directory", str(directory), "--run.max_updates", str(UPDATES), "--data.text_files", f"{texts}/*.txt"],
         *["--optimizer.name", optimizer, "--optimizer.learning_rate", OPTIMIZERS[optimizer]],
-        *["--batch.micro_batch_size", str(micro_batch_size)],
+        *["--batch.micro_batch_size", str(micro_batch_size), "--batch.schedule", SCHEDULES[optimizer]],
     ]
 
 

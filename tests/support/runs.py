@@ -10,6 +10,7 @@ import torch
 
 from recipe.config.settings import Config
 from recipe.plan.budget import UpdatePlan
+from recipe.plan.phases import Phase
 from recipe.plan.run_plan import make_plan
 from recipe.run.console import Console
 from recipe.run.ledger import Ledger
@@ -35,7 +36,7 @@ def make_run(config: Config, accelerator: Any = None, update: UpdatePlan | None 
     accelerator = accelerator or stand_in()
     plan = make_plan(config, accelerator.num_processes)
     if update is not None:
-        plan = replace(plan, update=update)
+        plan = replace(plan, phases=(Phase(1, 0, update),))
     console = Console(False, plan.planned_updates)
     ledger = Ledger(config, accelerator, console.say)
     return Run(config, plan, accelerator, "fp32", StopRequest(), console, ledger)
