@@ -41,8 +41,9 @@ def batch_numbers(config: Config, plan: RunPlan, machine: Machine) -> list[Numbe
     inner = parameter_count(config.model, n_positions=0) - config.model.vocab_size * config.model.n_embd
     size = RunSize(plan.parameters, inner, plan.total_tokens)
     floor = floor_number(config, plan, machine)
+    sizes = ", then ".join(f"{phase.update.tokens_per_update:,}" for phase in plan.reached_phases)
     return [
-        Number("this_run", tokens, "tokens", f"{{}} tokens per update, {plan.total_updates:,} updates"),
+        Number("this_run", tokens, "tokens", f"{sizes} tokens per update, {plan.total_updates:,} updates"),
         floor,
         *_fit_numbers(size, config.optimizer.learning_rate),
         *_smaller_update(config, plan, floor.value),
@@ -126,7 +127,9 @@ def _fit_numbers(size: RunSize, rate: float) -> list[Number]:
 def _smaller_update(config: Config, plan: RunPlan, floor: float | None) -> list[Number]:
     """On one GPU: the smallest half, quarter, ... of this update that is no slower, and the beta2 it wants."""
     tokens, optimizer, (low, high) = plan.update.tokens_per_update, config.optimizer, SMALL_UPDATES_TRIED
-    if plan.update.world_size > 1 or optimizer.name != "adamw" or not low <= plan.parameters <= high:
+    if plan.update.world_size > 1 or len(plan.phases) > 1 or optimizer.name != "adamw":
+        return []
+    if not low <= plan.parameters <= high:
         return []
     per_lane = plan.update.lanes * plan.update.sequence_length
     smaller = [tokens >> halvings for halvings in range(1, 41) if tokens % (per_lane << halvings) == 0]

@@ -146,6 +146,13 @@ def test_a_smaller_update_keeps_beta2_s_memory_in_tokens_and_stays_above_the_flo
     assert "smaller_update" not in batch("gpt2-1.3b", *GPU, "--optimizer.name", "sgd")
 
 
+def test_a_run_whose_updates_grow_is_named_with_all_of_them_and_gets_no_smaller_one() -> None:
+    steps = json.dumps([{"from_tokens": 10**10, "tokens_per_update": 1_048_576}])
+    found = batch("gpt2-1.3b", *GPU, "--batch.schedule", steps)
+    assert found["this_run"]["derivation"] == "524,288, then 1,048,576 tokens per update, 34,635 updates"
+    assert "smaller_update" not in found
+
+
 def test_every_gpu_has_a_bandwidth() -> None:
     assert all(device.memory_bytes_per_second for name, device in DEVICES.items() if name != "cpu")
     assert DEVICES["h100"].link_bytes_per_second == 450e9
