@@ -56,7 +56,8 @@ def train(config: Config) -> None:
 
     # ---- 3. Model and optimizer: the only two things that accelerate prepares --------------------------------------------
     model = build_model(run, tokenizer, init_from)
-    model, optimizer = run.accelerator.prepare(model, build_optimizer(model, config.optimizer, config.run.seed))
+    optimizer = build_optimizer(model, config.optimizer, config.run.seed, run.precision)
+    model, optimizer = run.accelerator.prepare(model, optimizer)
     micro_batches = MicroBatches(run, model)
 
     # ---- 4. Begin, or go on from a checkpoint ----------------------------------------------------------------------------

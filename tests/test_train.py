@@ -16,7 +16,7 @@ from recipe.config.command_line import load_config
 from recipe.plan.run_plan import make_plan
 from recipe.plan.schedule import learning_rate
 from recipe.run.ledger import LedgerEntry, read_lines
-from tests.helpers import ACCELERATE, ROOT, SCRIPT, read_ledger, run, run_ranks, train, write_texts
+from tests.helpers import ACCELERATE, ROOT, SCRIPT, assert_same_run, read_ledger, run, run_ranks, train, write_texts
 from tests.support.factorisations import OPTIMIZERS, TOKENS, UPDATES, arguments, assert_same_updates
 
 FACTORISATIONS = ((1, 8), (1, 3), (2, 5), (3, 2))  # (ranks, micro-batch)
@@ -62,6 +62,24 @@ def test_training_does_not_depend_on_ranks_or_micro_batch(runs: Runs, optimizer:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_muon_does_not_depend_on_ranks_micro_batch_or_resumes(tmp_path: Path) -> None:
+    """A resumed run has its bits; its momentum is as exact as AdamW's, over ranks."""
+    write_texts(tmp_path / "texts")
+
+    def train(name: str, ranks: int, size: int, *more: str) -> Path:
+        given = [*arguments(tmp_path / name, tmp_path / "texts", "adamw", size), "--optimizer.name", "muon", *more]
+        run_ranks(ranks, [SCRIPT, *given])
+        return tmp_path / name
+
+    whole = train("whole", 1, 8)
+    for ranks, size in FACTORISATIONS[1:]:
+        assert_same_updates(read_ledger(whole), read_ledger(train(f"{ranks}-{size}", ranks, size)))
+    for stop_after in ("7", "20"):
+        train("resumed", 1, 8, "--run.max_updates", stop_after)
+    assert_same_run(whole, tmp_path / "resumed")
+
+
 def test_torchrun_launches_it_too(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
     for command, name, size in (([sys.executable, SCRIPT], "one", 8), (TORCHRUN, "three", 2)):

@@ -246,8 +246,9 @@ class ModelConfig:
 class OptimizerConfig:
     """The optimizer step."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (Loshchilov and Hutter, 2019), or plain SGD, which hides no error in the gradient's scale."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter, 2019); Muon (Jordan et al., 2024) for the blocks' matrices, with AdamW for everything else
+    at the same rate and decay; or plain SGD, which hides no error in the gradient's scale."""
     state: Literal["fp32", "bf16"] = "fp32"
     """Precision of parameters, gradients and moments. fp32: 16 bytes per parameter. bf16: 8 bytes, rounded stochastically by
     torchao, and less exact; it needs adamw and precision bf16."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.config.settings import OptimizerConfig
+from recipe.model.muon import Muon
 from recipe.plan.schedule import learning_rate
 from recipe.run.run import Run
 
@@ -21,8 +22,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW (fused, also on a CPU: 8 times faster there than the loop), AdamW with bf16 state, or SGD without momentum."""
+def matrices_of_blocks(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The blocks' matrices, and of how many each consists: query, key and value are one parameter, [d, 3 d]."""
+    names = {p: name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    return {p: 3 if name.endswith(".c_attn.weight") else 1 for p, name in names.items()}
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerConfig, seed: int = 0, precision: str = "fp32"
+) -> torch.optim.Optimizer:
+    """AdamW (fused, also on a CPU: 8 times faster there than the loop), with bf16 state or with Muon, or SGD without momentum.
+
+    `precision` is that of Muon's matrix products.
+    """
     groups = parameter_groups(model, optimizer.weight_decay)
     if optimizer.name == "sgd":
         return torch.optim.SGD(groups, lr=optimizer.learning_rate)
@@ -32,6 +44,13 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, seed: int = 0)
         from recipe.model.bf16_adamw import Bf16AdamW
 
         return Bf16AdamW(groups, seed_rounding=partial(seed_rounding, seed), **options)
+    if optimizer.name == "muon":
+        matrices = matrices_of_blocks(model)
+        groups[0]["params"] = [p for p in groups[0]["params"] if p not in matrices]
+        shared = {"lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay}
+        muon = [{"params": [p for p in matrices if matrices[p] == parts], "parts": parts, **shared} for parts in (1, 3)]
+        adamw = torch.optim.AdamW(groups, fused=True, **options)
+        return Muon(muon, adamw, torch.bfloat16 if precision == "bf16" else torch.float32)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 

@@ -50,13 +50,14 @@ class MemoryEstimate:
 
     parameters_bytes: int  # of the model
     gradients_bytes: int  # of all parameters
-    optimizer_bytes: int  # AdamW's two moments
+    optimizer_bytes: int  # AdamW's two moments, or Muon's one
     buckets_bytes: int  # DDP's copy of the gradient, which it sends in buckets; 0 on one rank
     activations_bytes: int  # what forward keeps for backward
     casts_bytes: int  # the blocks' weights that autocast has rounded to bf16, kept with them
     logits_bytes: int  # what the loss takes beyond them, forward and backward
     backward_bytes: int  # what the backward of the last block takes beyond the activations
     embedding_bytes: int  # what the end of backward takes, when no activations are left
+    step_bytes: int  # what Muon's step takes, of one matrix after the other
     accumulates: bool  # whether gradients of an earlier micro-batch are there during forward
 
     @property
@@ -66,8 +67,8 @@ class MemoryEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is there at once: in the loss, in the last block's backward, or at the end of backward."""
-        return self.state_bytes + self.buckets_bytes + max(self.early_bytes, self.embedding_bytes)
+        """The most that is there at once: in the loss, in the last block's backward, at the end of backward, or in the step."""
+        return self.state_bytes + self.buckets_bytes + max(self.early_bytes, self.embedding_bytes, self.step_bytes)
 
     @property
     def early_bytes(self) -> int:
@@ -78,8 +79,10 @@ class MemoryEstimate:
 
 def state_bytes(config: Config) -> tuple[int, int, int]:
     """Bytes of (parameters, gradients, optimizer), which no micro-batch changes."""
-    size = parameter_count(config.model, config.n_positions) * (2 if config.optimizer.state == "bf16" else 4)
-    return size, size, size * {"adamw": 2, "sgd": 0}[config.optimizer.name]
+    model, name = config.model, config.optimizer.name
+    size = parameter_count(model, config.n_positions) * (2 if config.optimizer.state == "bf16" else 4)
+    one_moment = 4 * model.n_layer * 12 * model.n_embd**2 if name == "muon" else 0  # of the blocks' matrices
+    return size, size, 0 if name == "sgd" else 2 * size - one_moment
 
 
 def estimate_memory(
@@ -160,6 +163,8 @@ def _estimate(config: Config, update: UpdatePlan, device_type: str, precision: s
         logits_bytes=logits_bytes,
         backward_bytes=backward,
         embedding_bytes=2 * head * state + values * state,
+        # Of the widest matrix, [d, 4 d]: the direction before, and twice during the iteration, with two products [d, d]
+        step_bytes=width * width * (4 * state + 10 * product) if config.optimizer.name == "muon" else 0,
         accumulates=update.gradient_accumulation_steps > 1,
     )
 

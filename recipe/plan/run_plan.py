@@ -192,6 +192,7 @@ def planned_precision(config: Config, device_type: str) -> str:
 def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_bytes: float | None) -> list[Number]:
     """What a rank holds during an update, and the largest micro-batch for `memory_bytes`: 0 if not one block fits."""
     model, every = config.model, config.performance.activation_checkpointing
+    is_muon = config.optimizer.name == "muon"
     precision = planned_precision(config, device_type)
     update, estimate = largest_update(config, update.micro_batch_size, device_type, precision, update.world_size)
     size, length = update.largest_micro_batch, update.sequence_length
@@ -204,7 +205,7 @@ def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_
     texts = {
         "parameters_bytes": f"{parameter_count(model, config.n_positions):,} x 4 bytes, or 2 in bf16",
         "gradients_bytes": "as many",
-        "optimizer_bytes": "two moments of each",
+        "optimizer_bytes": "two moments of each" + (", one of the blocks' matrices" if is_muon else ""),
         "state_bytes": "the sum of these",
         "buckets_bytes": "the gradients once more, as DDP sends them",
         "activations_bytes": f"{size} x {length:,} tokens x {model.n_layer} layers x {per_token}{again}",
@@ -212,6 +213,7 @@ def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_
         "logits_bytes": f"{rows:,} tokens at once x {model.vocab_size:,}{copies}",
         "backward_bytes": "of the last block, in place of the logits",
         "embedding_bytes": "its gradient at the end of backward, when the activations are gone",
+        "step_bytes": "Muon's matrix products, when the activations are gone",
         "peak_bytes": "at the end of backward" if estimate.embedding_bytes > estimate.early_bytes else peak,
     }
     numbers = [Number(key, getattr(estimate, key), "bytes", text) for key, text in texts.items()]

@@ -51,7 +51,7 @@ from tests.support.checkpoints import check_order_of_syncs, everything, state_of
 from tests.support.runs import make_run
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(name: str, tmp_path: Path) -> None:
     saved = trained(name)
     path = write(tmp_path, 7, saved)
@@ -65,11 +65,12 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(name: str, tmp_path: Path)
     assert not {p.suffix for p in path.rglob("*") if p.is_file()} - {".json", ".safetensors"}, "nothing else is written"
 
 
-def test_the_next_update_is_the_same_after_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_next_update_is_the_same_after_loading(name: str, tmp_path: Path) -> None:
     """The padding rows are not in the file; the update after it must not see that."""
-    saved = trained()
+    saved = trained(name)
     path = write(tmp_path, 7, saved)
-    other = trained(seed=2)
+    other = trained(name, seed=2)
     load_checkpoint(path, *other[:2])
     for model, optimizer, _ in (saved, other):
         tokens = torch.arange(34).reshape(2, 17)

@@ -59,6 +59,7 @@ SETTINGS = {
         ["--data.text_files", "http://host/a.csv?b=.jsonl"],
         ["a.csv'", ".parquet"],
     ),
+    "muon in bf16": (["--optimizer.name", "muon", "--optimizer.state", "bf16"], ["bf16 is AdamW in bf16", "not muon"]),
     "negative rate": (["--optimizer.learning_rate", "-1"], ["optimizer.learning_rate", "greater than 0"]),
     "warm-up too long": (["--schedule.warmup_tokens", "61440"], ["warmup_tokens = 61,440", "leaves nothing"]),
     "vocabulary too small": (["--model.vocab_size", "100"], ["model.vocab_size = 100", "257"]),

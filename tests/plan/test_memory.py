@@ -103,6 +103,7 @@ CHECKPOINTING = "--performance.activation_checkpointing"
         (3, 128, 512, 128, 8, "--model.dropout 0.1"),
         (3, 128, 512, 128, 8, "--model.activation_function gelu_new"),
         (3, 128, 512, 128, 8, "--optimizer.name sgd"),
+        (1, 256, 512, 16, 1, "--optimizer.name muon"),  # whose step is the peak
         (2, 32, 512, 1024, 2, DOCUMENTS),  # mostly the mask
         (2, 32, 512, 1024, 2, f"{DOCUMENTS} --precision bf16"),
         (3, 128, 512, 128, 8, f"{DOCUMENTS} --model.dropout 0.1"),
