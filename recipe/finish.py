@@ -24,7 +24,8 @@ def end_stopped_run(run: Run, pusher: Any, saver: Any) -> None:
     Raises:
         RecipeError: the last update is not saved.
     """
-    same = "the same command" if run.config.resume == "auto" else "the same command with --resume auto"
+    is_same = run.config.resume == "auto" or run.config.run.branch
+    same = "the same command" if is_same else "the same command with --resume auto"
     run.console.say(f"stopped by {run.stop.reason}" + ("" if saver.failure else f"; {same} goes on from here"))
     for finish in (pusher.finish, run.ledger.trackers.finish):
         run.on_main(finish)  # a launcher ends the others when it sees one rank leave

@@ -76,7 +76,7 @@ def train(config: Config) -> None:
     if parity:
         run.ledger.event("parity_check", update, **vars(parity))
     if point.checkpoint:
-        run.ledger.event("resume", update, **point.facts())
+        run.ledger.event(point.event, update, **point.facts())
     pusher = Pusher(run, update)
     saver = CheckpointSaver(run, model, optimizer, tokenizer, on_saved=pusher.push)
     evaluation = RunEvaluation(run, validation_sets, model, tokenizer)

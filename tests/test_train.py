@@ -62,7 +62,6 @@ def test_training_does_not_depend_on_ranks_or_micro_batch(runs: Runs, optimizer:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_muon_does_not_depend_on_ranks_micro_batch_or_resumes(tmp_path: Path) -> None:
     """A resumed run has its bits; its momentum is as exact as AdamW's, over ranks."""
     write_texts(tmp_path / "texts")
@@ -80,6 +79,7 @@ def test_muon_does_not_depend_on_ranks_micro_batch_or_resumes(tmp_path: Path) ->
     assert_same_run(whole, tmp_path / "resumed")
 
 
+@pytest.mark.slow
 def test_torchrun_launches_it_too(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
     for command, name, size in (([sys.executable, SCRIPT], "one", 8), (TORCHRUN, "three", 2)):

@@ -57,6 +57,8 @@ class TrainingState:
     recent: list[list[float]] = field(default_factory=list)
     # Which text it is (see `recipe.data.record`); of earlier versions nothing is known
     text: str = ""
+    # Of a branch: checkpoint, update and tokens at which it left another run, and the settings that changed
+    branched_from: dict[str, Any] | None = None
     format: int = FORMAT  # version of this layout
 
 

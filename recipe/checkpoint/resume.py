@@ -1,7 +1,6 @@
 """From which checkpoint a run goes on, and the check that it is the same run."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Any
 
 import torch
 
+from recipe.checkpoint.branch import begin_branch, check_branch, own_checkpoints, skip_ahead
 from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
+from recipe.checkpoint.same_run import TEXT_MAY_MOVE, check_length, check_same_run, shown
 from recipe.config.command_line import read_config
-from recipe.config.settings import Config, DataConfig, MixtureSource, flat_settings
+from recipe.config.settings import Config, MixtureSource, flat_settings
 from recipe.data.blocks import UpdateBlocks, next_update
 from recipe.data.documents import Source
 from recipe.data.find import find_files_of
@@ -21,25 +22,12 @@ from recipe.data.sources import check_passes, describe, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
-from recipe.plan.run_plan import make_plan
-from recipe.plan.schedule import decay_start
 from recipe.run.directory import list_checkpoints
 from recipe.run.ledger import EVENTS, LEDGER, read_events
 from recipe.run.run import Run
 from recipe.step.metrics import gather_hash
 from recipe.step.parity import TOLERANCE
 from recipe.step.spikes import Spike, spike_error
-
-# What may change between the parts of a run: none of it enters the update. Everything else is the run.
-MAY_CHANGE_ON_RESUME = (
-    *("run.directory", "run.max_updates", "run.parity_check", "batch.micro_batch_size", "batch.scaling"),
-    *("data.cache_directory", "data.retry_seconds", "data.on_bad_row", "data.max_passes"),
-    *("schedule.total_tokens", "schedule.tokens_per_parameter", "schedule.decay_tokens"),
-    *("performance", "stability", "evaluation", "checkpoint", "hub", "log", "precision", "resume"),
-)
-
-# Where the text is, if there is a record of it, and from files it stays files: `open_text` compares the text itself.
-TEXT_MAY_MOVE = ("data.text_files", "data.token_files", "data.revision")
 
 VERIFICATION_TOKENS = 64  # training waits for them at every checkpoint, and another function shows in any token
 
@@ -67,14 +55,24 @@ class ResumePoint:
         """[loss, gradient norm] of the updates before."""
         return self.state.recent if self.state else []
 
+    @property
+    def event(self) -> str:
+        """What its beginning is called in events.jsonl."""
+        branch = self.state.branched_from if self.state else None
+        return "branch" if branch and branch["update"] == self.update else "resume"
+
     def facts(self) -> dict[str, Any]:
-        """What events.jsonl says of a resume."""
-        return {"checkpoint": str(self.checkpoint), "changes": self.changes, "skipped": self.skipped}
+        """What events.jsonl says of it."""
+        facts = {"checkpoint": str(self.checkpoint), "changes": self.changes, "skipped": self.skipped}
+        if self.event == "branch" and self.state and self.state.branched_from:
+            facts |= {name: self.state.branched_from[name] for name in ("tokens", "changes")}
+        return facts
 
     def __str__(self) -> str:
         lines = [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        lines += [f"{name} was {_shown(old)}, is {_shown(new)}" for name, (old, new) in self.changes.items()]
-        return "\n".join([f"going on from {self.checkpoint}, after {self.update:,} updates", *lines])
+        lines += [f"{name} was {shown(old)}, is {shown(new)}" for name, (old, new) in self.changes.items()]
+        begins = "a branch of" if self.event == "branch" else "going on from"
+        return "\n".join([f"{begins} {self.checkpoint}, after {self.update:,} updates", *lines])
 
 
 def find_resume_point(config: Config) -> ResumePoint:
@@ -86,10 +84,13 @@ def find_resume_point(config: Config) -> ResumePoint:
     directory = Path(config.run.directory)
     if config.resume == "fresh":
         return ResumePoint()
-    if config.resume == "auto":
-        candidates = list_checkpoints(directory / "checkpoints")
+    own = list_checkpoints(directory / "checkpoints")
+    if config.run.branch and own_checkpoints(config, own):
+        candidates = own
+    elif config.resume == "auto":
+        candidates = own
         if not candidates:
-            _check_same_run(_earlier_config(directory), config, f"{directory} holds another run")
+            check_same_run(_earlier_config(directory), config, f"{directory} holds another run")
             return ResumePoint()
     elif config.resume.startswith("hf://"):
         candidates = [download_checkpoint(config.resume, config.cache_directory / "hub")]
@@ -97,17 +98,24 @@ def find_resume_point(config: Config) -> ResumePoint:
         given = Path(config.resume)
         if not given.is_dir():
             raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or a checkpoint's path")
-        own = [path for path in list_checkpoints(directory / "checkpoints") if path.exists() and path.samefile(given)]
-        candidates = own or [given]
+        candidates = [path for path in own if path.exists() and path.samefile(given)] or [given]
     skipped: list[tuple[str, str]] = []
     for candidate in candidates:
         reason = why_invalid(candidate)
         if reason is None:
             state = read_state(candidate)
-            may_move = TEXT_MAY_MOVE if state.text else ()
-            changes = _check_same_run(state.config, config, f"{candidate} is of another run", may_move)
-            _check_length(candidate, state.tokens, config, changes)
             is_own = candidate.parent == directory / "checkpoints"
+            begins_branch = config.run.branch and not is_own
+            may_move = TEXT_MAY_MOVE if state.text else ()
+            branches_at = state.tokens if begins_branch else None
+            what = f"{candidate} is of another run"
+            changes = check_same_run(state.config, config, what, may_move, branches_at)
+            if begins_branch:  # what its run has left out behind the checkpoint is none of the branch's
+                blocks = skip_ahead(config, state.tokens, merge_ranges(state.skipped_blocks))
+                return ResumePoint(candidate, begin_branch(config, candidate, state, changes), skipped, changes, blocks)
+            if config.run.branch:
+                check_branch(config, candidate, state)
+            check_length(candidate, state.tokens, config, changes)
             events = directory / EVENTS if is_own else _events_of(candidate)
             blocks = merge_ranges([*state.skipped_blocks, *_left_out(events, state.update)])
             return ResumePoint(candidate, state, skipped, changes, blocks)
@@ -140,76 +148,6 @@ def _earlier_config(directory: Path) -> dict[str, Any] | None:
     return flat_settings(read_config(path)) if path.exists() and (directory / LEDGER).exists() else None
 
 
-def _check_same_run(
-    earlier: dict[str, Any] | None, config: Config, what: str, may_change: tuple[str, ...] = ()
-) -> dict[str, list[Any]]:
-    """Changes from `earlier` to `config` that may be; a change of the run itself is refused.
-
-    A setting that the version of `earlier` did not have, was its default.
-    """
-    if earlier is None:
-        return {}
-    old, now = flat_settings(Config()) | earlier, flat_settings(config)
-    if len(old["data.sources"]) == len(now["data.sources"]):
-        old, now = _with_sources(old), _with_sources(now)
-    changes = {name: [old[name], value] for name, value in now.items() if old[name] != value}
-    allowed = (*MAY_CHANGE_ON_RESUME, *may_change)
-
-    def is_fatal(name: str) -> bool:
-        was, is_now = changes[name]
-        starts_or_ends = name.endswith("_files") and bool(was) != bool(is_now)  # files take the place of a dataset
-        return starts_or_ends or not re.sub(r"^data\.sources\[\d+\]", "data", name).startswith(allowed)
-
-    fatal = {name: values for name, values in changes.items() if is_fatal(name)}
-    if fatal:
-        shown = ", ".join(f"{name} was {_shown(old)} and is {_shown(new)}" for name, (old, new) in fatal.items())
-        raise RecipeError(f"{what}: {shown}; use another --run.directory, or --resume fresh to move it aside")
-    return changes
-
-
-def _check_length(checkpoint: Path, tokens: int, config: Config, changes: dict[str, list[Any]]) -> None:
-    """With `wsd` the length may change while the rate is constant: the run is then that of its new length, to the bit.
-
-    Raises:
-        RecipeError: the decay has begun before the checkpoint, as the run was or as it would be.
-    """
-    schedule, names = config.schedule, ("total_tokens", "tokens_per_parameter", "decay_tokens")
-    was = {name: changes[f"schedule.{name}"][0] for name in names if f"schedule.{name}" in changes}
-    if schedule.shape != "wsd" or not was:
-        return
-    earlier = replace(config, schedule=replace(schedule, **was))
-    totals = [make_plan(other, world_size=1).total_tokens for other in (earlier, config)]
-    old, new = (decay_start(total, c.schedule) for total, c in zip(totals, (earlier, config), strict=True))
-    if tokens > old:
-        raise RecipeError(
-            f"the length of this run can change no more: its decay began at {old:,} tokens, and {checkpoint} is at {tokens:,}; "
-            f"go on from a checkpoint before that by --resume PATH, or with the length that it has, {totals[0]:,} tokens"
-        )
-    if tokens > new:
-        shortest = tokens + schedule.decay_tokens if schedule.decay_tokens else -(-tokens * 5 // 4)
-        raise RecipeError(
-            f"a run of {totals[1]:,} tokens would have begun to decay at {new:,}, and {checkpoint} is at {tokens:,} already: "
-            f"set --schedule.total_tokens {shortest} or more, or --schedule.decay_tokens to less"
-        )
-
-
-def _with_sources(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings in which each one of a mixture's sources has a name: `data.sources[0].weight`."""
-    (defaults,) = flat_settings(Config(data=DataConfig(sources=(MixtureSource(),))))["data.sources"]
-    settings, sources = dict(settings), [defaults | source for source in settings["data.sources"]]
-    for number, source in enumerate(sources):
-        label = MixtureSource(**{name: source[name] for name in defaults}).label  # a moved file may not rename columns
-        settings |= {f"data.sources[{number}].{name}": value for name, value in (source | {"name": label}).items()}
-    del settings["data.sources"]
-    return settings
-
-
-def _shown(value: Any) -> str:
-    """A value of a setting; of a list of many files the beginning."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:199]}…"
-
-
 def open_text(run: Run, point: ResumePoint) -> list[Source]:
     """Open the sources of the run, if their text is still that of the checkpoint of `point`. Collective.
 
@@ -237,7 +175,7 @@ def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, list[Source]]:
                 f"{change}: the text is not what {point.checkpoint} was trained on; bring it back, or --resume fresh"
             )
         if changed := touched(earlier, record):
-            run.console.say(f"written since, with the same size, head and tail: {_shown(changed)}")
+            run.console.say(f"written since, with the same size, head and tail: {shown(changed)}")
     sources = [open_source(config, *pair, say) for pair in zip(parts, files, strict=True)]
     total = sum(source.weight for source in sources)
     lines = []
@@ -307,13 +245,16 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
     if point.checkpoint is None or point.state is None:
         return
     run.console.say(f"\n{point}")
+    run.branched_from = point.state.branched_from
     state, plain = point.state, run.accelerator.unwrap_model(model)
     load_checkpoint(point.checkpoint, plain, optimizer.optimizer)
     try:
         for lane in lanes:
             lane.load_state_dict(state.lane_states[lane.index])
-            lane.skipped = point.skipped_blocks
+            lane.skipped, lane.keeps_weights = point.skipped_blocks, point.event == "branch"
         blocks = next_update(lanes, run.plan.update_at(state.update).blocks_per_lane, run.device)
+        for lane in lanes:
+            lane.keeps_weights = False
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise RecipeError(
             f"the text cannot be read from where {point.checkpoint} left it: {error}", on_this_rank_only=True

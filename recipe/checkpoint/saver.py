@@ -115,6 +115,7 @@ class CheckpointSaver:
                 skipped_blocks=[[*stretch] for stretch in blocks.skipped_blocks],
                 recent=recent,
                 text=self.run.text_record,
+                branched_from=self.run.branched_from,
             )
             self._memory = take_snapshot(model, self.optimizer.optimizer, self._memory)
         self._unsaved, self._last_save = None, time.monotonic()

@@ -61,6 +61,12 @@ class RunConfig:
     """Stop after this many updates. The schedules still stretch over the whole run. Null: do not stop early."""
     seed: Annotated[int, AtLeast(0), Below(2**32)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
+    branch: bool = False
+    """Branch: go on from the checkpoint that `resume` names, of another run, with other settings of `optimizer` (but name and
+    state), `schedule`, `batch.schedule` and weights of sources. Once there are checkpoints in `directory`, from these."""
+    branch_skip_tokens: Annotated[int, AtLeast(0), AtMost(10**15)] = 0
+    """Leave out this many tokens of the data behind the checkpoint that a branch begins at, for branches that differ in
+    nothing but their data."""
     parity_check: bool = False
     """Before training, compute the gradient of the first update again with two other micro-batch sizes and with the other
     scaling path, and stop if they differ. Costs four updates of arithmetic and two copies of the gradient."""

@@ -56,13 +56,17 @@ class Position:
     token: int = 0  # tokens of the document in which the window starts before it
     window: int = 0  # windows before it, since the first epoch
     block: int = 0  # blocks of the permuted window that have been given
+    source: int | None = None  # of the document in which the window starts; None: the one that lacks most
+    # Of the sources, in this window only: a branch with other weights is in a window of the run that it has left
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Position":
         """What `Lane.state_dict` gave; a TypeError if it is something else."""
         position = cls(**state)
         streams = tuple(StreamPosition(**stream) for stream in position.streams)  # type: ignore[arg-type]
-        return replace(position, streams=streams, source_tokens=tuple(position.source_tokens))
+        tokens, weights = tuple(position.source_tokens), tuple(position.weights)
+        return replace(position, streams=streams, source_tokens=tokens, weights=weights)
 
 
 class _Document(NamedTuple):
@@ -82,14 +86,13 @@ class Lane:
     """
 
     document_start: int | None = None  # token at which attention begins anew, if it stays inside documents
+    keeps_weights = False  # of a position, also in the windows after that
     skipped: Ranges = ()  # its blocks that are not given: rollbacks have left them out
 
     def __init__(self, streams: Sequence[DocumentStream], sequence_length: int, end_of_text: int) -> None:
         self.streams, self.sequence_length = streams, sequence_length
         self._ends = [None if stream.source.holds_pieces else end_of_text for stream in streams]
         self.index, self.order = streams[0].index, streams[0].order
-        total = math.fsum(stream.source.weight for stream in streams)  # the same in every version of Python
-        self._shares = [stream.source.weight / total for stream in streams]
         # Targets from each source, in the blocks given last
         self.source_tokens = np.zeros(len(streams), dtype=np.int64)
         self._begin(Position((StreamPosition(),) * len(streams), (0,) * len(streams)))
@@ -122,6 +125,9 @@ class Lane:
 
     def _begin(self, position: Position) -> None:
         self._position = position
+        weights = position.weights or [stream.source.weight for stream in self.streams]
+        total = math.fsum(weights)  # the same in every version of Python
+        self._shares = [weight / total for weight in weights]
         self._tokens = _TokenStream(self._read_documents(position), position, self._ends)
         self._window: np.ndarray | None = None  # int32 [blocks of the window x sequence_length + 1]
         self._window_order: list[int] = []  # the numbers of its blocks, permuted
@@ -150,8 +156,16 @@ class Lane:
                 self.source_tokens += self._window_sources[numbers].sum(0)
             self._position = replace(self._position, block=first + len(numbers))
             if self._position.block == len(self._window_order):
-                self._position, self._window = replace(self._tokens.position(), window=self._position.window + 1), None
+                self._end_window()
         return blocks
+
+    def _end_window(self) -> None:
+        ended, self._window = self._position, None
+        self._position = replace(self._tokens.position(), window=ended.window + 1)
+        if ended.weights and self.keeps_weights:
+            self._position = replace(self._position, weights=ended.weights)
+        elif ended.weights:  # the run's own are of the tokens from here on
+            self._begin(replace(self._position, source_tokens=(0,) * len(self.streams)))
 
     def window_blocks(self, window: int) -> int:
         """Blocks of a window, by its number."""
@@ -195,13 +209,15 @@ class Lane:
     def _read_documents(self, start: Position) -> Iterator[_Document]:
         """The documents from that in which `start` is: each from the source that lacks most tokens of its share."""
         documents = [stream.read(position) for stream, position in zip(self.streams, start.streams, strict=True)]
-        waiting, taken = list(map(next, documents)), list(start.source_tokens)
+        waiting, taken, source = list(map(next, documents)), list(start.source_tokens), start.source
         while True:
-            source = self._most_lacking(taken) if len(taken) > 1 else 0
+            if source is None:
+                source = self._most_lacking(taken) if len(taken) > 1 else 0
             tokens = waiting[source][1]
             yield _Document(tuple(position for position, _ in waiting), tuple(taken), source, tokens)
             taken[source] += len(tokens) + (self._ends[source] is not None)
             waiting[source] = next(documents[source])
+            source = None
 
     def _most_lacking(self, taken: Sequence[int]) -> int:
         """The source that lacks most tokens of its share; of several the first."""
@@ -259,4 +275,4 @@ class _TokenStream:
     def position(self) -> Position:
         """Of the next token. Some have been taken."""
         first = self._held[0]
-        return Position(first.streams, first.source_tokens, token=self._used)
+        return Position(first.streams, first.source_tokens, token=self._used, source=first.source)

@@ -38,6 +38,7 @@ _EVENTS: dict[str, Any] = {
     "start": {f"{name}?": kind for name, kind in _MACHINE.items()} | {"versions?": {str: str}},
     "sample": {"prompt": str, "text": str},
     "resume": {"changes": dict},
+    "branch": {"checkpoint": str, "tokens": int, "changes": {str: list}},
 }
 _SUMMARY: dict[str, Any] = {
     "precision": str,

@@ -19,7 +19,7 @@ from recipe.config.settings import (
     SourceConfig,
 )
 from recipe.config.text_files import is_remote, public_name
-from recipe.format import duration, event_name, event_text, percent, short_count, size_text
+from recipe.format import duration, event_name, event_text, percent, short_count, size_text, value_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
 from recipe.text import one_line, printable
 
@@ -45,7 +45,7 @@ def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
         "text": _if_known(lambda value, pattern: pattern.format(value)),
     }
     plain: list[Callable[..., Any]] = [event_name, event_text, fenced, quoted, markdown, smoothing_window]
-    plain += [some_of_each_kind, repeatable_config, name_of_source, parity_rows, short_name]
+    plain += [some_of_each_kind, repeatable_config, name_of_source, parity_rows, short_name, branch_text]
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
@@ -102,6 +102,14 @@ def rows_of(record: Record, validation_sets: Sequence[str]) -> Any:
     The summary names `validation_sets`, so that runs side by side have the same rows.
     """
     return environment().get_template("rows.jinja").make_module({"record": record, "validation_sets": validation_sets})
+
+
+def branch_text(event: dict[str, Any]) -> str:
+    """Where a run has branched from another, and with what."""
+    checkpoint = Path(event["checkpoint"])
+    of_run = f" of {checkpoint.parent.parent.name}" if checkpoint.parent.name == "checkpoints" else ""
+    changes = [f"{name} {value_text(values[-1:][0])}" for name, values in event["changes"].items() if values]
+    return f"{checkpoint.name}{of_run} at {event['tokens']:,} tokens, with {', '.join(changes) or 'nothing changed'}"
 
 
 def hub_dataset(source: SourceConfig) -> str | None:

@@ -37,6 +37,7 @@ class Run:
     kernels: dict[str, Any] = field(default_factory=dict)  # which ones compute the model, for the start event
     text: str = ""  # what was opened, on rank 0, for the start event
     text_record: str = ""  # which text it reads, for its checkpoints
+    branched_from: dict[str, Any] | None = None  # of a branch, for its checkpoints: where it left another run
     lock: Any = None  # holds the run directory until the process ends
 
     @property
