@@ -9,6 +9,7 @@ COMMANDS = {
     "plan": "Print every derived number of a run, with its derivation.",
     "train": "Train a GPT-2 in this process.",
     "launch": "Train in several processes: accelerate launch, but signals and exit codes are passed on.",
+    "branch": "Compare budgets from a checkpoint on, by training, and print the largest that loses nothing.",
     "evaluate": "Loss, perplexity and bits per byte of a model on text.",
     "generate": "Print a sample from a model.",
     "report": "Write one HTML page with the curves of runs.",

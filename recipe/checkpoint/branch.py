@@ -76,13 +76,13 @@ def skip_ahead(config: Config, tokens: int, skipped: Ranges) -> Ranges:
     """The blocks of every lane that a branch leaves out, which begins behind so many tokens and has left out `skipped`.
 
     Raises:
-        RecipeError: run.branch_skip_tokens is no whole number of blocks of every lane.
+        RecipeError: run.skip_tokens is no whole number of blocks of every lane.
     """
-    of_lanes, skip = config.batch.lanes * config.data.sequence_length, config.run.branch_skip_tokens
+    of_lanes, skip = config.batch.lanes * config.data.sequence_length, config.run.skip_tokens
     if skip % of_lanes:
         below = skip // of_lanes * of_lanes
         raise RecipeError(
-            f"run.branch_skip_tokens = {skip:,} is no whole number of blocks of each of the {config.batch.lanes} lanes: set it "
+            f"run.skip_tokens = {skip:,} is no whole number of blocks of each of the {config.batch.lanes} lanes: set it "
             f"to {below:,} or {below + of_lanes:,}"
         )
     first = number_of(tokens // of_lanes, skipped)

@@ -22,7 +22,7 @@ MAY_CHANGE_ON_RESUME = (
 # What may change in a branch beside these. Its update is another one, and recorded as such.
 MAY_CHANGE_IN_BRANCH = (
     *("optimizer.learning_rate", "optimizer.beta1", "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay"),
-    *("optimizer.max_grad_norm", "schedule", "batch.schedule", "data.weight"),
+    *("optimizer.max_grad_norm", "schedule", "batch.schedule", "data.weight", "run.skip_tokens"),
 )
 
 _BUDGET = "batch.tokens_per_update"  # that a run begins with

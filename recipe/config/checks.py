@@ -90,6 +90,8 @@ def validate(config: Config) -> None:
             f"data.sequence_length = {data.sequence_length} is longer than model.n_positions = {model.n_positions}"
             f"{'' if model.init_from is None else f' of {model.init_from}'}: set {', or '.join(ways)}"
         )
+    if config.run.skip_tokens and not config.run.branch:
+        raise RecipeError(f"run.skip_tokens = {config.run.skip_tokens:,} is of a branch alone: set --run.branch true")
     if config.run.branch and config.resume == "fresh":
         raise RecipeError("run.branch goes on from a checkpoint: give its path, --resume PATH, not fresh")
     if not config.run.directory.strip():

@@ -64,9 +64,8 @@ class RunConfig:
     branch: bool = False
     """Branch: go on from the checkpoint that `resume` names, of another run, with other settings of `optimizer` (but name and
     state), `schedule`, `batch.schedule` and weights of sources. Once there are checkpoints in `directory`, from these."""
-    branch_skip_tokens: Annotated[int, AtLeast(0), AtMost(10**15)] = 0
-    """Leave out this many tokens of the data behind the checkpoint that a branch begins at, for branches that differ in
-    nothing but their data."""
+    skip_tokens: Annotated[int, AtLeast(0), AtMost(10**15)] = 0
+    """branch: leave out this many tokens of the data behind the checkpoint, for branches that differ in their data alone."""
     parity_check: bool = False
     """Before training, compute the gradient of the first update again with two other micro-batch sizes and with the other
     scaling path, and stop if they differ. Costs four updates of arithmetic and two copies of the gradient."""

@@ -60,7 +60,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def branch_of(checkpoint: Path, directory: str = "branch", skip: int = 0, **sections: Any) -> Config:
-    run = RunConfig(directory=str(checkpoint.parents[2] / directory), branch=True, branch_skip_tokens=skip)
+    run = RunConfig(directory=str(checkpoint.parents[2] / directory), branch=True, skip_tokens=skip)
     return replace(PARENT, run=run, resume=str(checkpoint), **sections)
 
 
@@ -104,7 +104,7 @@ def test_a_branch_records_where_it_is_from_and_what_changed(
             {"batch": replace(BATCH, schedule=(BudgetChange(12_799, 256),))},
             r"batch\.schedule before the 12,800 tokens .* has to be that of its run, \[\]: let changes begin at 12800 tokens",
         ),
-        ({"skip": 33}, r"run\.branch_skip_tokens = 33 is no whole number .* set it to 32 or 64"),
+        ({"skip": 33}, r"run\.skip_tokens = 33 is no whole number .* set it to 32 or 64"),
         ({"directory": "parent"}, r"give the branch a --run\.directory of its own"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_stopped_branch_goes_on_as_itself_by_the_same_command(root: Path) -> N
 @pytest.mark.slow
 def test_a_branch_that_leaves_text_out_reads_what_follows(root: Path) -> None:
     """Two updates' tokens: it begins with the blocks of update 7."""
-    done = train(*branch_arguments(root, "later", "--run.branch_skip_tokens", "3072", "--run.max_updates", "6"))
+    done = train(*branch_arguments(root, "later", "--run.skip_tokens", "3072", "--run.max_updates", "6"))
     assert done.returncode == 0, done.stderr
     later, parent = read_ledger(root / "later"), read_ledger(root / "parent")
     assert [e["blocks_sha256"] for e in later] == [e["blocks_sha256"] for e in parent[6:]]
