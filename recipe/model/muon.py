@@ -40,16 +40,16 @@ class Muon(torch.optim.Optimizer):
         for group in matrices:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._step_matrix(matrix, group)
+                    self._step_matrix(matrix, matrix.grad, group)
 
-    def _step_matrix(self, matrix: Tensor, group: dict[str, Any]) -> None:
+    def _step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, rate = self.state[matrix], group["lr"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-        tensors = (matrix, matrix.grad, state["momentum_buffer"])
-        for part, gradient, momentum in zip(*(tensor.chunk(group["parts"], dim=1) for tensor in tensors), strict=True):
-            momentum.lerp_(gradient, 1 - MOMENTUM)
-            direction = orthogonalised(gradient.lerp(momentum, MOMENTUM), self.dtype)  # Nesterov's
+        tensors = (matrix, gradient, state["momentum_buffer"])
+        for part, slope, momentum in zip(*(tensor.chunk(group["parts"], dim=1) for tensor in tensors), strict=True):
+            momentum.lerp_(slope, 1 - MOMENTUM)
+            direction = orthogonalised(slope.lerp(momentum, MOMENTUM), self.dtype)  # Nesterov's
             part.mul_(1 - rate * group["weight_decay"])
             part.add_(direction, alpha=-rate * 0.2 * math.sqrt(max(part.shape)))
 
