@@ -27,7 +27,7 @@ def main() -> None:
 
 def train(config: Config) -> None:
     """The whole run, on each rank. Exits with 128 + n if signal n stopped it."""
-    from recipe.run import Stopped, begin_run, claim_run_directory, start_run
+    from recipe.run import NoiseColumns, Stopped, begin_run, claim_run_directory, start_run
 
     # ---- 1. The run: what can be refused is refused here -----------------------------------------------------------------
     run = start_run(config)
@@ -61,17 +61,17 @@ def train(config: Config) -> None:
     micro_batches = MicroBatches(run, model)
 
     # ---- 4. Begin, or go on from a checkpoint ----------------------------------------------------------------------------
-    def begin(point: ResumePoint) -> tuple[UpdateReader, SpikeDetector]:
+    def begin(point: ResumePoint) -> tuple[UpdateReader, SpikeDetector, NoiseColumns]:
         """Put model, optimizer and lanes where `point` is, and start to read what comes after it."""
         lanes = make_lanes(run, sources, tokenizer)
         restore(run, point, model, optimizer, lanes)
-        return UpdateReader(run, lanes, point.update), SpikeDetector(run, point.recent)
+        return UpdateReader(run, lanes, point.update), SpikeDetector(run, point.recent), NoiseColumns(run, point.noise)
 
     parity = None
     if config.run.parity_check and not point.checkpoint:
         first = next_update(make_lanes(run, sources, tokenizer), run.plan.update_at(1).blocks_per_lane, run.device)
         parity = check_parity(run, model, first.batch)
-    (reader, spikes), update = begin(point), point.update
+    (reader, spikes, noise), update = begin(point), point.update
     begin_run(run, update, point.checkpoint)  # from here on the files in the directory are this run's
     if parity:
         run.ledger.event("parity_check", update, **vars(parity))
@@ -91,16 +91,16 @@ def train(config: Config) -> None:
             blocks = reader.next_update()
             learning_rate = set_learning_rate(run, optimizer, blocks.update)
             result = micro_batches.run_update(optimizer, blocks)  # accumulate, clip once, step once
-            entry = measure_update(run, result, blocks, learning_rate, started)
+            entry = noise.add_to(measure_update(run, result, blocks, learning_rate, started))
             spike = spikes.check(entry)
             if spike and config.stability.on_spike == "rollback":
                 reader.close()
                 saver.wait_and_discard()
                 point = run.on_main(partial(roll_back, run, spike, blocks))
-                (reader, spikes), update = begin(point), point.update
+                (reader, spikes, noise), update = begin(point), point.update
                 continue
             entry = evaluation.add_to(entry)  # once in a while: validation losses and samples
-            saver.finish_update(entry, blocks, spikes.recent)  # the ledger's line, and once in a while a checkpoint
+            saver.finish_update(entry, blocks, spikes.recent, noise.sums)  # the ledger's line, at times a checkpoint
             run.console.progress(entry)
             pusher.poll()
             update = entry.update

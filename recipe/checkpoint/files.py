@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +30,7 @@ from recipe.model.export import load_weights, write_model
 from recipe.plan.schedule import crosses
 from recipe.run.directory import FORMAT, list_checkpoints
 from recipe.run.files import new_directory, sha256_of, sync, where_supported
+from recipe.run.noise_scale import Smoothed
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -55,6 +56,8 @@ class TrainingState:
     skipped_blocks: list[list[int]] = field(default_factory=list)
     # [loss, gradient norm] of the updates that a spike is compared with
     recent: list[list[float]] = field(default_factory=list)
+    # Of the gradient noise scale (see `recipe.run.noise_scale.Smoothed`); none if it is not measured yet
+    noise: list[float] = field(default_factory=list)
     # Which text it is (see `recipe.data.record`); of earlier versions nothing is known
     text: str = ""
     # Of a branch: checkpoint, update and tokens at which it left another run, and the settings that changed
@@ -160,11 +163,12 @@ def read_state(directory: Path) -> TrainingState:
             position = Position.of(lane)
             counts += [position.token, position.window, position.block, *position.source_tokens]
             counts += [count for stream in position.streams for count in (stream.epoch, stream.shard)]
-        numbers = [state.verification_loss, *(number for pair in state.recent for number in pair)]
+        numbers = [state.verification_loss, *state.noise, *(number for pair in state.recent for number in pair)]
         fits = (
             all(type(count) is int and count >= 0 for count in counts)
             and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
             and all(len(pair) == 2 for pair in state.recent)
+            and len(state.noise) in (0, len(fields(Smoothed)))
             and (type(state.config), type(state.blocks_sha256)) == (dict, str)
         )
     except TypeError as error:

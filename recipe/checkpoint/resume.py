@@ -61,6 +61,11 @@ class ResumePoint:
         branch = self.state.branched_from if self.state else None
         return "branch" if branch and branch["update"] == self.update else "resume"
 
+    @property
+    def noise(self) -> list[float]:
+        """Sums of the gradient noise scale."""
+        return self.state.noise if self.state else []
+
     def facts(self) -> dict[str, Any]:
         """What events.jsonl says of it."""
         facts = {"checkpoint": str(self.checkpoint), "changes": self.changes, "skipped": self.skipped}
@@ -248,6 +253,26 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
     run.branched_from = point.state.branched_from
     state, plain = point.state, run.accelerator.unwrap_model(model)
     load_checkpoint(point.checkpoint, plain, optimizer.optimizer)
+    blocks = restore_lanes(run, point, lanes)
+    if run.is_main:
+        loss = verification_loss(plain, blocks)
+        tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config.get("precision")) else "fp32"]
+        if not abs(loss / state.verification_loss - 1) <= tolerance:
+            raise RecipeError(
+                f"the model of {point.checkpoint} gives a loss of {loss:.6f}, and {state.verification_loss:.6f} was recorded "
+                f"(relative tolerance {tolerance:.0e}): this installation does not compute the same function",
+                on_this_rank_only=True,
+            )
+
+
+def restore_lanes(run: Run, point: ResumePoint, lanes: Sequence[Lane]) -> UpdateBlocks:
+    """Put lanes behind the last update of a checkpoint; the blocks of that update, which are read again. Collective.
+
+    Raises:
+        RecipeError: they are not what they were.
+    """
+    assert point.state is not None
+    state = point.state
     try:
         for lane in lanes:
             lane.load_state_dict(state.lane_states[lane.index])
@@ -264,15 +289,7 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
             f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
             f"{point.checkpoint} was written; bring them back, or --resume fresh"
         )
-    if run.is_main:
-        loss = verification_loss(plain, blocks)
-        tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config.get("precision")) else "fp32"]
-        if not abs(loss / state.verification_loss - 1) <= tolerance:
-            raise RecipeError(
-                f"the model of {point.checkpoint} gives a loss of {loss:.6f}, and {state.verification_loss:.6f} was recorded "
-                f"(relative tolerance {tolerance:.0e}): this installation does not compute the same function",
-                on_this_rank_only=True,
-            )
+    return blocks
 
 
 def verification_loss(model: Any, blocks: UpdateBlocks) -> float:

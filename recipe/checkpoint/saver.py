@@ -34,20 +34,22 @@ class CheckpointSaver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._writing: tuple[int, Future[None]] | None = None
         self._memory: Snapshot | None = None  # of the last snapshot, for the next one
-        self._unsaved: tuple[LedgerEntry, UpdateBlocks, list[list[float]]] | None = None
+        self._unsaved: tuple[LedgerEntry, UpdateBlocks, list[list[float]], list[float]] | None = None
         self._last_save = time.monotonic()
         self.failure: str | None = None  # why the last update is not saved
 
-    def finish_update(self, entry: LedgerEntry, blocks: UpdateBlocks, recent: Iterable[list[float]]) -> None:
+    def finish_update(
+        self, entry: LedgerEntry, blocks: UpdateBlocks, recent: Iterable[list[float]], noise: Iterable[float] = ()
+    ) -> None:
         """Write the update's line; if a checkpoint is due, copy the state before, and write it in the background. Collective.
 
-        `recent` is [loss, gradient norm] of the updates that a spike is compared with.
+        `recent` is [loss, gradient norm] of the updates that a spike is compared with; `noise` are the sums of the noise scale.
 
         Raises:
             RecipeError: the line cannot be written, or too many updates in a row were skipped.
         """
         self.report()
-        self._unsaved = (entry, blocks, list(recent))
+        self._unsaved = (entry, blocks, list(recent), list(noise))
         if not self._is_due(entry.update):
             return self.run.ledger.write(entry)
         started = time.perf_counter()
@@ -98,7 +100,7 @@ class CheckpointSaver:
         from accelerate.utils import gather_object
 
         assert self._unsaved is not None
-        entry, blocks, recent = self._unsaved
+        entry, blocks, recent, noise = self._unsaved
         lane_states = gather_object(blocks.lane_states)  # ranks own lanes in order
         state = None
         if self.run.is_main:
@@ -114,6 +116,7 @@ class CheckpointSaver:
                 verification_loss=verification_loss(model, blocks),
                 skipped_blocks=[[*stretch] for stretch in blocks.skipped_blocks],
                 recent=recent,
+                noise=noise,
                 text=self.run.text_record,
                 branched_from=self.run.branched_from,
             )

@@ -372,6 +372,8 @@ class LogConfig:
 
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers to start through accelerate."""
+    noise_scale_every: CountOrNull = 1
+    """Measure the gradient noise scale in every n-th update. Null: never."""
 
 
 @dataclass(frozen=True)

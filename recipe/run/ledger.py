@@ -42,6 +42,17 @@ class LedgerEntry:
     # Allocator peak of a GPU, or resident set of the process; the largest of any rank
     peak_memory_bytes: int | None = None
     checkpoint_stall_seconds: float | None = None  # time training stood still to copy its state for a checkpoint
+    # Noise of the gradient, where it was measured (docs/batch.md): of this update and so noisy,
+    noise_s2: float | None = None  # trace of the covariance of one token's gradient
+    noise_g2: float | None = None  # squared norm of the true gradient
+    noise_groups: int | None = None  # micro-batches that both are computed from, on all ranks
+    noise_first_s2: float | None = None  # `noise_s2` from one micro-batch alone
+    # and smoothed: noise_s2 / noise_g2 with its 95 % interval
+    gradient_noise_scale_tokens: float | None = None
+    gradient_noise_scale_tokens_low: float | None = None
+    gradient_noise_scale_tokens_high: float | None = None  # null: not determined yet, above the low end
+    gradient_snr: float | None = None  # target_tokens / gradient_noise_scale_tokens
+    expected_cosine: float | None = None  # of the angle between this update's gradient and the true one
     # Of each source of a mixture: columns `source/NAME/tokens`, targets of this update from it, and `source/NAME/passes`,
     # complete passes over its documents, of the lane that has made most, up to the end of its shuffle window
     sources: dict[str, int | None] = field(default_factory=dict)

@@ -38,6 +38,7 @@ class Run:
     text: str = ""  # what was opened, on rank 0, for the start event
     text_record: str = ""  # which text it reads, for its checkpoints
     branched_from: dict[str, Any] | None = None  # of a branch, for its checkpoints: where it left another run
+    noise: Any = None  # measures the gradients of micro-batches (`recipe.step.noise`), if `log` says so
     lock: Any = None  # holds the run directory until the process ends
 
     @property

@@ -9,6 +9,7 @@ import torch
 from recipe.data.blocks import UpdateBlocks, combine_hashes
 from recipe.run.environment import peak_flops
 from recipe.run.ledger import LedgerEntry, source_columns
+from recipe.run.noise_scale import GroupSums
 from recipe.run.run import Run
 from recipe.step.update import UpdateResult
 
@@ -31,7 +32,9 @@ def measure_update(
     count = len(run.config.data.sources)
     sources = dict(zip(source_columns(run.config), [*map(int, largest[:count]), *sums[count:]], strict=True))
     run.ledger.count_passes(blocks.update, sources)
-    loss, target_tokens = result.loss.item(), int(result.target_tokens.item())
+    loss, grad_norm, target_tokens = result.loss.item(), result.grad_norm.item(), int(result.target_tokens.item())
+    groups = GroupSums(*result.noise.tolist()) if result.noise is not None else None
+    noise = groups.columns(grad_norm, target_tokens, plan.world_size) if groups else {}
     update_seconds = time.perf_counter() - started
     tokens_per_second = target_tokens / update_seconds
     peak = peak_flops(device, run.precision)
@@ -39,7 +42,7 @@ def measure_update(
         update=blocks.update,
         tokens=run.plan.tokens_after(blocks.update),
         loss=loss,
-        grad_norm=result.grad_norm.item(),
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
         target_tokens=target_tokens,
         world_size=plan.world_size,
@@ -51,6 +54,7 @@ def measure_update(
         tokens_per_second=tokens_per_second,
         mfu=run.plan.flops_per_token * tokens_per_second / (peak * plan.world_size) if peak else None,
         peak_memory_bytes=int(peak_bytes),
+        **noise,
         sources={**sources},
     )
 

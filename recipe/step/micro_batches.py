@@ -12,6 +12,7 @@ from recipe.model.optimizer import seed_dropout
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
 from recipe.run.stop import DoesNotFit
+from recipe.step.noise import GradientNoise
 from recipe.step.update import UpdateResult, is_out_of_memory, run_update
 
 # The first update has no optimizer state in memory yet, the second has; those after it need no more.
@@ -33,6 +34,8 @@ class MicroBatches:
     def __init__(self, run: Run, model: Any) -> None:
         self.run, self.model = run, model
         self._on_trial = UPDATES_ON_TRIAL
+        if every := run.config.log.noise_scale_every:
+            run.noise = GradientNoise(model, every)
         warm_up_ddp(run, model)
         if run.config.batch.micro_batch_size == "auto":
             probe_micro_batch(run, model)
@@ -48,6 +51,8 @@ class MicroBatches:
             self._on_trial = UPDATES_ON_TRIAL  # another budget may bring larger micro-batches
         while True:
             seed_dropout(run.config.run.seed, blocks.update, run.rank)
+            if run.noise:
+                run.noise.update = blocks.update
             plan = run.plan.update_at(blocks.update)
             tokens = plan.tokens_per_update  # packed blocks have no masked target, so their number is known
             try:

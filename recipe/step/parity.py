@@ -70,7 +70,8 @@ def check_parity(run: Run, model: nn.Module, batch: MicroBatch) -> ParityCheck:
 def split_otherwise(run: Run, micro_batch_size: int, scaling: Scaling) -> Run:
     """The run with another micro-batch and scaling path, and deaf to signals: it is only for a moment."""
     config = replace(run.config, batch=replace(run.config.batch, scaling=scaling))
-    return replace(run, config=config, plan=run.plan.with_micro_batch_size(micro_batch_size), stop=StopRequest())
+    plan = run.plan.with_micro_batch_size(micro_batch_size)
+    return replace(run, config=config, plan=plan, stop=StopRequest(), noise=None)
 
 
 def update_gradient(run: Run, model: nn.Module, batch: MicroBatch) -> list[Tensor]:

@@ -21,6 +21,7 @@ from recipe.data.blocks import IGNORED_TARGET, MicroBatch
 from recipe.errors import RecipeError
 from recipe.run.run import Run
 from recipe.run.stop import DoesNotFit, Stopped
+from recipe.step.noise import COUNT
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class UpdateResult:
     grad_norm: Tensor  # 2-norm of the whole gradient before clipping
     target_tokens: Tensor  # unmasked targets
     is_finite: bool = True  # whether loss and gradient are; the optimizer has stepped only then
+    noise: Tensor | None = None  # `GroupSums`, if the gradients of micro-batches are measured
 
 
 def run_update(
@@ -57,7 +59,8 @@ def run_update(
         model.zero_grad(set_to_none=True)  # the prepared optimizer's does nothing in the middle of an accumulation
         raise
     grad_norm, is_finite = clip_and_step(run, model, optimizer, loss)
-    return UpdateResult(loss=loss, grad_norm=grad_norm, target_tokens=targets, is_finite=is_finite)
+    noise = run.noise.sums if run.noise else None
+    return UpdateResult(loss=loss, grad_norm=grad_norm, target_tokens=targets, is_finite=is_finite, noise=noise)
 
 
 def clip_and_step(run: Run, model: nn.Module, optimizer: Any, loss: Tensor) -> tuple[Tensor, bool]:
@@ -118,14 +121,18 @@ def accumulate_gradient(
     accelerator.step = 0  # a counter left by another number of steps would end this update early
     factor = accelerator.num_processes * (1 if is_manual else steps)  # derived above
     scale = factor / targets.to(torch.float32 if targets.device.type == "mps" else torch.float64)  # MPS has no float64
-    loss_sum, agreements, ran_out = torch.zeros_like(scale), stop.agreements, False
+    sums = scale.new_zeros(1 + COUNT)  # reduced at once: the loss, and what is measured of the gradients
+    loss_sum, measured = sums[0], run.noise.steps(run.plan.update_at(run.noise.update)) if run.noise else []
+    agreements, ran_out = stop.agreements, False
     try:
         for step, micro_batch in enumerate(micro_batches, start=1):
             if step == steps or stop.signal:
                 stop.agree()
             with _manual_context(accelerator, model, step == steps) if is_manual else accelerator.accumulate(model):
                 loss = model(*micro_batch)
-                backward(loss * scale)
+                is_first = run.rank == 0 and step == min(measured, default=0)
+                with run.noise.group(micro_batch, sums[1:], is_first) if step in measured else nullcontext():
+                    backward(loss * scale)
                 loss_sum += loss.detach()
     except RuntimeError as error:
         if isinstance(error, DoesNotFit) or not is_out_of_memory(error):
@@ -133,7 +140,10 @@ def accumulate_gradient(
         ran_out = True
     if ran_out:  # after `except`, whose error holds what is to be freed
         _agree_on_memory(run, has_agreed=stop.agreements > agreements)
-    return accelerator.reduce(loss_sum, reduction="sum") / targets, targets
+    sums = accelerator.reduce(sums, reduction="sum")
+    if run.noise:
+        run.noise.sums = sums[1:]
+    return sums[0] / targets, targets
 
 
 def _manual_context(accelerator: Any, model: nn.Module, is_last: bool) -> Any:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recipe.config.settings import Scaling
 from recipe.plan.budget import UpdatePlan
 from recipe.run.environment import start_accelerator
+from recipe.step.noise import GradientNoise
 from recipe.step.update import accumulate_gradient, clip_and_step, run_update
 from tests.helpers import run_ranks
 from tests.support.gradients import (
@@ -36,14 +37,17 @@ BOUND = {"torch.float64": 1e-12, "torch.float32": 1e-6}
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gradient_equals_one_big_batch(world_size: int, tmp_path: Path) -> None:
-    """Micro-batch 1 to 16, both paths, float64 and float32, packed, unevenly masked, in documents; ranks are processes."""
+    """Micro-batch 1 to 16, both paths, float64 and float32, packed, unevenly masked, in documents; ranks are processes.
+
+    The same of what is measured for the gradient noise scale, against the gradient of each block alone.
+    """
     result = tmp_path / "differences.json"
     run_ranks(world_size, ["-m", "tests.support.gradients", str(result)])
     found = json.loads(result.read_text(encoding="utf-8"))
     assert found.pop("world_size") == world_size
     assert len(found) == 5
     for case, by_way in found.items():
-        assert len(by_way) == 24
+        assert len(by_way) == 48
         for way, difference in by_way.items():
             assert difference < BOUND[case.split(",")[0]], f"{case}, {way}: {difference}"
 
@@ -112,15 +116,18 @@ def test_no_device_synchronisation_per_micro_batch(accelerator: Any, scaling: Sc
     blocks, mask = make_blocks(16), make_mask(16, masked=True)
     plain = make_model(torch.float32)
     model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    noise = GradientNoise(model)
 
     def operations(size: int) -> Counter[str]:
         plan = UpdatePlan(16 * LENGTH, LENGTH, 16, 1, size)
         run, micro_batches = run_of(accelerator, plan, scaling, 1.0), micro_batches_of(plan, 0, blocks, mask)
+        run.noise = noise
         with _Operations() as seen:
             run_update(run, model, optimizer, micro_batches)
         return seen.counts
 
     few, many = operations(16), operations(1)
+    assert many["aten.dot.default"] >= 16 * 28, "the gradient of each micro-batch was measured"
     assert many["aten.mm.default"] + many["aten.addmm.default"] >= 16 * 8, "the counter sees the work"
     assert few["aten._local_scalar_dense.default"] == many["aten._local_scalar_dense.default"] <= 1
     with _Operations() as seen:

@@ -23,6 +23,7 @@ from recipe.errors import run_command
 from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
+from recipe.step.noise import GradientNoise
 from recipe.step.update import accumulate_gradient, run_update
 from tests.support.runs import make_run
 
@@ -102,29 +103,60 @@ def big_batch(model: CausalLanguageModel, blocks: np.ndarray, mask: Tensor) -> t
     return loss.item(), flat_gradient(model)
 
 
+def block_gradient(model: CausalLanguageModel, block: np.ndarray, mask: Tensor) -> Tensor:
+    """Of the summed loss of one block alone, as one float64 vector."""
+    inputs, targets, *starts = to_tensors(block[None], torch.device("cpu"), model.document_start)
+    model(inputs, targets.masked_fill(mask, IGNORED_TARGET), *starts).backward()
+    return flat_gradient(model)
+
+
+def group_sums(noise: GradientNoise, plan: UpdatePlan, gradients: Tensor, targets: Tensor) -> Tensor:
+    """What `noise` has to measure, in the order of `GroupSums`: from the gradient and the targets of each block."""
+    sums, scale = torch.zeros(5, dtype=torch.float64), plan.world_size / targets.sum().double()
+    for rank in range(plan.world_size):
+        for number, step in enumerate(noise.steps(plan)):
+            held = list(plan.micro_batches(rank)[step - 1])
+            if (count := targets[held].sum()) == 0:
+                continue
+            square = (scale * gradients[held].sum(dim=0)).square().sum() / count
+            sums[:3] += torch.stack([square, count, torch.ones(())])
+            if (rank, number) == (0, 0):
+                sums[3:] = torch.stack([square, count])
+    return sums
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b||."""
     return float((a - b).norm() / b.norm())
 
 
 def differences(accelerator: Any, dtype: torch.dtype, masked: bool, document_mask: bool = False) -> dict[str, float]:
-    """Largest relative difference, of gradient or loss, to the big batch, for each way of computing it."""
+    """Largest relative difference to the big batch, of gradient or loss, by way of computing it; of noise, to `group_sums`."""
     results = {}
     plain = make_model(dtype, document_mask)
     model = accelerator.prepare(make_model(dtype, document_mask))
+    noise = GradientNoise(model)
     for count, lanes in SHAPES:
         blocks, mask = make_blocks(count), make_mask(count, masked)
         expected_loss, expected = big_batch(plain, blocks, mask)
+        gradients = torch.stack(
+            [block_gradient(plain, block, of_block) for block, of_block in zip(blocks, mask, strict=True)]
+        )
         for size in MICRO_BATCH_SIZES:
             plan = UpdatePlan(count * LENGTH, LENGTH, lanes, accelerator.num_processes, size)
             micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask, plain.document_start)
             for path in PATHS:
                 run, known = run_of(accelerator, plan, path), None if masked else plan.tokens_per_update
+                run.noise, noise.update = noise, size
                 loss, targets = accumulate_gradient(run, model, micro_batches, known)
                 assert int(targets) == int((~mask).sum())
                 apart = relative(flat_gradient(model), expected)
                 results[f"{count} blocks, micro-batch {size}, {path}"] = max(
                     apart, abs(loss.item() / expected_loss - 1)
+                )
+                wanted = group_sums(noise, plan, gradients, (~mask).sum(dim=1))
+                results[f"{count} blocks, micro-batch {size}, {path}, noise"] = float(
+                    (noise.sums / wanted - 1).nan_to_num().abs().max()
                 )
     return results
 

@@ -1,0 +1,68 @@
+"""Squared norms of micro-batches' gradients as they go by in backward: what the gradient noise scale is computed from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from recipe.data.blocks import IGNORED_TARGET, MicroBatch
+from recipe.plan.budget import UpdatePlan
+from recipe.run.noise_scale import GroupSums
+
+GROUPS_PER_UPDATE = 16  # over all ranks: more cost more, and the gradient's own noise is the larger error soon
+COUNT = len(fields(GroupSums))
+
+
+class GradientNoise:
+    """Hooks on a model's parameters: each sees the gradient of a micro-batch before it is added to `.grad` or to other ranks'.
+
+    A hook returns nothing and writes nothing, so the update stays bit for bit what it is; nothing waits for the device.
+
+    Attributes:
+        update: which one is open. Every `every`-th is measured, in other micro-batches each time.
+        sums: `GroupSums` of the last update as a tensor; zeros if it was not measured.
+    """
+
+    def __init__(self, model: nn.Module, every: int = 1) -> None:
+        self.every, self.update = every, 0
+        self.sums: Tensor | None = None
+        self._squares: list[Tensor] | None = None  # of the open group
+        for parameter in model.parameters():
+            parameter.register_hook(self._see)
+
+    def steps(self, plan: UpdatePlan) -> list[int]:
+        """The micro-batches of each rank to measure in the open update, from 1: evenly spread, none for other updates."""
+        if self.update % self.every:
+            return []
+        steps = plan.gradient_accumulation_steps
+        count = min(steps, -(-GROUPS_PER_UPDATE // plan.world_size))
+        return [(number * steps + self.update % steps) // count + 1 for number in range(count)]
+
+    @contextmanager
+    def group(self, micro_batch: MicroBatch, sums: Tensor, is_first: bool) -> Iterator[None]:
+        """Around the backward of a micro-batch: add to `sums` what its gradient comes to. A fully masked one adds nothing."""
+        self._squares = squares = []
+        try:
+            yield
+        finally:
+            self._squares = None
+        targets = (micro_batch[1] != IGNORED_TARGET).sum()
+        square = torch.stack(squares).sum(dtype=sums.dtype) / targets.clamp(min=1)
+        added = torch.stack([square, *(number.to(sums.dtype) for number in (targets, targets > 0))])
+        sums[:3] += added
+        if is_first:
+            sums[3:] += added[:2]
+
+    def _see(self, gradient: Tensor) -> None:
+        if self._squares is not None:
+            self._squares.append(squared_norm(gradient))
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """In float32, or float64 if it is: 0-d, on the device."""
+    if gradient.is_cpu and gradient.dtype != torch.bfloat16 and gradient.is_contiguous():
+        flat = gradient.view(-1)
+        return flat.dot(flat)  # in two thirds of the time
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()

@@ -1,0 +1,141 @@
+"""What is measured of micro-batches' gradients: it changes nothing, and gives the noise scale of the blocks one by one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recipe.config.settings import Scaling
+from recipe.data.blocks import IGNORED_TARGET
+from recipe.model.gpt2 import CausalLanguageModel, checkpoint_activations
+from recipe.model.kernels import compile_model
+from recipe.plan.budget import UpdatePlan
+from recipe.run.noise_scale import GroupSums
+from recipe.step.noise import GROUPS_PER_UPDATE, GradientNoise
+from recipe.step.update import accumulate_gradient, run_update
+from tests.support.gradients import LENGTH, make_blocks, make_mask, make_model, micro_batches_of, run_of
+
+
+@pytest.mark.parametrize(("steps", "ranks"), [(1, 1), (4, 1), (64, 1), (65, 1), (7, 3), (8, 8), (5, 64)])
+def test_a_sample_is_evenly_spread_and_every_micro_batch_has_its_turn(steps: int, ranks: int) -> None:
+    plan = UpdatePlan(steps * ranks * LENGTH, LENGTH, ranks, ranks, 1)
+    assert plan.gradient_accumulation_steps == steps
+    noise, seen = GradientNoise(torch.nn.Linear(1, 1)), Counter[int]()
+    for update in range(steps):
+        noise.update = update
+        sample = noise.steps(plan)
+        assert len(sample) == min(steps, math.ceil(GROUPS_PER_UPDATE / ranks))
+        assert set(sample) <= set(range(1, steps + 1))
+        gaps = np.diff([*sample, sample[0] + steps])
+        assert gaps.max() - gaps.min() <= 1
+        seen.update(sample)
+    assert set(seen.values()) == {len(sample)}
+
+
+def train(accelerator: Any, scaling: Scaling, model: CausalLanguageModel, every: int | None) -> list[Tensor]:
+    """Parameters and optimizer state after six updates of ragged, masked micro-batches; every `every`-th is measured."""
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    blocks, mask = make_blocks(14), make_mask(14, masked=True)
+    run = run_of(accelerator, UpdatePlan(14 * LENGTH, LENGTH, 14, 1, 4), scaling, max_grad_norm=0.5)
+    run.noise = GradientNoise(prepared, every) if every else None
+    micro_batches, measured = micro_batches_of(run.plan.update, 0, blocks, mask), []
+    for update in range(6):
+        if run.noise:
+            run.noise.update = update
+        result = run_update(run, prepared, optimizer, micro_batches)
+        measured.append(result.noise is not None and float(result.noise[2]))
+    assert measured == [[4.0, 0.0][update % (every or 1) > 0] if every else False for update in range(6)]
+    state = [value for of in optimizer.state.values() for value in of.values()]
+    return [parameter.detach().clone() for parameter in model.parameters()] + state
+
+
+@pytest.mark.parametrize(("scaling", "every_block"), [("accumulate", None), ("manual", 1)])
+def test_hooks_change_no_bit_of_the_training(accelerator: Any, scaling: Scaling, every_block: int | None) -> None:
+    found = []
+    for every in (None, 1, 3):
+        model = make_model(torch.float32)
+        checkpoint_activations(model.gpt2, every_block)
+        model.train()
+        found.append(train(accelerator, scaling, model, every))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a.equal(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["compiled", "bf16 parameters"])
+def test_hooks_change_no_bit_of_compiled_and_bf16_training(accelerator: Any, kind: str) -> None:
+    found = []
+    for every in (None, 1):
+        model = make_model(torch.bfloat16 if kind == "bf16 parameters" else torch.float32)
+        if kind == "compiled":
+            torch._dynamo.reset()
+            compile_model(model, backend="aot_eager")
+        found.append(train(accelerator, "accumulate", model, every))
+    for a, b in zip(*found, strict=True):
+        assert a.equal(b)
+
+
+def columns_of(accelerator: Any, model: CausalLanguageModel, mask: Tensor) -> dict[str, Any]:
+    """Of an update of 14 blocks at frozen weights, all groups of four measured."""
+    prepared = accelerator.prepare(model)
+    run = run_of(accelerator, UpdatePlan(14 * LENGTH, LENGTH, 14, 1, 4))
+    run.noise = GradientNoise(prepared)
+    _, targets = accumulate_gradient(run, prepared, micro_batches_of(run.plan.update, 0, make_blocks(14), mask))
+    norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
+    model.zero_grad()
+    return GroupSums(*run.noise.sums.tolist()).columns(norm.item(), int(targets), 1)
+
+
+def test_the_estimates_are_those_of_each_groups_own_gradient(accelerator: Any) -> None:
+    """By autograd, group by group: sum |s_k|^2 / t_k, less |sum s_k|^2 / t, over K - 1."""
+    mask = make_mask(14, masked=True)
+    mask[3:7] = True  # a micro-batch without any target
+    found = columns_of(accelerator, make_model(torch.float64), mask)
+    model, plan = make_model(torch.float64), UpdatePlan(14 * LENGTH, LENGTH, 14, 1, 4)
+    total, squares, targets = torch.zeros(()), 0.0, 0
+    first = None
+    groups = 0
+    for micro_batch in micro_batches_of(plan, 0, make_blocks(14), mask):
+        count = int((micro_batch[1] != IGNORED_TARGET).sum())
+        if not count:
+            continue
+        gradients = torch.autograd.grad(model(*micro_batch), list(model.parameters()))
+        flat = torch.cat([g.flatten() for g in gradients])
+        total, squares, targets, groups = (
+            total + flat,
+            squares + flat.square().sum() / count,
+            targets + count,
+            groups + 1,
+        )
+        first = (flat, count) if first is None else first
+    assert first is not None
+    whole = total.square().sum()
+    s2 = float((squares - whole / targets) / (groups - 1))
+    assert (found["noise_groups"], groups) == (3, 3)
+    assert found["noise_s2"] == pytest.approx(s2, rel=1e-10)
+    assert found["noise_g2"] == pytest.approx(float(whole) / targets**2 - s2 / targets, rel=1e-10)
+    of_first = (first[0].square().sum() / first[1] ** 2 - whole / targets**2) / (1 / first[1] - 1 / targets)
+    assert found["noise_first_s2"] == pytest.approx(float(of_first), rel=1e-10)
+
+
+@pytest.mark.slow
+def test_compiled_checkpointed_and_rounded_gradients_are_as_noisy(accelerator: Any) -> None:
+    """In float32 to its rounding; bf16 keeps 8 bits of each number, and adds its rounding to the noise."""
+    mask = make_mask(14, masked=True)
+    expected = columns_of(accelerator, make_model(torch.float64), mask)
+    compiled, checkpointed, rounded = make_model(torch.float32), make_model(torch.float32), make_model(torch.bfloat16)
+    torch._dynamo.reset()
+    compile_model(compiled, backend="aot_eager")
+    checkpoint_activations(checkpointed.gpt2, 1)
+    checkpointed.train()
+    for model, bound in ((compiled, 1e-4), (checkpointed, 1e-4), (rounded, 0.05)):
+        found = columns_of(accelerator, model, mask)
+        for name in ("noise_s2", "noise_first_s2"):
+            assert found[name] == pytest.approx(expected[name], rel=bound)
