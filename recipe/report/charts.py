@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recipe.config.settings import HELD_OUT
 from recipe.errors import RecipeError
-from recipe.report.curves import LOSS, VALIDATION, Curves, Metric, bits_per_byte, median_of
+from recipe.report.curves import LOSS, VALIDATION, Curves, Metric, band_of, bits_per_byte, budget_of, median_of
 from recipe.report.record import Record
 from recipe.text import one_line
 
@@ -48,6 +48,10 @@ def chart(curves: Curves, metric: Metric, axis: Axis) -> alt.LayerChart:
         return [*who, alt.Tooltip("value:Q", title=f"{title}, {metric.unit}", format=",.5~g"), *where]
 
     layers: list[alt.Chart] = []
+    if metric.band:
+        interval = alt.Chart(alt.NamedData(band_of(metric))).mark_area(opacity=0.2)
+        layers.append(interval.encode(x, _y(curves, metric, "low"), alt.Y2("value:Q"), color))
+        layers.append(points(budget_of(metric)).mark_line(strokeDash=[6, 4], opacity=0.8).encode(order="update:Q"))
     if not metric.is_validation:
         line = points(metric.column).encode(order="update:Q")
         if metric.is_noisy:
@@ -83,7 +87,7 @@ def _x(curves: Curves, axis: Axis) -> alt.X:
     return alt.X("tokens:Q", title="tokens seen", scale=scale, axis=alt.Axis(labelExpr=tokens))
 
 
-def _y(curves: Curves, metric: Metric) -> alt.Y:
+def _y(curves: Curves, metric: Metric, field: str = "value") -> alt.Y:
     import altair as alt
 
     look: dict[str, Any] = {}
@@ -93,7 +97,7 @@ def _y(curves: Curves, metric: Metric) -> alt.Y:
         look["values"] = _logarithmic_ticks(*curves.range_of(metric))
     if metric.axis_format:
         look["labelExpr"] = f"datum.value ? format(datum.value, '{metric.axis_format}') : '0'"
-    return alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(**look))
+    return alt.Y(f"{field}:Q", title=None, scale=scale, axis=alt.Axis(**look))
 
 
 def _logarithmic_ticks(smallest: float, largest: float) -> list[float]:

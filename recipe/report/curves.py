@@ -28,6 +28,8 @@ class Metric:
     may_be_logarithmic: bool = False  # whether one value may be many times the others'
     from_zero: bool = True  # whether the vertical axis begins at zero
     axis_format: str = ""  # of the vertical axis, in d3's notation
+    band: tuple[str, str] | None = None  # columns of the ends of its interval; without an upper end it is open
+    budget: str = ""  # a column that it is compared with, drawn dashed
 
     @property
     def is_validation(self) -> bool:
@@ -40,6 +42,16 @@ VALIDATION = Metric(f"validation/{HELD_OUT}/loss", "Validation loss", "nats per 
 _OF_UPDATES = (
     Metric("learning_rate", "Learning rate", "of each update", axis_format="~e"),
     Metric("grad_norm", "Gradient norm", "before clipping", is_noisy=True, may_be_logarithmic=True),
+    Metric(
+        "gradient_noise_scale_tokens",
+        "Gradient noise scale",
+        "tokens, with its 95 % interval; dashed: tokens of an update",
+        may_be_logarithmic=True,
+        axis_format="~s",
+        band=("gradient_noise_scale_tokens_low", "gradient_noise_scale_tokens_high"),
+        budget="target_tokens",
+    ),
+    Metric("gradient_snr", "Signal to noise", "of an update's gradient", may_be_logarithmic=True),
     Metric("tokens_per_second", "Throughput", "tokens per second", is_noisy=True, axis_format="~s"),
     Metric("mfu", "Model FLOPs utilisation", "% of the peak of all devices", 100, is_noisy=True),
     Metric("data_wait", "Waiting for data", "% of each update's time", 100, is_noisy=True),
@@ -91,6 +103,16 @@ class Curves:
             drawn = np.unique(np.linspace(0, len(rows) - 1, SMOOTH_POINTS).astype(int))
             medians = values.rolling(smoothing_window(values), center=True, min_periods=1).median()
             self.datasets[median_of(metric)] += _points(rows, medians.iloc[drawn])
+        if metric.band:
+            budget = rows[metric.budget][values.notna()] * metric.scale
+            self.datasets.setdefault(budget_of(metric), []).extend(_points(rows, budget[thin(budget, RAW_BUCKETS)]))
+            low, high = (rows[column] * metric.scale for column in metric.band)
+            top = 2 * max(values.max(), budget.max())  # an end that is hardly known would leave the rest on the floor
+            band = _points(rows, high.fillna(top).clip(upper=top)[thin(low, RAW_BUCKETS)])
+            lows = low.set_axis(rows["update"])
+            self.datasets.setdefault(band_of(metric), []).extend(
+                {**point, "low": _rounded(lows[point["update"]])} for point in band
+            )
 
     def _add_events(self, record: Record, name: str) -> None:
         updates, hours = record.updates["update"], record.updates["hours"]
@@ -124,6 +146,16 @@ class Curves:
 def median_of(metric: Metric) -> str:
     """The dataset of a metric's running median."""
     return f"{metric.column}, median"
+
+
+def band_of(metric: Metric) -> str:
+    """The dataset of a metric's interval, from `low` to `value`."""
+    return f"{metric.column}, interval"
+
+
+def budget_of(metric: Metric) -> str:
+    """The dataset of what a metric is compared with."""
+    return f"{metric.column}, budget"
 
 
 def _points(rows: pd.DataFrame, values: pd.Series) -> list[dict[str, Any]]:

@@ -18,9 +18,11 @@ from recipe.text import all_printable
 
 DIVISION = ["world_size", "micro_batch_size", "gradient_accumulation_steps"]
 SPEED = ["tokens_per_second", "mfu"]
+# The gradient noise scale, its interval, and what it comes to for an update.
+NOISE = [*(f"gradient_noise_scale_tokens{end}" for end in ("", "_low", "_high")), "gradient_snr", "expected_cosine"]
 COLUMNS = (
     *("update", "tokens", "loss", "grad_norm", "learning_rate", *DIVISION, *SPEED),
-    *("update_seconds", "data_wait_seconds", "peak_memory_bytes"),
+    *("update_seconds", "data_wait_seconds", "peak_memory_bytes", "target_tokens", *NOISE),
 )
 COUNTS = ["update", "tokens", *DIVISION]
 LARGEST_COUNT, LARGEST_NUMBER = 2**53, 3e38  # what float64 counts exactly, and what float32 holds
@@ -127,6 +129,13 @@ class Record:
         found = rows.groupby(part).agg(first=("update", "min"), last=("update", "max"), **columns)
         parts = found.to_dict("records")
         return [{**part, "tokens": self.plan.update_at(int(part["first"])).tokens_per_update} for part in parts]
+
+    @property
+    def noise_scale(self) -> dict[str, float] | None:
+        """Of the last update that has one: `tokens`, `low` and `high`, in tokens, `snr` and `cosine`; NaN: not determined."""
+        rows = self.updates[NOISE].dropna(subset=NOISE[1:2])
+        names = ("tokens", "low", "high", "snr", "cosine")
+        return dict(zip(names, rows.iloc[-1].tolist(), strict=True)) if len(rows) else None
 
     def division(self, update: int, world_size: int, micro_batch_size: int) -> str:
         """The accumulation steps of an update with the division written out; empty for numbers of a damaged ledger."""

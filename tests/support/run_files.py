@@ -82,6 +82,11 @@ def ledger_line(update: int) -> dict[str, Any]:
         "tokens_per_second": TOKENS_PER_UPDATE / (1 + update / 100),
         "mfu": None,
         "peak_memory_bytes": 700_000_000 + update,
+        "gradient_noise_scale_tokens": 900.0 + 100 * update if update > 2 else None,
+        "gradient_noise_scale_tokens_low": 500.0 + 80 * update if update > 1 else None,
+        "gradient_noise_scale_tokens_high": 1500.0 + 150 * update if update > 4 else None,
+        "gradient_snr": TOKENS_PER_UPDATE / (900 + 100 * update) if update > 2 else None,
+        "expected_cosine": 0.6 if update > 2 else None,
     }
     if not update:
         line = {name: value if name in ("update", "tokens") else None for name, value in line.items()}
