@@ -12,6 +12,7 @@ COMMANDS = {
     "branch": "Compare budgets from a checkpoint on, by training, and print the largest that loses nothing.",
     "evaluate": "Loss, perplexity and bits per byte of a model on text.",
     "generate": "Print a sample from a model.",
+    "noise": "Measure the gradient noise scale at a checkpoint.",
     "report": "Write one HTML page with the curves of runs.",
     "card": "Write the model card of a run.",
     "prepare": "Write text as files of token ids, once, to train from.",

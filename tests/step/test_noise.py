@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipe.config.settings import Scaling
-from recipe.data.blocks import IGNORED_TARGET
+from recipe.config.settings import Config, Scaling
+from recipe.data.blocks import IGNORED_TARGET, split_into_micro_batches, to_tensors
 from recipe.model.gpt2 import CausalLanguageModel, checkpoint_activations
 from recipe.model.kernels import compile_model
 from recipe.plan.budget import UpdatePlan
-from recipe.run.noise_scale import GroupSums
+from recipe.run.noise_scale import GroupSums, NoiseScale, Smoothed
+from recipe.step.frozen_noise import measure_frozen
 from recipe.step.noise import GROUPS_PER_UPDATE, GradientNoise
 from recipe.step.update import accumulate_gradient, run_update
+from tests.helpers import SCRIPT, TINY, read_ledger, run_ranks
 from tests.support.gradients import LENGTH, make_blocks, make_mask, make_model, micro_batches_of, run_of
+from tests.support.runs import make_run
 
 
 @pytest.mark.parametrize(("steps", "ranks"), [(1, 1), (4, 1), (64, 1), (65, 1), (7, 3), (8, 8), (5, 64)])
@@ -139,3 +143,81 @@ def test_compiled_checkpointed_and_rounded_gradients_are_as_noisy(accelerator: A
         found = columns_of(accelerator, model, mask)
         for name in ("noise_s2", "noise_first_s2"):
             assert found[name] == pytest.approx(expected[name], rel=bound)
+
+
+def scale_of_updates(accelerator: Any, model: CausalLanguageModel, blocks: np.ndarray, plan: UpdatePlan) -> NoiseScale:
+    """Measured in updates at frozen weights, which have these blocks one after the other."""
+    prepared, smoothed = accelerator.prepare(model), Smoothed()
+    run = run_of(accelerator, plan)
+    run.noise = GradientNoise(prepared)
+    for update, held in enumerate(np.split(blocks, len(blocks) // plan.blocks_per_update), start=1):
+        mask = make_mask(len(held), masked=False)
+        _, targets = accumulate_gradient(run, prepared, micro_batches_of(plan, 0, held, mask), plan.tokens_per_update)
+        norm = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]).norm()
+        columns = GroupSums(*run.noise.sums.tolist()).columns(norm.item(), int(targets), 1)
+        smoothed = smoothed.add(update, columns["noise_s2"], columns["noise_g2"])
+        model.zero_grad()
+    scale = smoothed.scale()
+    assert scale is not None
+    return scale
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(256, (4,)), pytest.param(2048, (1, 2, 3, 8), marks=pytest.mark.slow)])
+def test_the_scale_of_updates_is_that_of_single_blocks(accelerator: Any, count: int, sizes: tuple[int, ...]) -> None:
+    """Real text, shuffled; updates of 16 blocks in micro-batches of any size, against the gradient of each block alone."""
+    blocks = make_blocks(count)[np.random.default_rng(0).permutation(count)]
+    model = make_model(torch.float32)
+    brute = measure_frozen(model, [to_tensors(block[None], torch.device("cpu")) for block in blocks]).scale
+    assert brute.tokens is not None
+    assert brute.low is not None
+    for size in sizes:
+        scale = scale_of_updates(accelerator, model, blocks, UpdatePlan(16 * LENGTH, LENGTH, 16, 1, size))
+        assert scale.low is not None
+        assert scale.high is not None
+        assert scale.low < brute.tokens < scale.high, size
+        assert brute.low < scale.high
+
+
+def test_neighbouring_blocks_that_are_alike_are_noticed(accelerator: Any) -> None:
+    """What the check of brute force is for: each block four times in a row, in one micro-batch, has four times the noise."""
+    blocks = make_blocks(60)[np.random.default_rng(0).permutation(60)].repeat(4, axis=0)
+    model, plan = make_model(torch.float32), UpdatePlan(16 * LENGTH, LENGTH, 16, 1, 4)
+    alike = scale_of_updates(accelerator, model, blocks, plan).tokens
+    mixed = scale_of_updates(accelerator, model, blocks[np.random.default_rng(1).permutation(240)], plan).tokens
+    assert alike is not None
+    assert mixed is not None
+    assert alike > 2 * mixed
+
+
+def test_the_masked_row_of_a_trial_is_no_group(accelerator: Any) -> None:
+    """Nor does it change which micro-batches are measured: a resumed run tries its size again, and has the same columns."""
+    model = accelerator.prepare(make_model(torch.float32))
+    found = []
+    for is_on_trial in (False, True):
+        plan, rows = UpdatePlan(20 * LENGTH, LENGTH, 20, 1, 1), make_blocks(20)
+        run = make_run(Config(), accelerator, plan)
+        run.noise = GradientNoise(model)
+        run.noise.update = 3
+        batch = to_tensors(rows, torch.device("cpu"))
+        micro_batches = split_into_micro_batches(batch, plan, 0, masked_row_last=is_on_trial)
+        accumulate_gradient(run, model, micro_batches, plan.tokens_per_update)
+        model.zero_grad()
+        found.append(run.noise.sums.tolist())
+    assert found[0] == found[1]
+    assert found[0][2] == 16
+
+
+@pytest.mark.slow
+def test_ranks_and_micro_batches_agree_on_the_scale_of_a_run(texts: Path, tmp_path: Path) -> None:
+    """The same forty updates, divided in eight ways: each scale is inside the interval of all others."""
+    found = {}
+    for ranks, size in ((1, 1), (1, 2), (1, 3), (1, 8), (2, 1), (2, 4), (3, 1), (3, 5)):
+        directory = tmp_path / f"{ranks}-{size}"
+        settings = ["--run.directory", str(directory), "--data.text_files", f"{texts}/*.txt"]
+        settings += ["--batch.micro_batch_size", str(size), "--data.cache_directory", str(tmp_path / "cache")]
+        run_ranks(ranks, [SCRIPT, *TINY, *settings])
+        last = read_ledger(directory)[-1]
+        found[ranks, size] = [last[f"gradient_noise_scale_tokens{end}"] for end in ("", "_low", "_high")]
+    for value, _, _ in found.values():
+        for _, low, high in found.values():
+            assert low < value < high, found
