@@ -65,6 +65,17 @@ class Benchmark:
         """Logging, evaluation, checkpoint beside an update."""
         return self._compare({OURS: "costs"}, self.setting)
 
+    def noise(self) -> dict[str, Any]:
+        """Updates with and without the gradient noise scale, of the quickstart's shape and of this one."""
+        small = replace(self.setting, n_layer=4, n_embd=128, n_head=4, vocab_size=2048, micro_batch_size=4, threads=1)
+        return {
+            f"{p.n_layer} x {p.n_embd}, {p.steps} micro-batches of {p.micro_batch_size} x {p.sequence_length} tokens": {
+                "setting": asdict(p),
+                **self._compare({OURS: "noise"}, p),
+            }
+            for p in (self.setting,) * self.is_quick or (small, self.setting, replace(self.setting, steps=32))
+        }
+
     def growth(self) -> dict[str, Any]:
         """Updates of one micro-batch of other sequence lengths and other sizes of the model."""
         lengths, sizes = (LENGTHS[:1], ()) if self.is_quick else (LENGTHS, SIZES)
@@ -225,6 +236,18 @@ def _costs(section: Result, setting: Setting) -> str:
     return _section("What is done beside updates", "The evaluation has as many tokens as an update.", rows, section)
 
 
+def _noise(section: Result, setting: Setting) -> str:
+    rows = []
+    for size, comparison in section.items():
+        rounds = comparison["trainings"][OURS]["parts"]
+        parts = {name: [part[name] for part in rounds] for name in rounds[0]}
+        seconds = {f"{name}, s": spread(values) for name, values in parts.items()}
+        rows.append({"layers x width": size, "measured / not measured": ratio(*parts.values()), **seconds})
+    text = """The same number of updates with the gradient noise scale (`log.noise_scale_every: 1`) and without it, in turns.
+Of more than 16 micro-batches 16 are measured."""
+    return _section("The gradient noise scale", text, rows, section)
+
+
 def _growth(section: Result, setting: Setting) -> str:
     rows = []
     for size, comparison in section.items():
@@ -266,7 +289,7 @@ update is in the ledger. Cold: neither the tokenizer nor compiled kernels are th
     return _section("To the first update", text, rows, section)
 
 
-SECTIONS = (_peers, _accumulation, _costs, _growth, _ranks, _compiled, _start)
+SECTIONS = (_peers, _accumulation, _costs, _noise, _growth, _ranks, _compiled, _start)
 WRITERS: dict[str, Callable[[Result, Setting], str]] = {writer.__name__[1:]: writer for writer in SECTIONS}
 
 

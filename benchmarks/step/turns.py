@@ -25,7 +25,7 @@ from benchmarks.random_text import random_block
 from benchmarks.reading import peak_memory_bytes
 from recipe.errors import RecipeError
 
-OURS = ("ours", "accumulation", "costs", "matrix_products")  # functions of `ours`; all others are of `peers`
+OURS = ("ours", "accumulation", "costs", "noise", "matrix_products")  # functions of `ours`; all others are of `peers`
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from recipe.run.ledger import LedgerEntry
 from recipe.run.run import Run
 
-HALF_LIFE_UPDATES, HALF_LIFE_SHARE = 32, 0.01  # measured updates, and share of the run's tokens: the longer of the two
+HALF_LIFE_UPDATES, HALF_LIFE_SHARE = 8, 0.01  # measured updates, and share of the run's tokens: the longer of the two
 FEWEST_UPDATES = 3  # with fewer there is no interval, and no number without one
 _NORMAL = NormalDist().inv_cdf(0.975)
 

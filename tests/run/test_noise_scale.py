@@ -51,19 +51,19 @@ def test_both_estimates_are_right_in_the_mean_for_unequal_groups_and_a_sample_of
 
 @pytest.mark.parametrize(("scale", "updates"), [(10.0, 4), (10.0, 40), (150.0, 40)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(scale: float, updates: int) -> None:
-    """200 runs of updates of 16 blocks: 95 %, give or take what heavy tails cost and 200 runs can tell (3 %)."""
+    """200 runs of updates of 16 blocks: 95 %, less 2 % for heavy tails, give or take what 200 runs can tell (5 %)."""
     random, cuts = np.random.default_rng(1), [0, 4, 8, 12, 16]
     inside = open_ended = 0
     for _ in range(200):
         smoothed = Smoothed()
         for update in range(1, updates + 1):
             columns = measure(draw(random, 16, scale), cuts, [0, 1, 2, 3], ranks=1)
-            smoothed = smoothed.add(update, columns["noise_s2"], columns["noise_g2"], half_life_tokens=32)
+            smoothed = smoothed.add(update, columns["noise_s2"], columns["noise_g2"], half_life_tokens=8)
         found = smoothed.scale()
         assert found is not None
         inside += (found.low or math.inf) <= scale <= (found.high or math.inf)
         open_ended += found.high is None
-    assert 0.90 <= inside / 200 <= 0.99
+    assert 0.88 <= inside / 200 <= 0.98
     if scale == 150:
         assert open_ended > 20, "an update is a tenth of the scale: often all that is known is a lower end"
     elif updates == 40:
