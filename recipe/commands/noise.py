@@ -53,6 +53,7 @@ def noise_at(checkpoint: Path, blocks: int) -> dict[str, Any]:
     """
     from recipe.checkpoint.files import read_state, why_invalid
     from recipe.checkpoint.resume import ResumePoint
+    from recipe.data.lanes import merge_ranges
     from recipe.step.frozen_noise import measure_frozen
 
     if reason := why_invalid(checkpoint):
@@ -62,9 +63,9 @@ def noise_at(checkpoint: Path, blocks: int) -> dict[str, Any]:
     state = read_state(checkpoint)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # Windows keeps a file that is mapped
         config = _config_of(state.config, Path(cache), checkpoint)
-        point = ResumePoint(checkpoint, state, skipped_batches=tuple(state.skipped_batches))
+        point = ResumePoint(checkpoint, state, skipped_blocks=merge_ranges(state.skipped_blocks))
         noise = measure_frozen(*_model_and_blocks(config, point, blocks))
-    tokens, scale = config.batch.tokens_per_update, asdict(noise.scale)
+    tokens, scale = make_plan(config, 1, 1).update_at(state.update).tokens_per_update, asdict(noise.scale)
     snr = tokens / scale["tokens"] if scale["tokens"] else None
     return {
         **{"checkpoint": str(checkpoint), "update": state.update, "tokens": state.tokens},
@@ -123,7 +124,7 @@ def _model_and_blocks(config: Config, point: Any, count: int) -> tuple[Any, Sequ
     import numpy as np
 
     from recipe.checkpoint.resume import open_text, restore_lanes
-    from recipe.data.blocks import batch_index, make_lanes, next_update, to_tensors
+    from recipe.data.blocks import make_lanes, next_update, to_tensors
     from recipe.data.tokenizer import load_tokenizer
     from recipe.model import build_model, choose_kernels
 
@@ -135,15 +136,10 @@ def _model_and_blocks(config: Config, point: Any, count: int) -> tuple[Any, Sequ
     sources = open_text(run, point)
     tokenizer = load_tokenizer(config, sources, str(point.checkpoint))
     model = accelerator.prepare(build_model(run, tokenizer, str(point.checkpoint)))
-    lanes, rows = make_lanes(run, sources, tokenizer), []
+    lanes, update = make_lanes(run, sources, tokenizer), plan.update_at(point.update)
     restore_lanes(run, point, lanes)
-    batch, per_update = batch_index(point.update, point.skipped_batches), plan.update.blocks_per_update
-    while len(rows) * per_update < count:
-        batch += 1
-        blocks = next_update(lanes, plan.update.blocks_per_lane, run.device).blocks
-        if batch not in point.skipped_batches:
-            rows.append(blocks)
-    everything = np.concatenate(rows)
+    updates = range(-(-count // update.blocks_per_update))
+    everything = np.concatenate([next_update(lanes, update.blocks_per_lane, run.device).blocks for _ in updates])
     chosen = everything[np.arange(count) * len(everything) // count]
     start = accelerator.unwrap_model(model).document_start
     return model.eval(), [to_tensors(block[None], run.device, start) for block in chosen]
