@@ -112,6 +112,7 @@ def test_page_and_card_show_the_budgets(root: Path) -> None:
         ("5 to 7", "3,072", "1", "10", "5"),
         ("8 to 11", "1,024", "1", "10", "2"),
     ]
+    assert rows.parts[2][5] == "ceil(48 blocks of the largest share / 10) = 5"
     record.events.append({"event": "resume", "update": 6, "changes": {}})
     assert Curves([record], ["run"]).datasets["events"][-1]["tokens"] == sum(TOKENS[:6])
     card = card_files(root / "whole")["README.md"].decode()

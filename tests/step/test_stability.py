@@ -271,45 +271,49 @@ def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) 
 def over_a_change(directory: Path, *more: str) -> list[str]:
     """A third of the budget from update 10 on, and a checkpoint after update 8; what led to the spike is all behind that."""
     schedule = json.dumps([{"from_tokens": 13_000, "tokens_per_update": 512}])
-    rollback = ["--stability.on_spike", "rollback", "--stability.rollback_updates", "60", "--batch.schedule", schedule]
+    rollback = ["--stability.on_spike", "rollback", "--batch.schedule", schedule]
     return spiky_arguments(directory, *rollback, "--checkpoint.every_tokens", "12000", "--run.max_updates", "40", *more)
 
 
-def test_a_rollback_over_a_change_of_budget_leaves_out_the_blocks_that_were_trained_on(spiky: Path) -> None:
+@pytest.mark.parametrize("updates", [60, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_rollback_over_a_change_of_budget_leaves_out_the_blocks_that_were_trained_on(
+    spiky: Path, updates: int
+) -> None:
     """The blocks that are left are given to updates of other sizes, as docs/design.md has it."""
-    done = train(*over_a_change(spiky / "over"))
+    over = spiky / f"over-{updates}"
+    done = train(*over_a_change(over, "--stability.rollback_updates", str(updates)))
     assert done.returncode == 0, done.stderr
-    rollbacks = read_events(spiky / "over", "rollback")
+    rollbacks = read_events(over, "rollback")
     assert rollbacks[0]["update"] == 8
-    # Three blocks of each lane in each of nine updates, then one: the ninth and all of the second budget are left out.
-    assert rollbacks[0]["skipped_blocks"] == [[24, 27 + rollbacks[0]["spike_update"] - 9]]
-    entries = read_ledger(spiky / "over")
+    # Three blocks of each lane in each of nine updates, then one: with 60, the ninth and all of the second budget.
+    end = 27 + rollbacks[0]["spike_update"] - 9
+    assert rollbacks[0]["skipped_blocks"] == [[24 if updates == 60 else end - updates, end]]
+    entries = read_ledger(over)
     assert [entry["target_tokens"] for entry in entries] == [1536] * 9 + [512] * 31
-    order = Order(yaml.safe_load((spiky / "over/config.yaml").read_text(encoding="utf-8")))
+    order = Order(yaml.safe_load((over / "config.yaml").read_text(encoding="utf-8")))
     left_out = [stretch for event in rollbacks for stretch in event["skipped_blocks"]]
     assert list(islice(order.hashes(left_out), 40)) == [entry["blocks_sha256"] for entry in entries]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_behind_a_rollback_over_a_change_resumes_exactly(spiky: Path) -> None:
-    for name, more in (("over-whole", []), ("over-two", ["--batch.micro_batch_size", "5", "--model.dropout", "0"])):
+    far = ["--stability.rollback_updates", "60"]
+    plain = [*far, "--model.dropout", "0", "--batch.micro_batch_size"]
+    for name, more in (("over-whole", far), ("over-one", [*plain, "5"])):
         done = train(*over_a_change(spiky / name, *more))
         assert done.returncode == 0, done.stderr
     killed = spiky / "over-killed"
-    process = start_training(*over_a_change(killed))
+    process = start_training(*over_a_change(killed, *far))
     wait_for(process, "robust standard deviations")
     wait_for(process, "after 8 updates")
     wait_for(process, "update ")
     process.kill()
     process.communicate()
-    done = train(*over_a_change(killed))
+    done = train(*over_a_change(killed, *far))
     assert done.returncode == 0, done.stderr
     assert_same_run(spiky / "over-whole", killed)
-    shutil.rmtree(spiky / "over-ranks", ignore_errors=True)
-    run_ranks(
-        2, [SCRIPT, *over_a_change(spiky / "over-ranks", "--batch.micro_batch_size", "2", "--model.dropout", "0")]
-    )
-    one, two = (read_ledger(spiky / name) for name in ("over-two", "over-ranks"))
+    run_ranks(2, [SCRIPT, *over_a_change(spiky / "over-ranks", *plain, "2")])
+    one, two = (read_ledger(spiky / name) for name in ("over-one", "over-ranks"))
     assert [entry["blocks_sha256"] for entry in one] == [entry["blocks_sha256"] for entry in two]
     assert [entry["loss"] for entry in one] == pytest.approx([entry["loss"] for entry in two], rel=1e-4)
 
