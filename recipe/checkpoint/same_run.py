@@ -102,6 +102,8 @@ def check_length(checkpoint: Path, tokens: int, config: Config, changes: dict[st
     earlier = replace(config, schedule=replace(schedule, **was))
     totals = [make_plan(other, world_size=1).total_tokens for other in (earlier, config)]
     old, new = (decay_start(total, c.schedule) for total, c in zip(totals, (earlier, config), strict=True))
+    if (totals[0], old) == (totals[1], new):
+        return
     if tokens > old:
         raise RecipeError(
             f"the length of this run can change no more: its decay began at {old:,} tokens, and {checkpoint} is at {tokens:,}; "

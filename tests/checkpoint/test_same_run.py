@@ -118,6 +118,7 @@ def test_another_mixture_is_refused_with_the_difference(values: dict[str, Any], 
         (8000, {"total_tokens": 20_000}, ""),
         (8000, {"total_tokens": 12_000, "decay_tokens": 4000}, ""),
         (8000, {"total_tokens": 100_000, "decay_tokens": 92_000}, ""),
+        (8001, {"decay_tokens": 2000}, ""),  # a fifth, as it was
         (8000, {"shape": "linear"}, "schedule.shape was 'wsd' and is 'linear'"),
         (8001, {"total_tokens": 20_000}, "can change no more: its decay began at 8,000 tokens, and {} is at 8,001"),
         (8001, {"decay_tokens": 1000}, "can change no more"),
