@@ -47,7 +47,8 @@ def has_nothing_left(run: Run, update: int) -> bool:
         )
         return True
     if update == plan.planned_updates and any(final.glob("*.safetensors")):
-        run.console.section("this run is complete; --resume fresh trains it again", usage(final))
+        again = "" if run.config.run.branch else "; --resume fresh trains it again"
+        run.console.section(f"this run is complete{again}", usage(final))
         return True
     return False
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipe.checkpoint.files import TrainingState, read_state, why_invalid
+from recipe.checkpoint.files import TrainingState, read_state
 from recipe.checkpoint.same_run import changed_updates, weights_of
 from recipe.config.settings import Config, flat_settings
 from recipe.data.lanes import Ranges, merge_ranges, number_of
@@ -37,11 +37,11 @@ def check_branch(config: Config, checkpoint: Path, state: TrainingState) -> None
     given, begun = Path(config.resume), state.branched_from
     if begun is None:
         raise RecipeError(f"{checkpoint} is of a run that is no branch: give the branch a --run.directory of its own")
-    if (
-        config.resume != "auto"
-        and why_invalid(given) is None
-        and read_state(given).blocks_sha256 != begun["blocks_sha256"]
-    ):
+    try:
+        is_other = read_state(given).blocks_sha256 != begun["blocks_sha256"]
+    except (OSError, ValueError):  # auto, of the Hub, or gone by now
+        is_other = False
+    if is_other:
         raise RecipeError(
             f"{checkpoint} has branched from {begun['checkpoint']}, not from {given}: give each branch a --run.directory "
             "of its own"

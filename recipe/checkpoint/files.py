@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 STATE = "training/state.json"
 OPTIMIZER = "training/optimizer.safetensors"
+BRANCH_FACTS = {"checkpoint", "update", "tokens", "blocks_sha256", "changes"}
 LARGEST_JSON_BYTES = 1 << 26
 
 
@@ -159,19 +160,21 @@ def read_state(directory: Path) -> TrainingState:
             state.tokens,
             *(count for start, stop in state.skipped_blocks for count in (start, stop)),
         ]
+        numbers = [state.verification_loss, *state.noise, *(number for pair in state.recent for number in pair)]
         for lane in state.lane_states:
             position = Position.of(lane)
             counts += [position.token, position.window, position.block, *position.source_tokens]
             counts += [count for stream in position.streams for count in (stream.epoch, stream.shard)]
-        numbers = [state.verification_loss, *state.noise, *(number for pair in state.recent for number in pair)]
+            numbers += position.weights
         fits = (
             all(type(count) is int and count >= 0 for count in counts)
             and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
             and all(len(pair) == 2 for pair in state.recent)
             and len(state.noise) in (0, len(fields(Smoothed)))
             and (type(state.config), type(state.blocks_sha256)) == (dict, str)
+            and (state.branched_from is None or state.branched_from.keys() >= BRANCH_FACTS)
         )
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(error) from None
     if not fits:
         raise ValueError("a value is not of its kind")

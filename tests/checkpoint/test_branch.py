@@ -31,6 +31,7 @@ from recipe.report.record import read_record
 from tests.helpers import (
     SCRIPT,
     TIMES,
+    TINY,
     assert_one_line,
     assert_same_run,
     read_events,
@@ -239,3 +240,33 @@ def test_a_branch_that_leaves_text_out_reads_what_follows(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     later, parent = read_ledger(root / "later"), read_ledger(root / "parent")
     assert [e["blocks_sha256"] for e in later] == [e["blocks_sha256"] for e in parent[6:]]
+
+
+def of_sources(root: Path, name: str, first_weight: int, *more: str) -> list[str]:
+    sources = [{"text_files": [f"{root}/{part}.jsonl"], "name": part} for part in ("a", "b")]
+    given = json.dumps([{**sources[0], "weight": first_weight}, {**sources[1], "weight": 1}])
+    return [*TINY, "--run.directory", str(root / name), "--data.sources", given, "--data.shuffle_blocks", "5", *more]
+
+
+@pytest.mark.slow
+def test_weights_may_change_in_a_branch_whose_last_update_crosses_windows(tmp_path: Path) -> None:
+    """Update 4 has blocks 9 to 11 of each lane, of two windows; the last of them ends the branch's first update."""
+    text = "".join(write_texts(tmp_path / "texts"))
+    for name, length in (("a", 150), ("b", 200)):  # characters of a document
+        rows = [json.dumps({"text": text[place : place + length]}) for place in range(0, len(text), length)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    start = ["--run.branch", "true", "--resume", str(tmp_path / "parent/checkpoints/step-000004"), "--run.max_updates"]
+    for name, weight, more in (
+        ("parent", 1, ["--run.max_updates", "4"]),
+        ("whole", 9, [*start, "16"]),
+        ("parts", 9, [*start, "5"]),
+        ("parts", 9, [*start, "6"]),
+        ("parts", 9, [*start, "16"]),
+    ):
+        done = train(*of_sources(tmp_path, name, weight, *more))
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    tokens = [entry["source/a/tokens"] for entry in read_ledger(tmp_path / "whole")]
+    assert sum(tokens[-8:]) / (8 * 1536) == pytest.approx(0.9, abs=0.03)
+    (event,) = read_events(tmp_path / "whole", "branch")
+    assert event["changes"] == {"data.sources[0].weight": [1.0, 9.0]}

@@ -59,6 +59,8 @@ SETTINGS = {
         ["--data.text_files", "http://host/a.csv?b=.jsonl"],
         ["a.csv'", ".parquet"],
     ),
+    "branch from nothing": (["--run.branch", "true", "--resume", "fresh"], ["run.branch", "--resume PATH"]),
+    "text left out by no branch": (["--run.skip_tokens", "512"], ["run.skip_tokens = 512", "--run.branch true"]),
     "muon in bf16": (["--optimizer.name", "muon", "--optimizer.state", "bf16"], ["bf16 is AdamW in bf16", "not muon"]),
     "negative rate": (["--optimizer.learning_rate", "-1"], ["optimizer.learning_rate", "greater than 0"]),
     "warm-up too long": (["--schedule.warmup_tokens", "61440"], ["warmup_tokens = 61,440", "leaves nothing"]),
