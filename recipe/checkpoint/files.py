@@ -150,16 +150,12 @@ def read_state(directory: Path) -> TrainingState:
     """
     values = _read_json(directory / STATE)
     try:
-        if isinstance(values, dict) and values.pop(
-            "skipped_batches", None
-        ):  # of a version in which all updates had one size
+        # of a version in which all updates had one size
+        if isinstance(values, dict) and values.pop("skipped_batches", None):
             raise ValueError("it says in another unit than this version what rollbacks have left out")
         state = TrainingState(**values)
-        counts = [
-            state.update,
-            state.tokens,
-            *(count for start, stop in state.skipped_blocks for count in (start, stop)),
-        ]
+        counts = [state.update, state.tokens]
+        counts += [count for start, stop in state.skipped_blocks for count in (start, stop)]
         numbers = [state.verification_loss, *state.noise, *(number for pair in state.recent for number in pair)]
         for lane in state.lane_states:
             position = Position.of(lane)

@@ -26,11 +26,10 @@ def measure_frozen(model: Any, blocks: Sequence[MicroBatch]) -> FrozenNoise:
 
     With both the estimate without any one of the blocks is known, whose scatter is its error (jackknife).
     """
-    squares, totals = [], None
+    totals, squares = [torch.zeros_like(parameter) for parameter in model.parameters()], []
     for gradients in _gradients(model, blocks):
         squares.append(_products(gradients, gradients))
-        totals = gradients if totals is None else torch._foreach_add(totals, gradients)
-    assert totals is not None
+        torch._foreach_add_(totals, gradients)
     products = [_products(gradients, totals) for gradients in _gradients(model, blocks)]
     return from_products(np.array(squares), np.array(products), blocks[0][1].numel())
 
@@ -53,10 +52,10 @@ def from_products(squares: np.ndarray, products: np.ndarray, tokens: int) -> Fro
     return FrozenNoise(float(s2), float(g2), NoiseScale.of(float(g2 / s2), float(error * student(blocks - 1))))
 
 
-def _gradients(model: Any, blocks: Sequence[MicroBatch]) -> Iterator[Sequence[Tensor]]:
+def _gradients(model: Any, blocks: Sequence[MicroBatch]) -> Iterator[list[Tensor]]:
     parameters = list(model.parameters())
     for block in blocks:
-        yield torch.autograd.grad(model(*block), parameters)
+        yield list(torch.autograd.grad(model(*block), parameters))
 
 
 def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

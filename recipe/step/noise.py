@@ -43,7 +43,8 @@ class GradientNoise:
     @contextmanager
     def group(self, micro_batch: MicroBatch, sums: Tensor, is_first: bool) -> Iterator[None]:
         """Around the backward of a micro-batch: add to `sums` what its gradient comes to. A fully masked one adds nothing."""
-        self._squares = squares = []
+        squares: list[Tensor] = []
+        self._squares = squares
         try:
             yield
         finally:
@@ -62,7 +63,10 @@ class GradientNoise:
 
 def squared_norm(gradient: Tensor) -> Tensor:
     """In float32, or float64 if it is: 0-d, on the device."""
-    if gradient.is_cpu and gradient.dtype != torch.bfloat16 and gradient.is_contiguous():
+    if gradient.is_cpu and gradient.dtype == torch.bfloat16:  # it is copied, so in pieces that fit into a cache
+        pieces = gradient.reshape(-1).split(1 << 16)
+        return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]).square().sum()
+    if gradient.is_cpu and gradient.is_contiguous():
         flat = gradient.view(-1)
         return flat.dot(flat)  # in two thirds of the time
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()

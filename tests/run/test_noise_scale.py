@@ -32,7 +32,7 @@ def measure(gradients: np.ndarray, cuts: list[int], sampled: list[int], ranks: i
     targets = len(gradients)
     squares = (sums**2).sum(axis=1) * (ranks / targets) ** 2 / sizes  # as hooks see them
     groups = GroupSums(squares[sampled].sum(), sizes[sampled].sum(), len(sampled), squares[0], sizes[0])
-    return groups.columns(np.linalg.norm(gradients.mean(axis=0)), targets, ranks)
+    return groups.columns(float(np.linalg.norm(gradients.mean(axis=0))), targets, ranks)
 
 
 @pytest.mark.parametrize(("cuts", "sampled"), [([0, 3, 5, 12, 16], [0, 1, 2, 3]), ([0, 1, 7, 9, 16], [0, 2])])

@@ -154,6 +154,7 @@ def differences(accelerator: Any, dtype: torch.dtype, masked: bool, document_mas
                 results[f"{count} blocks, micro-batch {size}, {path}"] = max(
                     apart, abs(loss.item() / expected_loss - 1)
                 )
+                assert noise.sums is not None
                 wanted = group_sums(noise, plan, gradients, (~mask).sum(dim=1))
                 results[f"{count} blocks, micro-batch {size}, {path}, noise"] = float(
                     (noise.sums / wanted - 1).nan_to_num().abs().max()
