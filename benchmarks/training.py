@@ -109,7 +109,7 @@ class RandomLane:
     """Stands for a lane of text: the lanes deal out the blocks of the random text."""
 
     bad_rows, is_ready = 0, True
-    source_tokens, passes, document_start, streams = np.zeros(1, dtype=np.int64), (0,), None, ()
+    source_tokens, passes, document_start, streams, skipped = np.zeros(1, dtype=np.int64), (0,), None, (), ()
 
     def __init__(self, index: int, lanes: int, block: Callable[[int], np.ndarray]) -> None:
         self.index, self._lanes, self._block, self._next = index, lanes, block, 0

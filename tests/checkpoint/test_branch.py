@@ -153,12 +153,12 @@ def test_other_weights_hold_from_the_next_window_on(tmp_path: Path) -> None:
     branch = branched_lane(tmp_path, state, 16)
     assert (branch.next_blocks(3) == lane.next_blocks(3)).all(), "the rest of the window is that of the run"
     tokens = np.zeros(2)
-    for _ in range(160):
+    for _ in range(80):
         before = branch.state_dict()
         blocks = branch.next_blocks(5)
         tokens += branch.source_tokens
         assert (branched_lane(tmp_path, before, 16).next_blocks(5) == blocks).all()
-    assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.01)
+    assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.02)
 
 
 def test_a_document_that_is_open_where_weights_change_is_read_on(tmp_path: Path) -> None:
