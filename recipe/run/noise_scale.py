@@ -26,8 +26,8 @@ class GroupSums:
     square: float  # sum over groups of (squared norm of the gradient / targets of the group)
     targets: float  # unmasked, of these groups
     groups: float
-    first_square: float  # of the first group alone
-    first_targets: float
+    alone_square: float  # of one group alone
+    alone_targets: float
 
     def columns(self, grad_norm: float, targets: float, ranks: int) -> dict[str, Any]:
         """The ledger's columns of an update: unbiased, also for groups of unequal size, and each may be negative.
@@ -42,12 +42,12 @@ class GroupSums:
             return (of_groups * (targets / ranks) ** 2 - held * square) / free if groups and free > 0 else None
 
         s2 = per_token(self.square, self.targets, self.groups)
-        first = per_token(self.first_square, self.first_targets, float(self.first_targets > 0))
+        alone = per_token(self.alone_square, self.alone_targets, float(self.alone_targets > 0))
         return {
             "noise_s2": s2,
             "noise_g2": None if s2 is None else square - s2 / targets,
             "noise_groups": int(self.groups) or None,
-            "noise_first_s2": None if s2 is None else first,
+            "noise_first_s2": None if s2 is None else alone,
         }
 
 

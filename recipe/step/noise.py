@@ -32,16 +32,22 @@ class GradientNoise:
         for parameter in model.parameters():
             parameter.register_hook(self._see)
 
-    def steps(self, plan: UpdatePlan) -> list[int]:
-        """The micro-batches of each rank to measure in the open update, from 1: evenly spread, none for other updates."""
-        if self.update % self.every:
-            return []
+    def steps(self, plan: UpdatePlan, rank: int) -> tuple[list[int], int]:
+        """Which of a rank's micro-batches to measure in the open update, from 1, and the one that is measured alone too.
+
+        They are evenly spread, and none if the update is not measured. Alone is one of all ranks', each in its turn; else 0.
+        """
+        measured, rest = divmod(self.update, self.every)
+        if rest:
+            return [], 0
         steps = plan.gradient_accumulation_steps
         count = min(steps, -(-GROUPS_PER_UPDATE // plan.world_size))
-        return [(number * steps + self.update % steps) // count + 1 for number in range(count)]
+        sample = [(number * steps + measured % steps) // count + 1 for number in range(count)]
+        turn, rank_of_turn = divmod(measured, plan.world_size)
+        return sample, sample[turn % count] if rank == rank_of_turn else 0
 
     @contextmanager
-    def group(self, micro_batch: MicroBatch, sums: Tensor, is_first: bool) -> Iterator[None]:
+    def group(self, micro_batch: MicroBatch, sums: Tensor, is_alone: bool) -> Iterator[None]:
         """Around the backward of a micro-batch: add to `sums` what its gradient comes to. A fully masked one adds nothing."""
         squares: list[Tensor] = []
         self._squares = squares
@@ -53,7 +59,7 @@ class GradientNoise:
         square = torch.stack(squares).sum(dtype=sums.dtype) / targets.clamp(min=1)
         added = torch.stack([square, *(number.to(sums.dtype) for number in (targets, targets > 0))])
         sums[:3] += added
-        if is_first:
+        if is_alone:
             sums[3:] += added[:2]
 
     def _see(self, gradient: Tensor) -> None:

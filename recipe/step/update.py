@@ -122,16 +122,15 @@ def accumulate_gradient(
     factor = accelerator.num_processes * (1 if is_manual else steps)  # derived above
     scale = factor / targets.to(torch.float32 if targets.device.type == "mps" else torch.float64)  # MPS has no float64
     sums = scale.new_zeros(1 + COUNT)  # reduced at once: the loss, and what is measured of the gradients
-    loss_sum, measured = sums[0], run.noise.steps(run.plan.update_at(run.noise.update)) if run.noise else []
-    agreements, ran_out = stop.agreements, False
+    measured, alone = run.noise.steps(run.plan.update_at(run.noise.update), run.rank) if run.noise else ([], 0)
+    loss_sum, agreements, ran_out = sums[0], stop.agreements, False
     try:
         for step, micro_batch in enumerate(micro_batches, start=1):
             if step == steps or stop.signal:
                 stop.agree()
             with _manual_context(accelerator, model, step == steps) if is_manual else accelerator.accumulate(model):
                 loss = model(*micro_batch)
-                is_first = run.rank == 0 and step == min(measured, default=0)
-                with run.noise.group(micro_batch, sums[1:], is_first) if step in measured else nullcontext():
+                with run.noise.group(micro_batch, sums[1:], step == alone) if step in measured else nullcontext():
                     backward(loss * scale)
                 loss_sum += loss.detach()
     except RuntimeError as error:

@@ -52,6 +52,8 @@ def test_step_benchmark_compares_the_recipe_with_its_peers(tmp_path: Path) -> No
         "not compiled, cold": 1,
         "not compiled, warm": 1,
     }
+    for comparison in sections["noise"].values():
+        assert all(seconds > 0 for seconds in comparison["trainings"]["this recipe"]["parts"][0].values())
     assert sections["costs"]["trainings"]["this recipe"]["parts"][0]["checkpoint, training stands still"] > 0
 
 

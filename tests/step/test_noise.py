@@ -30,16 +30,20 @@ from tests.support.runs import make_run
 def test_a_sample_is_evenly_spread_and_every_micro_batch_has_its_turn(steps: int, ranks: int) -> None:
     plan = UpdatePlan(steps * ranks * LENGTH, LENGTH, ranks, ranks, 1)
     assert plan.gradient_accumulation_steps == steps
-    noise, seen = GradientNoise(torch.nn.Linear(1, 1)), Counter[int]()
-    for update in range(steps):
+    noise, seen, alone = GradientNoise(torch.nn.Linear(1, 1)), Counter[int](), Counter[tuple[int, int]]()
+    for update in range(steps * ranks):
         noise.update = update
-        sample = noise.steps(plan)
+        sample, _ = noise.steps(plan, 0)
+        alone.update((rank, step) for rank in range(ranks) if (step := noise.steps(plan, rank)[1]))
         assert len(sample) == min(steps, math.ceil(GROUPS_PER_UPDATE / ranks))
         assert set(sample) <= set(range(1, steps + 1))
         gaps = np.diff([*sample, sample[0] + steps])
         assert gaps.max() - gaps.min() <= 1
         seen.update(sample)
-    assert set(seen.values()) == {len(sample)}
+    assert set(seen.values()) == {len(sample) * ranks}
+    assert alone.total() == steps * ranks, "one in each update"
+    assert {rank for rank, _ in alone} == set(range(ranks))
+    assert len({step for _, step in alone}) > 0.9 * steps
 
 
 def train(accelerator: Any, scaling: Scaling, model: CausalLanguageModel, every: int | None) -> list[Tensor]:

@@ -114,13 +114,14 @@ def group_sums(noise: GradientNoise, plan: UpdatePlan, gradients: Tensor, target
     """What `noise` has to measure, in the order of `GroupSums`: from the gradient and the targets of each block."""
     sums, scale = torch.zeros(5, dtype=torch.float64), plan.world_size / targets.sum().double()
     for rank in range(plan.world_size):
-        for number, step in enumerate(noise.steps(plan)):
+        sample, alone = noise.steps(plan, rank)
+        for step in sample:
             held = list(plan.micro_batches(rank)[step - 1])
             if (count := targets[held].sum()) == 0:
                 continue
             square = (scale * gradients[held].sum(dim=0)).square().sum() / count
             sums[:3] += torch.stack([square, count, torch.ones(())])
-            if (rank, number) == (0, 0):
+            if step == alone:
                 sums[3:] = torch.stack([square, count])
     return sums
 
