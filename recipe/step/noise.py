@@ -28,7 +28,8 @@ class GradientNoise:
     def __init__(self, model: nn.Module, every: int = 1) -> None:
         self.every, self.update = every, 0
         self.sums: Tensor | None = None
-        self._squares: list[Tensor] | None = None  # of the open group
+        # Of the open group: squared norms of matrices, and vectors, most of the gradients but small, to take together
+        self._open: tuple[list[Tensor], list[Tensor]] | None = None
         for parameter in model.parameters():
             parameter.register_hook(self._see)
 
@@ -50,11 +51,14 @@ class GradientNoise:
     def group(self, micro_batch: MicroBatch, sums: Tensor, is_alone: bool) -> Iterator[None]:
         """Around the backward of a micro-batch: add to `sums` what its gradient comes to. A fully masked one adds nothing."""
         squares: list[Tensor] = []
-        self._squares = squares
+        vectors: list[Tensor] = []
+        self._open = squares, vectors
         try:
             yield
         finally:
-            self._squares = None
+            self._open = None
+        if vectors:
+            squares.append(squared_norm(torch.cat(vectors)))
         targets = (micro_batch[1] != IGNORED_TARGET).sum()
         square = torch.stack(squares).sum(dtype=sums.dtype) / targets.clamp(min=1)
         added = torch.stack([square, *(number.to(sums.dtype) for number in (targets, targets > 0))])
@@ -63,8 +67,13 @@ class GradientNoise:
             sums[3:] += added[:2]
 
     def _see(self, gradient: Tensor) -> None:
-        if self._squares is not None:
-            self._squares.append(squared_norm(gradient))
+        if self._open is None:
+            return
+        squares, vectors = self._open
+        if gradient.dim() == 1:
+            vectors.append(gradient)
+        else:
+            squares.append(squared_norm(gradient))
 
 
 def squared_norm(gradient: Tensor) -> Tensor:
