@@ -241,7 +241,7 @@ def _explain(message: str, helps: dict[str, str]) -> str:
         same_start = os.path.commonprefix([leaf, of_leaf])  # noqa: RUF071 (strings, not paths)
         # A setting that has a new name still says in its help what its old name said.
         is_meant = same_start == leaf or all(word in helps[name] for word in leaf.split("_"))
-        likeness = difflib.SequenceMatcher(None, key, name).ratio() + len(same_start) / len(leaf)
-        return likeness + 2 * (section == of_section and is_meant)
+        score = difflib.SequenceMatcher(None, key, name).ratio() + len(same_start) / len(leaf)
+        return score + 2 * (section == of_section and is_meant)
 
     return f"{key} is not a setting; did you mean {max(helps, key=likeness)}? --help lists all"
