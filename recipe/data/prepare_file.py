@@ -13,7 +13,7 @@ from recipe.data.documents import Source
 from recipe.data.encode import DocumentEncoder
 from recipe.data.formats import Ids
 from recipe.data.sources import TYPICAL_TOKEN_BYTES
-from recipe.data.streams import ENCODED_CHARACTERS
+from recipe.data.streams import ENCODED_CHARACTERS, ENCODED_DOCUMENTS
 from recipe.data.token_writers import Output
 from recipe.data.workers import Report
 from recipe.errors import RecipeError
@@ -123,12 +123,12 @@ def _encoded(preparation: Preparation, documents: Iterable[tuple[Any, bool]]) ->
         return
     texts, are_held_out, characters = list[str](), list[bool](), 0
     for text, is_held_out in chain(documents, [(None, False)]):
-        if text is None or characters >= ENCODED_CHARACTERS:
+        if text is None or len(texts) == ENCODED_DOCUMENTS or characters >= ENCODED_CHARACTERS:
             yield from zip(preparation.encoder.encode(texts), are_held_out, strict=True)
             texts, are_held_out, characters = [], [], 0
         texts.append(text)
         are_held_out.append(is_held_out)
-        characters += len(text or "") + 1
+        characters += len(text or "")
 
 
 def _described(path: Path, file: Any) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 from recipe.data.documents import Source
 from recipe.errors import RecipeError
 
-# Texts are encoded together, about so many characters; fewer at first, for which the first update waits.
-FIRST_CHARACTERS, ENCODED_CHARACTERS = 1 << 16, 1 << 18
+# Texts are encoded together, up to so many documents or characters; a fourth of it at first, for which the first update waits.
+ENCODED_DOCUMENTS, ENCODED_CHARACTERS = 64, 1 << 18
+FIRST_SHARE = 1 / 4
 
 Encode = Callable[[list[Any]], Sequence[np.ndarray]]
 
@@ -58,15 +59,15 @@ class DocumentStream:
             return
         positions: list[StreamPosition] = []
         texts: list[str] = []
-        characters, wanted = 0, FIRST_CHARACTERS
+        characters, share = 0, FIRST_SHARE
         for position, text in self._read_documents(start):
             positions.append(position)
             texts.append(text)
-            characters += len(text) + 1
-            if characters >= wanted:
+            characters += len(text)
+            if len(texts) >= share * ENCODED_DOCUMENTS or characters >= share * ENCODED_CHARACTERS:
                 yield from zip(positions, self.encode(texts), strict=True)
                 positions, texts = [], []
-                characters, wanted = 0, min(2 * wanted, ENCODED_CHARACTERS)
+                characters, share = 0, min(2 * share, 1)
 
     def _read_documents(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, Any]]:
         position = start

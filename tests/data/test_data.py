@@ -183,8 +183,8 @@ def test_blocks_are_shuffled_inside_windows_that_grow_and_none_is_lost(
 
 def test_the_next_window_is_read_along_and_not_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one call reads is what a call uses, wherever a window ends: no update waits for a whole window."""
-    for name in ("FIRST_CHARACTERS", "ENCODED_CHARACTERS"):
-        monkeypatch.setattr(streams_module, name, 16 * LENGTH)
+    monkeypatch.setattr(streams_module, "FIRST_SHARE", 1)
+    monkeypatch.setattr(streams_module, "ENCODED_DOCUMENTS", 16)
     source, encoded = source_of(["x" * (LENGTH - 1)] * 4000, tmp_path), []
 
     def encode(texts: list[str]) -> Sequence[np.ndarray]:
