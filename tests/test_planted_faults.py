@@ -121,12 +121,14 @@ def test_a_manifest_that_is_not_synced_is_noticed(
         check_order_of_syncs(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_pruning_before_the_new_checkpoint_is_there_is_noticed(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts", count=16, largest=1200)
     with pytest.raises(IndexError):  # no checkpoint is left
         resuming.check_full_disk(tmp_path / "run", (FAULTY, "prune_before_writing"))
 
 
+@pytest.mark.slow
 def test_dropout_that_is_not_restored_is_noticed(tmp_path: Path) -> None:
     """A resumed run is compared with one that was not stopped, both with the fault."""
     write_texts(tmp_path / "texts", count=16, largest=1200)

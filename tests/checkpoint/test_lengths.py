@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import TINY, assert_same_run, read_ledger, train, write_texts
 
 
+@pytest.mark.slow
 def test_one_stable_run_extended_to_two_lengths_is_each_of_these_runs(tmp_path: Path) -> None:
     """Four updates of a run of 12, then on to 6 and to 8: bit for bit the run that had this length from the beginning."""
     write_texts(tmp_path / "texts", count=16, largest=1200)

@@ -57,6 +57,7 @@ def test_a_run_of_the_fork_server_is_that_of_a_new_python_bit_for_bit(root: Path
     assert_same_run(root / "whole", root / "forked")
 
 
+@pytest.mark.slow
 def test_three_resumes_give_the_uninterrupted_run_bit_for_bit(root: Path) -> None:
     """With dropout, in the middle of shuffle windows, into the third epoch."""
     state = json.loads((list_checkpoints(root / "whole/checkpoints")[0] / "training/state.json").read_text())
@@ -256,6 +257,7 @@ def test_the_model_is_written_though_the_last_checkpoint_cannot_be(root: Path) -
     assert list_checkpoints(directory / "checkpoints")[0].name == "step-000004"
 
 
+@pytest.mark.slow
 def test_a_file_system_that_can_do_less_is_named_once_and_trained_on(root: Path) -> None:
     directory = root / "poor"
     done = train("poor_file_system", *arguments(directory), script=[FAULTY], FAULTY_DIRECTORY=str(directory))

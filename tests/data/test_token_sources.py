@@ -294,6 +294,7 @@ def test_more_passes_than_a_source_may_have_are_refused_where_its_size_is_known(
     )
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_ids_and_goes_on_with_two_ranks(tmp_path: Path) -> None:
     """From the command line; nanoGPT's file has one value of two bytes for each token, and another for validation."""
     root, files = standard_library_files()

@@ -90,6 +90,7 @@ class _Graphs:
         ]
 
 
+@pytest.mark.slow
 def test_no_mask_reaches_attention() -> None:
     """A dense mask loses the flash kernel. transformers' own "sdpa" has one under torch.compile: the test sees it."""
     model = model_of()
@@ -208,6 +209,7 @@ def test_a_missing_extra_is_named_before_anything_is_built(monkeypatch: pytest.M
         set_kernels(config, torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_options_do_not_change_the_update(tmp_path: Path) -> None:
     """The same blocks, and the same losses to rounding."""
     write_texts(tmp_path / "texts")

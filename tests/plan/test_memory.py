@@ -88,30 +88,35 @@ DOCUMENTS = "--data.document_mask true"
 CHECKPOINTING = "--performance.activation_checkpointing"
 
 
+SHAPES = [  # layers, width, vocabulary, length, rows, more settings
+    (2, 128, 8192, 128, 6, ""),  # mostly logits, in two chunks, the second short
+    (2, 256, 16384, 16, 1, ""),  # mostly embedding
+    (2, 128, 2048, 128, 24, ""),
+    (5, 128, 512, 128, 8, f"{CHECKPOINTING} 2"),
+    (1, 256, 512, 16, 1, "--optimizer.name muon"),  # whose step is the peak
+    (2, 256, 8192, 16, 1, "--precision bf16"),  # mostly embedding
+]
+MORE_SHAPES = [
+    (4, 128, 2048, 128, 8, ""),
+    (2, 128, 8192, 128, 4, ""),  # mostly logits
+    (4, 256, 1024, 64, 1, ""),  # mostly state
+    (6, 128, 512, 128, 8, f"{CHECKPOINTING} 1"),
+    (6, 128, 512, 128, 8, f"{CHECKPOINTING} 2"),
+    (3, 128, 512, 128, 8, "--model.dropout 0.1"),
+    (3, 128, 512, 128, 8, "--model.activation_function gelu_new"),
+    (3, 128, 512, 128, 8, "--optimizer.name sgd"),
+    (2, 32, 512, 1024, 2, DOCUMENTS),  # mostly the mask
+    (2, 32, 512, 1024, 2, f"{DOCUMENTS} --precision bf16"),
+    (3, 128, 512, 128, 8, f"{DOCUMENTS} --model.dropout 0.1"),
+    (2, 128, 2048, 64, 4, "--precision bf16"),
+    (2, 32, 8192, 128, 5, "--precision bf16"),  # two chunks of logits
+    (3, 128, 512, 64, 2, f"--precision bf16 {CHECKPOINTING} 1"),
+]
+
+
 @pytest.mark.parametrize(
     ("layers", "width", "vocabulary", "length", "rows", "more"),
-    [
-        (4, 128, 2048, 128, 8, ""),
-        (2, 128, 8192, 128, 4, ""),  # mostly logits
-        (2, 128, 8192, 128, 6, ""),  # two chunks, the second short
-        (4, 256, 1024, 64, 1, ""),  # mostly state
-        (2, 256, 16384, 16, 1, ""),  # mostly embedding
-        (2, 128, 2048, 128, 24, ""),
-        (6, 128, 512, 128, 8, f"{CHECKPOINTING} 1"),
-        (5, 128, 512, 128, 8, f"{CHECKPOINTING} 2"),
-        (6, 128, 512, 128, 8, f"{CHECKPOINTING} 2"),
-        (3, 128, 512, 128, 8, "--model.dropout 0.1"),
-        (3, 128, 512, 128, 8, "--model.activation_function gelu_new"),
-        (3, 128, 512, 128, 8, "--optimizer.name sgd"),
-        (1, 256, 512, 16, 1, "--optimizer.name muon"),  # whose step is the peak
-        (2, 32, 512, 1024, 2, DOCUMENTS),  # mostly the mask
-        (2, 32, 512, 1024, 2, f"{DOCUMENTS} --precision bf16"),
-        (3, 128, 512, 128, 8, f"{DOCUMENTS} --model.dropout 0.1"),
-        (2, 128, 2048, 64, 4, "--precision bf16"),
-        (2, 32, 8192, 128, 5, "--precision bf16"),  # two chunks of logits
-        (2, 256, 8192, 16, 1, "--precision bf16"),  # mostly embedding
-        (3, 128, 512, 64, 2, f"--precision bf16 {CHECKPOINTING} 1"),
-    ],
+    [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.slow) for shape in MORE_SHAPES)],
 )
 def test_planned_memory_is_what_the_allocator_hands_out(
     layers: int, width: int, vocabulary: int, length: int, rows: int, more: str
@@ -148,6 +153,7 @@ def _sum_of_one_rank(_, bucket):  # type: ignore[no-untyped-def]  # DDP reads an
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_ddp_holds_the_gradient_once_more() -> None:
     """A group of one rank: its buckets are as large as those of many."""

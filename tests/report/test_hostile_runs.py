@@ -97,6 +97,7 @@ class Tags(HTMLParser):
         self.count.update(f"{tag} {name}" for name, _ in attrs if name.startswith("on") or name in ("href", "src"))
 
 
+@pytest.mark.slow
 def test_no_text_stops_a_card_or_a_page_or_its_picture_or_becomes_html(directory: Path) -> None:
     spoiled = spoil(directory, f"a{CONTROL}b{BIDIRECTIONAL}c{''.join(IN_LINES)}")
     files, page = card_files(spoiled, "me/model"), page_of(spoiled)

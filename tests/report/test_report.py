@@ -196,6 +196,7 @@ def test_damaged_and_missing_values_leave_a_page(browser: Browser, directory: Pa
     opened.close()
 
 
+@pytest.mark.slow
 def test_a_long_ledger_gives_a_small_page_that_keeps_its_spikes(directory: Path, tmp_path: Path) -> None:
     entry = ledger_line(1)
     lines = [

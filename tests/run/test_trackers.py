@@ -189,6 +189,7 @@ def plain_arguments(directory: Path, texts: Path, *more: str) -> list[str]:
     return [*TINY, "--run.directory", str(directory), "--data.text_files", f"{texts}/*.txt", *more]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_trackers_only_costs_their_curves(texts: Path, tmp_path: Path) -> None:
     """TensorBoard's file cannot grow beyond what it has after two updates; trackio's directory is none."""
     directory, places = tmp_path / "run", {"TRACKIO_DIR": "/dev/null/trackio"}

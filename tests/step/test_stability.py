@@ -225,6 +225,7 @@ def test_what_the_errors_of_a_divergence_say_works_when_it_is_run(spiky: Path) -
     works(command, "--stability.on_spike", "continue")
 
 
+@pytest.mark.slow
 def test_rollback_leaves_out_the_guilty_blocks_and_resumes_exactly(spiky: Path) -> None:
     """The run that rolled back, one that was stopped twice meanwhile, and one on two ranks: the same blocks, the same run."""
     rollback = ["--stability.on_spike", "rollback"]
