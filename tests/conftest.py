@@ -22,8 +22,9 @@ from tests.helpers import TINY, train, write_texts  # noqa: E402
 # By a run of the suite on two cores, from the longest on: whoever begins last should not have the most to do.
 LONGEST_FIRST = (
     *("benchmarks/test_benchmarks", "model/test_kernels"),  # of the slow ones
-    *("checkpoint/test_resume", "test_train", "data/test_data_faults", "hub/test_background", "plan/test_memory"),
-    *("report/test_report", "config/test_errors", "step/test_stability", "data/test_data"),
+    *("checkpoint/test_resume", "test_train", "hub/test_background", "report/test_report", "plan/test_run_plan"),
+    *("data/test_data_faults", "step/test_stability", "step/test_update", "config/test_errors", "report/test_card"),
+    *("plan/test_memory", "data/test_data", "data/test_prepare"),
 )
 LENGTHY = (
     *("benchmarks/test_gpu_benchmark", "data/test_data_faults", "data/test_data.py::test_state_is_exact"),

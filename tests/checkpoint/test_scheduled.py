@@ -74,7 +74,8 @@ def test_tokens_blocks_evaluations_and_checkpoints_are_where_a_count_puts_them(r
     ]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_before_at_and_after_a_change_it_is_the_same_run_bit_for_bit(root: Path, ranks: int) -> None:
     """Update 5 is the first of the second budget, update 8 of the third."""
     whole, resumed = root / ("whole" if ranks == 1 else "whole-2"), root / f"resumed-{ranks}"

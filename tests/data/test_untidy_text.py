@@ -209,6 +209,7 @@ def test_an_object_store_is_read_as_any_address(tmp_path: Path) -> None:
         open_source(config_for(tmp_path, "s3://bucket/a.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_bad_row_stops_all_ranks_with_a_checkpoint_and_skipping_it_goes_on(tmp_path: Path) -> None:
     """It is in a file that rank 1 alone reads, behind what the first updates need."""
     text = "".join(write_texts(tmp_path / "written", count=80))

@@ -234,6 +234,7 @@ def test_an_empty_machine_goes_on_from_the_hub_bit_for_bit(root: Path, resumed: 
     assert content_of(root / "second/final") == content_of(root / "first/final")
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_hub_that_takes_nothing_and_is_pushed_later(
     root: Path,
     hub: HubServer,
@@ -447,6 +448,7 @@ def test_other_ranks_push_nothing_and_what_a_killed_run_left_is_removed(run: Run
     assert not (run.directory / ".pushing").exists()
 
 
+@pytest.mark.slow
 def test_no_push_outlives_its_run(run: Run, online: HubServer) -> None:
     """However that ends: here by kill -9, while the Hub hangs. Ctrl-C at a terminal does not reach it."""
     script = f"""

@@ -276,7 +276,8 @@ def over_a_change(directory: Path, *more: str) -> list[str]:
     return spiky_arguments(directory, *rollback, "--checkpoint.every_tokens", "12000", "--run.max_updates", "40", *more)
 
 
-@pytest.mark.parametrize("updates", [60, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", [60, 4])
 def test_a_rollback_over_a_change_of_budget_leaves_out_the_blocks_that_were_trained_on(
     spiky: Path, updates: int
 ) -> None:

@@ -35,7 +35,7 @@ from tests.support.gradients import (
 BOUND = {"torch.float64": 1e-12, "torch.float32": 1e-6}
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("world_size", [*(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2)), 3])
 def test_gradient_equals_one_big_batch(world_size: int, tmp_path: Path) -> None:
     """Micro-batch 1 to 16, both paths, float64 and float32, packed, unevenly masked, in documents; ranks are processes.
 
