@@ -230,6 +230,7 @@ def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Pat
     assert [e["loss"] for e in read_ledger(tmp_path / "run")] == [e["loss"] for e in ledger], "the same run again"
 
 
+@pytest.mark.slow
 def test_bf16_keeps_parameters_in_float32_and_learns(tmp_path: Path) -> None:
     """Two updates, since it is slow on a CPU: bf16 products, a loss within bf16's rounding of the float32 one."""
     write_texts(tmp_path / "texts")

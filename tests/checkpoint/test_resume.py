@@ -123,6 +123,7 @@ def test_kill_9_loses_nothing_but_time(root: Path) -> None:
     assert_same_run(root / "whole", directory)
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_directory_is_refused(root: Path) -> None:
     directory = root / "locked"
     process = start_training(*arguments(directory))
@@ -138,6 +139,7 @@ def test_a_second_process_on_the_same_directory_is_refused(root: Path) -> None:
     assert_same_run(root / "whole", directory)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_named(root: Path) -> None:
     """A flipped bit in the newest, a truncated file in the one before, a planted pickle, a stray file."""
     directory = root / "damaged"
@@ -172,6 +174,7 @@ def test_another_run_in_the_directory_is_refused_with_the_difference(root: Path)
     assert "batch.lanes" not in done.stderr
 
 
+@pytest.mark.slow
 def test_changed_text_is_refused(root: Path) -> None:
     directory = root / "changed" / "run"
     write_texts(root / "changed/texts", count=16, largest=1200)
@@ -210,6 +213,7 @@ def test_a_model_that_computes_another_function_is_refused(root: Path) -> None:
     assert "does not compute the same function" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_only_the_checkpoints(root: Path) -> None:
     """No file may grow beyond a limit, until the first checkpoint has failed: training does not notice."""
     directory = root / "full"

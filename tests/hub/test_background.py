@@ -359,6 +359,7 @@ def test_a_push_is_given_up_when_it_takes_too_long_and_at_a_signal(
     assert psutil.Process().children() == children
 
 
+@pytest.mark.slow
 def test_a_refused_push_says_why_without_secrets(
     run: Run, online: HubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def test_the_chart_has_scale_band_and_budget(directory: Path) -> None:
     assert "gradient_snr" in [metric.column for metric in curves.metrics]
 
 
+@pytest.mark.slow
 def test_page_and_card_say_what_it_is_and_what_it_is_not(directory: Path) -> None:
     record = read_record(directory)
     for text in (report_page([record], ["run"]), model_card(record, directory / "final").content):

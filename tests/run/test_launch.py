@@ -97,6 +97,7 @@ def test_a_group_that_cannot_be_formed_is_one_line_of_ours(tmp_path: Path) -> No
     assert done.stderr.splitlines()[-1].startswith("error: accelerate cannot start this rank: ")
 
 
+@pytest.mark.slow
 def test_accelerates_own_configuration_changes_nothing_silently(texts: Path, tmp_path: Path) -> None:
     """dynamo, mixed precision and accumulation steps, as `accelerate launch` passes them on: the same losses, a line each."""
     configured = {
