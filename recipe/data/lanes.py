@@ -74,6 +74,7 @@ class _Document(NamedTuple):
     source_tokens: tuple[int, ...]  # before it
     source: int
     tokens: np.ndarray  # without end-of-text
+    size: int  # with it
 
 
 class Lane:
@@ -214,8 +215,9 @@ class Lane:
             if source is None:
                 source = self._most_lacking(taken) if len(taken) > 1 else 0
             tokens = waiting[source][1]
-            yield _Document(tuple(position for position, _ in waiting), tuple(taken), source, tokens)
-            taken[source] += len(tokens) + (self._ends[source] is not None)
+            size = len(tokens) + (self._ends[source] is not None)
+            yield _Document(tuple(position for position, _ in waiting), tuple(taken), source, tokens, size)
+            taken[source] += size
             waiting[source] = next(documents[source])
             source = None
 
@@ -239,7 +241,7 @@ class _TokenStream:
         """Have at least `count` tokens in hand."""
         while self._available < count:
             self._held.append(next(self._documents))
-            self._available += self._size(self._held[-1])
+            self._available += self._held[-1].size
 
     def take(self, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1].
@@ -263,14 +265,9 @@ class _TokenStream:
                 break
         self._used += count
         self._available -= count
-        while self._used >= (size := self._size(self._held[0])):
-            self._held.popleft()
-            self._used -= size
+        while self._used >= self._held[0].size:
+            self._used -= self._held.popleft().size
         return taken, runs
-
-    def _size(self, document: _Document) -> int:
-        """Of its tokens, and the one behind them."""
-        return len(document.tokens) + (self._ends[document.source] is not None)
 
     def position(self) -> Position:
         """Of the next token. Some have been taken."""

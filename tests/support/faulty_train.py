@@ -119,7 +119,7 @@ def drop_the_tail_of_a_packing_batch() -> None:
             if number % 4 == 0:
                 tokens = tokens[: max(len(tokens) - held % self.sequence_length, 0)]
                 held = 0
-            yield document._replace(tokens=tokens)
+            yield document._replace(tokens=tokens, size=len(tokens) + 1)
 
     Lane._read_documents = read  # type: ignore[method-assign]
 
@@ -132,7 +132,8 @@ def draw_by_documents() -> None:
         numbers, draw = range(len(documents)), random.Random(0)
         while True:
             (source,) = draw.choices(numbers, [stream.source.weight for stream in self.streams])
-            yield recipe.data.lanes._Document(start.streams, start.source_tokens, source, next(documents[source])[1])
+            tokens = next(documents[source])[1]
+            yield recipe.data.lanes._Document(start.streams, start.source_tokens, source, tokens, len(tokens) + 1)
 
     Lane._read_documents = read  # type: ignore[method-assign]
 
