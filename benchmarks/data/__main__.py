@@ -39,15 +39,15 @@ Result = dict[str, Any]
 
 
 def on_the_fly(job: Job, options: argparse.Namespace) -> Result:
-    """Text to tensors: every one reads the same share of it."""
-    jobs = {BARE: ("bare_tokenizer", job)}
-    jobs |= {f"this recipe, {lanes} lanes": ("ours_from_text", replace(job, lanes=lanes)) for lanes in LANES}
+    """Text to tensors. Ours reads four times as much: it holds tokens that it has made and not packed, which nobody counts."""
+    little = replace(job, root=f"{job.root}/fly")
+    more = replace(job, most_tokens=4 * len(read_flat(little.path / "tokens")))
+    jobs = {BARE: ("bare_tokenizer", little)}
+    jobs |= {f"this recipe, {lanes} lanes": ("ours_from_text", replace(more, lanes=lanes)) for lanes in LANES}
     for processes in (1, 2):
         name = f"`datasets`, map and group, num_proc {processes}"
-        jobs[name] = ("map_and_group", replace(job, processes=processes))
-    return take_turns(
-        {name: (of, replace(job, root=f"{job.root}/fly")) for name, (of, job) in jobs.items()}, options.rounds
-    )
+        jobs[name] = ("map_and_group", replace(little, processes=processes))
+    return take_turns(jobs, options.rounds)
 
 
 def memory(job: Job, options: argparse.Namespace) -> Result:
@@ -237,7 +237,8 @@ def _on_the_fly(section: Result, result: Mapping[str, Any]) -> str:
 ## On the fly, in thousands a second
 
 {result["sizes"]["fly_megabytes"]:g} MB of the text. The limit has documents in memory and gives numpy arrays.
-Ours is endless: it counts what it has tokenized, of which some is still in the windows of its lanes.
+Ours is endless, and reads four times as much: it counts what it has packed, and what is in the windows of its lanes, but not
+what it has tokenized beyond that.
 
 {table(_speeds(section, BARE, 1e3))}"""
 
