@@ -189,6 +189,7 @@ def test_commands_read_the_finished_model(runs: Runs) -> None:
         assert word in evaluated.stdout
 
 
+@pytest.mark.slow
 def test_a_run_shows_everything_in_order_and_keeps_the_earlier_one(tmp_path: Path) -> None:
     """Plan, validation, progress, sample, parity, model; twice in one directory; evaluated times are in the ledger."""
     write_texts(tmp_path / "texts", count=60)

@@ -43,6 +43,7 @@ def documents(config: Config) -> list[list[list[int]]]:
     return [[ids.tolist() for ids in source.validation_documents()], *shards]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_read_from_the_hub_as_from_the_directory(
     online: HubServer, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,6 +215,7 @@ def test_a_long_ledger_gives_a_small_page_that_keeps_its_spikes(directory: Path,
     assert (marked.count("spike"), marked.count("skipped_update")) == (1, 60)
 
 
+@pytest.mark.slow
 def test_runs_are_compared(
     browser: Browser,
     directory: Path,
@@ -243,6 +244,7 @@ def test_runs_are_compared(
     page.close()
 
 
+@pytest.mark.slow
 def test_page_lies_in_the_run_directory(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
