@@ -82,16 +82,17 @@ def as_text(found: dict[str, Any]) -> str:
     length = found["sequence_length"]
     value, low, high = (found[f"gradient_noise_scale_tokens{end}"] for end in ("", "_low", "_high"))
 
-    def interval(unit: int) -> str:
+    def interval(unit: int, name: str) -> str:
         if high is None:
-            return f"above {low / unit:,.4g}, not determined yet: give more --blocks" if low else "not determined"
-        return f"{value / unit:,.4g} (95 %: {low / unit:,.4g} to {high / unit:,.4g})"
+            above = f"above {low / unit:,.4g} {name}, " if low else ""
+            return f"{above}not determined yet: give more --blocks"
+        return f"{value / unit:,.4g} {name} (95 %: {low / unit:,.4g} to {high / unit:,.4g})"
 
     rows = [
         ("checkpoint", f"{found['checkpoint']}, after {found['update']:,} updates"),
         ("measured", f"{found['blocks']:,} blocks of {length:,} tokens, one by one"),
-        ("gradient noise scale", f"{interval(1)} tokens"),
-        ("in blocks", interval(length)),
+        ("gradient noise scale", interval(1, "tokens")),
+        ("the same", interval(length, "blocks")),
         ("tokens per update", f"{found['tokens_per_update']:,}"),
     ]
     if snr := found["gradient_snr"]:

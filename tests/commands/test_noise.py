@@ -30,9 +30,9 @@ def test_the_scale_at_a_checkpoint_is_that_of_the_updates_around_it(finished: Pa
     last = read_ledger(finished)[-1]
     assert low < (last["gradient_noise_scale_tokens_high"] or math.inf)
     assert last["gradient_noise_scale_tokens_low"] < high
-    assert f"{value:,.4g} (95 %: {low:,.4g} to {high:,.4g}) tokens" in as_text(found)
+    assert f"{value:,.4g} tokens (95 %: {low:,.4g} to {high:,.4g})" in as_text(found)
     open_ended = found | {"gradient_noise_scale_tokens_high": None}
-    assert f"above {low:,.4g}, not determined yet" in as_text(open_ended)
+    assert f"above {low:,.4g} tokens, not determined yet" in as_text(open_ended)
 
 
 def test_mistakes_are_one_line(finished: Path, tmp_path: Path) -> None:
