@@ -9,16 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
-import yaml
-
-from recipe.config.command_line import make_parser, parse, run_parser, write_config
+from recipe.config.command_line import config_of_checkpoint, make_parser, parse, write_config
 from recipe.config.settings import AtLeast, AtMost, BudgetChange, Config, Positive, RunConfig, TokensOrNull
 from recipe.errors import RecipeError
 from recipe.format import json_value
@@ -105,7 +102,7 @@ def branch_configs(
     Raises:
         RecipeError: budgets that do not divide, or tokens that the run does not have.
     """
-    parent = _config_of(checkpoint, state["config"])
+    parent = config_of_checkpoint(checkpoint, state["config"])
     past = tuple(change for change in parent.batch.schedule if change.from_tokens < state["tokens"])
     parent = replace(parent, batch=replace(parent.batch, schedule=past))
     if past and settings.learning_rate_rule != parent.schedule.learning_rate_rule:
@@ -134,26 +131,6 @@ def branch_configs(
         batch = replace(parent.batch, schedule=(*past, BudgetChange(state["tokens"], size)))
         found.append((branch, replace(parent, run=run, batch=batch)))
     return found
-
-
-def _config_of(checkpoint: Path, flat: dict[str, Any]) -> Config:
-    """The configuration that a checkpoint has in flat names.
-
-    Raises:
-        RecipeError: it is not of this version.
-    """
-    sections: dict[str, Any] = {}
-    for name, value in flat.items():
-        section, _, field = name.rpartition(".")
-        (sections.setdefault(section, {}) if section else sections)[field] = value
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "settings-of-the-checkpoint.yaml"
-        path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
-        try:
-            config: Config = parse(run_parser(), Config, ["--config", str(path)])[0]
-        except RecipeError as error:
-            raise RecipeError(f"{checkpoint} is of a run of another version of this recipe: {error}") from None
-    return config
 
 
 def _budgets(settings: BranchConfig, parent: Config, at_checkpoint: int) -> dict[float, int]:

@@ -3,16 +3,14 @@
 from __future__ import annotations  # without it, --help prints each Annotated type in full
 
 import json
-import math
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from recipe.config.command_line import make_parser, parse, read_config
+from recipe.config.command_line import config_of_checkpoint, make_parser, parse
 from recipe.config.settings import AtLeast, AtMost, Config, OptimizerConfig, PerformanceConfig
 from recipe.errors import RecipeError
 from recipe.format import aligned
@@ -65,15 +63,12 @@ def noise_at(checkpoint: Path, blocks: int) -> dict[str, Any]:
         config = _config_of(state.config, Path(cache), checkpoint)
         point = ResumePoint(checkpoint, state, skipped_blocks=merge_ranges(state.skipped_blocks))
         noise = measure_frozen(*_model_and_blocks(config, point, blocks))
-    tokens, scale = make_plan(config, 1, 1).update_at(state.update).tokens_per_update, asdict(noise.scale)
-    snr = tokens / scale["tokens"] if scale["tokens"] else None
+    tokens = make_plan(config, 1, 1).update_at(state.update).tokens_per_update
     return {
         **{"checkpoint": str(checkpoint), "update": state.update, "tokens": state.tokens},
         **{"blocks": blocks, "sequence_length": config.data.sequence_length},
-        **{"noise_s2": noise.s2, "noise_g2": noise.g2, "gradient_noise_scale_tokens": scale["tokens"]},
-        **{f"gradient_noise_scale_tokens_{end}": scale[end] for end in ("low", "high")},
-        **{"tokens_per_update": tokens, "gradient_snr": snr},
-        "expected_cosine": math.sqrt(snr / (1 + snr)) if snr else None,
+        **{"noise_s2": noise.s2, "noise_g2": noise.g2, "tokens_per_update": tokens},
+        **noise.scale.columns(tokens),
     }
 
 
@@ -102,15 +97,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _config_of(settings: dict[str, Any], cache: Path, checkpoint: Path) -> Config:
     """The run's settings, with its cache where that still is, and nothing that a measurement has no use for."""
-    import yaml
-
-    sections: dict[str, Any] = defaultdict(dict)
-    for name, value in settings.items():
-        section, _, field = name.rpartition(".")
-        (sections[section] if section else sections)[field] = value
-    file = cache / "config.yaml"
-    file.write_text(yaml.safe_dump(dict(sections)), encoding="utf-8")
-    config, own = read_config(file), checkpoint.resolve().parent.parent
+    config, own = config_of_checkpoint(checkpoint, settings), checkpoint.resolve().parent.parent
     directory = own if (own / "config.yaml").is_file() else cache
     return replace(
         config,

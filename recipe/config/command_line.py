@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -179,6 +180,28 @@ def read_config(path: Path) -> Config:
         config: Config = parse(run_parser(), Config, ["--config", str(path)])[0]
     except Exception as error:  # a damaged file gets any out of the libraries under this
         raise RecipeError(f"{path} is not the configuration of a run of this version: {error}") from None
+    return config
+
+
+def config_of_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> Config:
+    """The configuration that a checkpoint has in flat names.
+
+    Raises:
+        RecipeError: it is not of this version.
+    """
+    import yaml
+
+    sections: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, field = name.rpartition(".")
+        (sections.setdefault(section, {}) if section else sections)[field] = value
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "settings-of-the-checkpoint.yaml"
+        path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+        try:
+            config: Config = parse(run_parser(), Config, ["--config", str(path)])[0]
+        except RecipeError as error:
+            raise RecipeError(f"{checkpoint} is of a run of another version of this recipe: {error}") from None
     return config
 
 

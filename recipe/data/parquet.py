@@ -192,7 +192,10 @@ class ParquetReader:
             if isinstance(file, LocalFile):
                 kept = self._footers.pop(file.address, None)
                 parquet = pq.ParquetFile(file.address, metadata=kept and kept.metadata, buffer_size=1 << 20)
-                self._keep_footer(file, kept or Footer(parquet.metadata, _rows_before(parquet.metadata)))
+                if kept:
+                    self._footers[file.address] = kept  # used last
+                else:
+                    self._keep_footer(file, Footer(parquet.metadata, _rows_before(parquet.metadata)))
                 return parquet
             held = fetched or RowGroup(self.tails[file.address])
             return pq.ParquetFile(pa.PythonFile(_HeldFile(file, held), mode="r"))

@@ -105,6 +105,17 @@ class NoiseScale:
         """Of 1 / tokens and half of its interval, which is nearly normal where that of tokens is not."""
         return cls(*(1 / value if value > 0 else None for value in (inverse, inverse + margin, inverse - margin)))
 
+    def columns(self, tokens: int) -> dict[str, Any]:
+        """The ledger's columns, of an update of so many tokens."""
+        snr = tokens / self.tokens if self.tokens else None
+        return {
+            "gradient_noise_scale_tokens": self.tokens,
+            "gradient_noise_scale_tokens_low": self.low,
+            "gradient_noise_scale_tokens_high": self.high,
+            "gradient_snr": snr,
+            "expected_cosine": math.sqrt(snr / (1 + snr)) if snr else None,
+        }
+
 
 def student(degrees: float) -> float:
     """The 97.5 % quantile of Student's t, to 1 % from 3 degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
@@ -142,12 +153,4 @@ class NoiseColumns:
         scale = self._smoothed.scale()
         if scale is None:
             return entry
-        snr = tokens / scale.tokens if scale.tokens else None
-        return replace(
-            entry,
-            gradient_noise_scale_tokens=scale.tokens,
-            gradient_noise_scale_tokens_low=scale.low,
-            gradient_noise_scale_tokens_high=scale.high,
-            gradient_snr=snr,
-            expected_cosine=math.sqrt(snr / (1 + snr)) if snr else None,
-        )
+        return replace(entry, **scale.columns(tokens))
