@@ -17,8 +17,9 @@ from typing import Any
 
 from benchmarks.batch.analysis import READING_RULE, compare, finals, summary
 from benchmarks.batch.pictures import pictures
-from benchmarks.batch.study import PARTS, Outcome, Results, Study, best_rates, final_loss, rate_name
+from benchmarks.batch.study import PARTS, Results, Study, best_rates, rate_name
 from benchmarks.results import command_line, table, write_result
+from benchmarks.trials import Outcome, Trials, final_loss
 from recipe.errors import RecipeError, run_command
 from recipe.report.charts import library, theme
 from recipe.run.ledger import utc_now
@@ -256,6 +257,7 @@ def main() -> None:
     parser = command_line("batch", __doc__)
     parser.add_argument("--runs", type=Path, help="directory of the outcomes; runs/batch-TOKENS if it is not given")
     parser.add_argument("--tokens", type=int, help="of each run; 983,040 if it is not given")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
     parser.add_argument(
         "--only", nargs="*", choices=PARTS, default=[*PARTS], help="train these alone; none: write the page"
     )
@@ -263,7 +265,7 @@ def main() -> None:
     study = study_of(options)
     library()  # before anything is trained
     directory = options.runs or Path(f"runs/batch-{study.total_tokens}")
-    results = Results(study, directory)
+    results = Results(study, Trials("configs/quickstart.yaml", directory, options.at_once))
     results.complete([part for part in PARTS if part in options.only])
     outcomes = results.all()
     if not best_rates(study, outcomes):

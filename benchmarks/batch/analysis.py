@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.batch.study import NOISE, Outcome, Study, best_rates, final_loss, rate_name, seed_name
+from benchmarks.batch.study import Study, best_rates, rate_name, seed_name
+from benchmarks.trials import NOISE, Outcome, final_loss
 
 READING_RULE = (
     "A difference counts if it is more than two standard deviations of seeds: those of the runs with each size's best rate "

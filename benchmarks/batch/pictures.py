@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.batch.analysis import SMOOTH_SHARE, best_runs, curve, smoothed
-from benchmarks.batch.study import Outcome, Study, final_loss, rate_name
+from benchmarks.batch.study import Study, rate_name
+from benchmarks.trials import Outcome, final_loss
 
 Rows = list[dict[str, Any]]
 POINTS_OF_A_CURVE = 120  # a line of more has the same look
