@@ -21,6 +21,7 @@ from recipe.config.settings import (
 from recipe.config.text_files import is_remote, public_name
 from recipe.format import duration, event_name, event_text, percent, short_count, size_text, value_text
 from recipe.report.record import Record, smoothing_window, some_of_each_kind
+from recipe.report.rising_budget import rising_budget
 from recipe.text import one_line, printable
 
 NOT_THE_RUN = ("run.directory", "resume", "log", "hub", "data.cache_directory")
@@ -45,7 +46,7 @@ def environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
         "text": _if_known(lambda value, pattern: pattern.format(value)),
     }
     plain: list[Callable[..., Any]] = [event_name, event_text, fenced, quoted, markdown, smoothing_window]
-    plain += [some_of_each_kind, repeatable_config, name_of_source, parity_rows, short_name, branch_text]
+    plain += [some_of_each_kind, repeatable_config, name_of_source, parity_rows, short_name, branch_text, rising_budget]
     templates.filters |= {function.__name__: function for function in plain}
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     templates.globals |= {
