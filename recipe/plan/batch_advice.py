@@ -23,7 +23,10 @@ LINK_SHARE = 0.8  # likewise; of an H100's 450 GB/s copies reach 376 to 380 (git
 NODE_RANKS = 8  # that NVLink connects
 # How often a step reads or writes a value of each parameter: parameter, gradient and two moments read, all but the gradient
 # written; the norm reads the gradient, and clipping reads and writes it.
-_ACCESSES = {"adamw": 7 + 3, "sgd": 3 + 3}
+_ACCESSES = {"adamw": 7 + 3, "muon": 7 + 3, "sgd": 3 + 3}  # Muon: at most, its matrices have one moment
+# FLOPs of Muon's step for a block of width d, over d^3: of five iterations for four matrices of d x d, 2 + 2 + 2 each, and for
+# two of d x 4 d, 8 + 2 + 8 each. Every rank does all of it.
+_NEWTON_SCHULZ = 5 * (4 * 6 + 2 * 18)
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ def floor_number(config: Config, plan: RunPlan, machine: Machine) -> Number:
         return Number("floor", None, "tokens", f"not known{why}")
 
     device, ranks = machine.device, plan.update.world_size
-    accesses = _ACCESSES.get(config.optimizer.name)
     if device is None or device.memory_bytes_per_second is None:
         return unknown(" for a CPU" if device else ": give --device h100, or another one")
-    if machine.flops_per_second is None or accesses is None:
-        return unknown(": give --flops" if accesses else f" for {config.optimizer.name}")
+    if machine.flops_per_second is None:
+        return unknown(": give --flops")
     tokens_per_second = machine.flops_per_second / plan.flops_per_token  # of a rank
     value_bytes = 2 if config.optimizer.state == "bf16" else 4
-    step = accesses * value_bytes * plan.parameters / (MEMORY_SHARE * device.memory_bytes_per_second)
+    accesses = _ACCESSES[config.optimizer.name] * value_bytes * plan.parameters
+    step = accesses / (MEMORY_SHARE * device.memory_bytes_per_second)
+    if config.optimizer.name == "muon":
+        step += _NEWTON_SCHULZ * config.model.n_layer * config.model.n_embd**3 / machine.flops_per_second
     text, exposed = f"the optimizer's {1000 * step:.3g} ms take", 0.0
     if ranks > 1:
         link = machine.link_bytes_per_second

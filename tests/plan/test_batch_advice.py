@@ -7,8 +7,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from recipe.commands.plan import planned
+from recipe.model.muon import orthogonalised
 from recipe.plan.batch_fits import BEST_LEARNING_RATE, BEST_TOKENS_PER_UPDATE, CRITICAL_TOKENS_PER_UPDATE, RunSize
 from recipe.plan.devices import DEVICES
 from tests.helpers import ROOT
@@ -101,6 +104,18 @@ def test_floor_of_one_gpu() -> None:
     assert found["floor"]["derivation"].startswith("38,000: from there the optimizer's 17.5 ms take 2 % of an update")
     half = batch("gpt2-1.3b", *GPU, "--optimizer.state", "bf16")
     assert half["floor"]["value"] == pytest.approx(found["floor"]["value"] / 2)
+
+
+def test_floor_of_muon_has_the_products_of_its_step() -> None:
+    """As torch counts them for a block's matrices of width 32."""
+    width = 32
+    with FlopCounterMode(display=False) as counted:
+        for rows, columns in [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]:
+            orthogonalised(torch.ones(rows, columns), torch.float32)
+    seconds = counted.get_total_flops() / width**3 * 24 * 2048**3 / (0.4 * 989e12)
+    adamw, muon = (batch("gpt2-1.3b", *GPU, "--optimizer.name", name)["floor"]["value"] for name in ("adamw", "muon"))
+    assert muon - adamw == pytest.approx(seconds / 0.02 * 0.4 * 989e12 / 9_077_710_848)
+    assert muon == pytest.approx(379_000, rel=1e-3)
 
 
 def test_floor_of_several_gpus_has_what_backward_does_not_hide() -> None:
