@@ -62,8 +62,8 @@ class Source:
             return False
         if isinstance(document, str):
             return hash_number(document.encode()) % self.validation_one_in == 0
-        ids = self.training.reading.ids
-        stored = "<u2" if ids and ids.vocabulary <= 1 << 16 else "<u4"  # twice the integers take twice the time
+        assert self.training.reading.ids is not None
+        stored = np.dtype(self.training.reading.ids.dtype).newbyteorder("<")  # twice the bytes take twice the time
         return hash_number(np.ascontiguousarray(document, stored).data) % self.validation_one_in == 0
 
     def training_documents(self) -> Iterator[str | Ids]:

@@ -54,6 +54,11 @@ class TokenIds:
     vocabulary: int  # its tokens
     are_packed: bool = False  # rows are pieces of a stream, and not documents
 
+    @property
+    def dtype(self) -> str:
+        """The shortest integers of two or four bytes that hold them."""
+        return "uint16" if self.vocabulary <= 1 << 16 else "uint32"
+
 
 @dataclass(frozen=True)
 class Reading:

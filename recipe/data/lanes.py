@@ -92,6 +92,7 @@ class Lane:
 
     def __init__(self, streams: Sequence[DocumentStream], sequence_length: int, end_of_text: int) -> None:
         self.streams, self.sequence_length = streams, sequence_length
+        self._dtype = np.result_type(*(stream.dtype for stream in streams))  # of windows, which are large
         self._ends = [None if stream.source.holds_pieces else end_of_text for stream in streams]
         self.index, self.order = streams[0].index, streams[0].order
         # Targets from each source, in the blocks given last
@@ -129,8 +130,8 @@ class Lane:
         weights = position.weights or [stream.source.weight for stream in self.streams]
         total = math.fsum(weights)  # the same in every version of Python
         self._shares = [weight / total for weight in weights]
-        self._tokens = _TokenStream(self._read_documents(position), position, self._ends)
-        self._window: np.ndarray | None = None  # int32 [blocks of the window x sequence_length + 1]
+        self._tokens = _TokenStream(self._read_documents(position), position, self._ends, self._dtype)
+        self._window: np.ndarray | None = None  # [blocks of the window x sequence_length + 1]
         self._window_order: list[int] = []  # the numbers of its blocks, permuted
         self._window_sources = np.zeros((0, 0), dtype=np.int64)  # [blocks of the window, sources], targets from each
 
@@ -231,8 +232,10 @@ class Lane:
 class _TokenStream:
     """The tokens of one document after the other, from a position on; `ends` are the tokens behind those of each source."""
 
-    def __init__(self, documents: Iterator[_Document], start: Position, ends: Sequence[int | None]) -> None:
-        self._documents, self._ends = documents, ends
+    def __init__(
+        self, documents: Iterator[_Document], start: Position, ends: Sequence[int | None], dtype: np.dtype
+    ) -> None:
+        self._documents, self._ends, self._dtype = documents, ends, dtype
         self._held: deque[_Document] = deque()  # documents in hand; the first may be partly used
         self._used = start.token  # tokens used of the first document in hand
         self._available = -start.token
@@ -244,12 +247,12 @@ class _TokenStream:
             self._available += self._held[-1].size
 
     def take(self, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The next `count` tokens and the one behind them, which stays in hand: int32 [count + 1].
+        """The next `count` tokens and the one behind them, which stays in hand: [count + 1].
 
         And where they are from, in their order: (source, so many tokens).
         """
         self.read(count + 1)
-        taken, runs = np.empty(count + 1, dtype=np.int32), list[tuple[int, int]]()
+        taken, runs = np.empty(count + 1, self._dtype), list[tuple[int, int]]()
         place, used = 0, self._used
         for document in self._held:
             tokens = document.tokens[used : used + count + 1 - place]

@@ -47,6 +47,8 @@ class DocumentStream:
     def __init__(self, source: Source, encode: Encode | None, index: int, order: LaneOrder) -> None:
         self.source, self.encode, self.index, self.order = source, encode, index, order
         self.shards = range(index, len(source), order.lanes)
+        ids = source.training.reading.ids
+        self.dtype = np.dtype("uint16" if ids and ids.dtype == "uint16" else "int32")  # that its tokens fit into
 
     def read(self, start: StreamPosition) -> Iterator[tuple[StreamPosition, np.ndarray]]:
         """(position of a document, its tokens without end-of-text) from `start` on, for ever.

@@ -104,7 +104,7 @@ class FlatTokens:
         return parts
 
     def read(self, part: Part, state: State | None = None) -> Iterator[tuple[np.ndarray, State]]:
-        """(int32 ids without end-of-text token, state after it) of each document of a part behind `state`.
+        """(ids without end-of-text token, state after it) of each document of a part behind `state`.
 
         Raises:
             RecipeError: an id that the tokenizer does not have, or a file that has become shorter.
@@ -121,11 +121,7 @@ class FlatTokens:
         return self._read_pieces(self.files[number], start, end)
 
     def read_ids(self, file: TokenFile, start: int, end: int) -> np.ndarray:
-        """Tokens of a file, int32."""
-        return self._read_stored(file, start, end).astype(np.int32, copy=False)
-
-    def _read_stored(self, file: TokenFile, start: int, end: int) -> np.ndarray:
-        """The same in the integers of the file."""
+        """Tokens of a file, in its integers."""
         dtype = np.dtype(file.dtype)
         ids = np.fromfile(file.path, dtype, end - start, offset=file.offset + start * dtype.itemsize)
         if len(ids) < end - start:
@@ -153,6 +149,11 @@ class FlatTokens:
                 return start
             place, count = place + count, min(2 * count, CHUNK_TOKENS)
         return file.tokens + 1
+
+    @property
+    def _delimiters_as_ids(self) -> np.ndarray:
+        """In integers as short as possible, beside which those of any file stay as they are."""
+        return np.array(self.delimiters, np.min_scalar_type(max(self.delimiters)))
 
     def _is_delimiter(self, ids: np.ndarray) -> np.ndarray:
         found = ids == self.delimiters[0]
@@ -204,12 +205,12 @@ class FlatTokens:
         if start >= end:
             return
         place = start - 1  # of the first of `ids`, the delimiter in front of the next document
-        ids = self.read_ids(self.files[number], place, start) if start else np.array(self.delimiters[:1], np.int32)
+        ids = self.read_ids(self.files[number], place, start) if start else self._delimiters_as_ids[:1]
         while place + 1 < end:
             behind = place + len(ids)
             # no further behind the end than a document; twice as much for one that is longer than a chunk
             count = max(min(CHUNK_TOKENS, end - behind + _DOCUMENT_TOKENS), len(ids))
-            ids = np.concatenate([ids, self._read_on(number, behind, count)], dtype=np.int32, casting="unsafe")
+            ids = np.concatenate([ids, self._read_on(number, behind, count)])
             cuts = np.flatnonzero(self._is_delimiter(ids))
             for before, after in self._documents_between(ids, cuts[: np.searchsorted(cuts, end - place - 1) + 1]):
                 yield ids[before + 1 : after], {"token": place + after + 1}
@@ -225,15 +226,12 @@ class FlatTokens:
         return zip(before.tolist(), after.tolist(), strict=True)
 
     def _read_on(self, number: int, place: int, count: int) -> np.ndarray:
-        """Tokens from a place in a file, or in those into which its last document runs on; behind them is a delimiter.
-
-        In the integers of the file.
-        """
+        """Tokens from a place in a file, or in those into which its last document runs on; behind them is a delimiter."""
         for file in self.files[number:] if self.format == "llm.c" else self.files[number : number + 1]:
             if place < file.tokens:
-                return self._read_stored(file, place, min(place + count, file.tokens))
+                return self.read_ids(file, place, min(place + count, file.tokens))
             place -= file.tokens
-        return np.array(self.delimiters[-1:], np.int32)
+        return self._delimiters_as_ids[-1:]
 
     def _read_pieces(self, file: TokenFile, start: int, end: int) -> Iterator[tuple[np.ndarray, State]]:
         while start < end:

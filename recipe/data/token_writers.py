@@ -36,7 +36,7 @@ class Output:
 
     @property
     def dtype(self) -> str:
-        return "uint16" if self.ids.vocabulary <= 1 << 16 else "uint32"
+        return self.ids.dtype
 
     def open(self, path: Path) -> "ParquetFile | LlmcFile":
         """A file to write."""
