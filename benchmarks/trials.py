@@ -138,4 +138,5 @@ def outcome_of(lines: Sequence[Mapping[str, Any]]) -> Outcome:
         "losses": [line["loss"] if line["loss"] is None else round(line["loss"], 5) for line in updates],
         "validation_loss": last.get(f"validation/{HELD_OUT}/loss"),
         "noise": noise,
+        "train_seconds": sum(line.get("update_seconds") or 0.0 for line in updates),
     }

@@ -211,15 +211,16 @@ class Lane:
     def _read_documents(self, start: Position) -> Iterator[_Document]:
         """The documents from that in which `start` is: each from the source that lacks most tokens of its share."""
         documents = [stream.read(position) for stream, position in zip(self.streams, start.streams, strict=True)]
-        waiting, taken, source = list(map(next, documents)), list(start.source_tokens), start.source
+        positions, waiting = map(list, zip(*map(next, documents), strict=True))
+        taken, source = list(start.source_tokens), start.source
         while True:
             if source is None:
                 source = self._most_lacking(taken) if len(taken) > 1 else 0
-            tokens = waiting[source][1]
+            tokens = waiting[source]
             size = len(tokens) + (self._ends[source] is not None)
-            yield _Document(tuple(position for position, _ in waiting), tuple(taken), source, tokens, size)
+            yield _Document(tuple(positions), tuple(taken), source, tokens, size)
             taken[source] += size
-            waiting[source] = next(documents[source])
+            positions[source], waiting[source] = next(documents[source])
             source = None
 
     def _most_lacking(self, taken: Sequence[int]) -> int:

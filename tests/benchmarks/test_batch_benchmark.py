@@ -229,7 +229,7 @@ def test_a_run_that_diverged_is_infinitely_bad_and_no_traceback() -> None:
 def test_what_is_kept_of_a_ledger() -> None:
     lines = [
         {"update": 0, "tokens": 0, "loss": None, "validation/held_out/loss": 7.6},
-        {"update": 1, "tokens": 8, "loss": 7.123456, "validation/held_out/loss": None},
+        {"update": 1, "tokens": 8, "loss": 7.123456, "validation/held_out/loss": None, "update_seconds": 2.5},
         {"update": 2, "tokens": 16, "loss": 7.0, "validation/held_out/loss": 6.9, NOISE: 100.0, f"{NOISE}_high": None},
     ]
     assert outcome_of(lines) == {
@@ -237,6 +237,7 @@ def test_what_is_kept_of_a_ledger() -> None:
         "losses": [7.12346, 7.0],
         "validation_loss": 6.9,
         "noise": {NOISE: 100.0, f"{NOISE}_high": None},
+        "train_seconds": 2.5,
     }
 
 

@@ -1,0 +1,139 @@
+"""What each ingredient of the quickstart gives: `python -m benchmarks.speedrun`, about 25 minutes on two cores.
+
+The same text, model and number of tokens. A plain run, as most recipes have it; each ingredient alone with it; all of them,
+added one after the other. The plain run and the whole are trained with three seeds. Outcomes are kept in --runs: the same
+command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.results import command_line, table, write_result
+from benchmarks.trials import Outcome, Trial, Trials, final_loss
+from recipe.errors import run_command
+
+Settings = dict[str, Any]
+TOKENS = 983_040
+SEEDS = (1, 2, 3)
+PLAIN: Settings = {
+    "batch.tokens_per_update": 4096,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 5e-3,
+    "optimizer.beta2_half_life_tokens": None,
+    "schedule.shape": "cosine",
+    "schedule.final_learning_rate_fraction": 0.1,
+    "schedule.warmup_tokens": TOKENS // 6,
+}
+# By what is said of them, in the order in which they are added; each has the rate that goes with it.
+INGREDIENTS: dict[str, Settings] = {
+    "Muon, twice the rate": {"optimizer.name": "muon", "optimizer.learning_rate": 1e-2},
+    "2,048 tokens per update, beta2's memory as it was": {
+        "batch.tokens_per_update": 2048,
+        "optimizer.beta2_half_life_tokens": 55_351,
+    },
+    "a line to 0, a warm-up of 5 %": {
+        "schedule.shape": "linear",
+        "schedule.final_learning_rate_fraction": 0,
+        "schedule.warmup_tokens": TOKENS // 20,
+    },
+}
+QUICK: Settings = {
+    **{"data.sequence_length": 64, "model.n_layer": 1, "model.n_embd": 32, "model.n_head": 2},
+    **{"schedule.total_tokens": 16_384, "schedule.warmup_tokens": 1024, "evaluation.tokens": 4096},
+}
+
+
+def common(is_quick: bool) -> Settings:
+    """Settings of all runs: nothing but training, and one evaluation behind it."""
+    tokens = QUICK["schedule.total_tokens"] if is_quick else TOKENS
+    return {
+        "run.parity_check": False,
+        "schedule.total_tokens": tokens,
+        "evaluation.every_tokens": tokens,
+        "evaluation.sample_tokens": None,
+        "checkpoint.every_tokens": None,
+        "checkpoint.every_minutes": None,
+    }
+
+
+def trials(is_quick: bool = False) -> dict[str, list[Trial]]:
+    """Of the plain run, of each ingredient alone, and of the first of them together up to each: one trial for each seed.
+
+    Keys are `plain`, `alone NUMBER` and `together NUMBER`, from 1.
+    """
+    added = list(accumulate(INGREDIENTS.values(), lambda before, more: before | more))
+    kinds = {"plain": Settings()}
+    kinds |= {f"alone {number}": more for number, more in enumerate(INGREDIENTS.values(), start=1)}
+    kinds |= {f"together {number}": all_of for number, all_of in enumerate(added, start=1)}
+    with_seeds = ("plain", f"together {len(added)}")
+    shared = common(is_quick)
+    return {
+        kind: [
+            Trial(
+                f"{kind}-{seed}".replace(" ", "-"),
+                {**PLAIN, **own, **(QUICK if is_quick else {}), **shared, "run.seed": seed},
+            )
+            for seed in (SEEDS if kind in with_seeds else SEEDS[:1])
+        ]
+        for kind, own in kinds.items()
+        if kind != "together 1"  # that is alone 1
+    }
+
+
+def report(done: Mapping[str, Sequence[Outcome]]) -> str:
+    """Markdown, for `benchmarks.results.write_result`; `done` are the outcomes of `trials`."""
+    losses = {kind: [final_loss(outcome) for outcome in of] for kind, of in done.items()}
+    losses["together 1"] = losses["alone 1"]
+    first, whole = losses["plain"], losses[f"together {len(INGREDIENTS)}"]
+    before, rows = (
+        first[0],
+        [{"": "plain", "alone": f"{first[0]:.3f}", "gives": "", "together": f"{first[0]:.3f}", "adds": ""}],
+    )
+    for number, name in enumerate(INGREDIENTS, start=1):
+        alone, together = losses[f"alone {number}"][0], losses[f"together {number}"][0]
+        gives, adds = f"{alone - first[0]:+.3f}", f"{together - before:+.3f}"
+        rows.append({"": name, "alone": f"{alone:.3f}", "gives": gives, "together": f"{together:.3f}", "adds": adds})
+        before = together
+    seconds = {kind: mean(outcome["train_seconds"] for outcome in of) for kind, of in done.items()}
+    slower = seconds[f"together {len(INGREDIENTS)}"] / seconds["plain"]
+    spreads = [
+        {
+            "": name,
+            "validation loss": f"{mean(of):.3f}",
+            "of each seed": ", ".join(f"{loss:.3f}" for loss in of),
+            "deviation": f"{stdev(of):.3f}",
+        }
+        for name, of in (("plain", first), ("whole", whole))
+    ]
+    return f"""What each ingredient of the quickstart gives
+{TOKENS:,} tokens of the same text, the same model. Validation loss at the end, in nats per token, of one seed:
+
+{table(rows)}
+Of {len(SEEDS)} seeds:
+
+{table(spreads)}
+The updates of the whole took {slower:.2f} times as long as those of the plain run, {seconds["plain"]:.0f} s here with whatever
+ran beside. Rates were tried by factors of two, with one seed.
+"""
+
+
+def main() -> None:
+    parser = command_line("speedrun", __doc__)
+    parser.add_argument("--runs", type=Path, help="directory of the outcomes; runs/speedrun if it is not given")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
+    options: argparse.Namespace = parser.parse_args()
+    directory = options.runs or Path("runs/speedrun-quick" if options.quick else "runs/speedrun")
+    results, all_of = Trials("configs/quickstart.yaml", directory, options.at_once), trials(options.quick)
+    results.complete([trial for of in all_of.values() for trial in of], "speedrun")
+    done = {kind: list(results.outcomes(of).values()) for kind, of in all_of.items()}
+    write_result("speedrun", options, {"runs": done}, report(done))
+
+
+if __name__ == "__main__":
+    run_command(main)
