@@ -25,7 +25,12 @@ class RecipeError(Exception):
             very long line.
         on_this_rank_only: the other ranks may not see the problem, so this one prints the line even if it is not rank 0.
         exit_code: of the command.
+
+    Attributes:
+        is_on_all_ranks: they have been told, so rank 0 alone prints the line.
     """
+
+    is_on_all_ranks = False
 
     def __init__(self, message: str, *, on_this_rank_only: bool = False, exit_code: int = USER_ERROR_EXIT_CODE) -> None:
         line = redact(one_line(message))
@@ -37,7 +42,7 @@ class RecipeError(Exception):
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`; turn a `RecipeError` into one line on stderr and its exit code, and Ctrl-C into exit code 130.
 
-    If all ranks meet the same error, only rank 0 prints it.
+    What several ranks may have met, the first of each host prints; what all are known to have, rank 0.
     """
     prepare_streams()
     rank = int(found[0]) if (found := re.findall(r"^\d+$", os.environ.get("RANK", ""), re.ASCII)) else 0
@@ -56,8 +61,9 @@ def run_command(main: Callable[[], None]) -> None:
         send_nowhere(sys.stdout)
         exit_code = BROKEN_PIPE_EXIT_CODE
     except RecipeError as error:
-        if rank == 0 or error.on_this_rank_only:
-            where = f" (rank {rank})" if error.on_this_rank_only and rank else ""
+        is_first_of_host = os.environ.get("LOCAL_RANK") == "0" and not error.is_on_all_ranks
+        if rank == 0 or error.on_this_rank_only or is_first_of_host:
+            where = f" (rank {rank})" if rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         exit_code = error.exit_code
     except KeyboardInterrupt:

@@ -51,7 +51,7 @@ def train(config: Config) -> None:
     sources, init_from = open_text(run, point), config.model.init_from
     if init_from and point.checkpoint:
         init_from = str(point.checkpoint)  # it has weights and tokenizer
-    tokenizer = load_tokenizer(config, sources, init_from, run.on_main)
+    tokenizer = load_tokenizer(config, sources, init_from, run)
     validation_sets = run.on_main(lambda: read_validation_sets(config, sources, tokenizer))
 
     # ---- 3. Model and optimizer: the only two things that accelerate prepares --------------------------------------------

@@ -12,13 +12,9 @@ from recipe.checkpoint.branch import begin_branch, check_branch, own_checkpoints
 from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
 from recipe.checkpoint.same_run import TEXT_MAY_MOVE, check_length, check_same_run, shown
 from recipe.config.command_line import read_config
-from recipe.config.settings import Config, MixtureSource, flat_settings
+from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks, next_update
-from recipe.data.documents import Source
-from recipe.data.find import find_files_of
 from recipe.data.lanes import Lane, Ranges, merge_ranges, number_of
-from recipe.data.record import Record, pack_record, record_text, touched, unpack_record, what_changed
-from recipe.data.sources import check_passes, describe, open_source
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
@@ -151,52 +147,6 @@ def _left_out(events: Path, update: int) -> list[tuple[int, int]]:
 def _earlier_config(directory: Path) -> dict[str, Any] | None:
     path = directory / "config.yaml"
     return flat_settings(read_config(path)) if path.exists() and (directory / LEDGER).exists() else None
-
-
-def open_text(run: Run, point: ResumePoint) -> list[Source]:
-    """Open the sources of the run, if their text is still that of the checkpoint of `point`. Collective.
-
-    Rank 0 alone looks for files and asks servers, and tells the others.
-
-    Raises:
-        RecipeError: it cannot be read, or has changed.
-    """
-    run.text_record, sources = run.on_main(lambda: _open_same_text(run, point))
-    return sources
-
-
-def _open_same_text(run: Run, point: ResumePoint) -> tuple[str, list[Source]]:
-    earlier = unpack_record(point.state.text) if point.state and point.state.text else []
-    config, say = run.config, run.console.say
-    if config.model.init_from and point.checkpoint:  # it has the tokenizer
-        config = replace(config, model=replace(config.model, init_from=str(point.checkpoint)))
-    parts = [_at_commit(part, earlier) for part in config.data.mixture]
-    files = [find_files_of(config, part, say) for part in parts]
-    record = record_text([file for of_source in files for file in of_source])
-    if earlier:
-        change = what_changed(earlier, record)
-        if change:
-            raise RecipeError(
-                f"{change}: the text is not what {point.checkpoint} was trained on; bring it back, or --resume fresh"
-            )
-        if changed := touched(earlier, record):
-            run.console.say(f"written since, with the same size, head and tail: {shown(changed)}")
-    sources = [open_source(config, *pair, say) for pair in zip(parts, files, strict=True)]
-    total = sum(source.weight for source in sources)
-    lines = []
-    for source, of_source in zip(sources, files, strict=True):
-        tokens = round(run.plan.total_tokens * source.weight / total)
-        check_passes(source, tokens)
-        lines.append(describe(source, of_source, config.batch.lanes, tokens))
-        say(f"text: {lines[-1]}")
-    run.text = "; ".join(lines)
-    return pack_record(record), sources
-
-
-def _at_commit(part: MixtureSource, earlier: Record) -> MixtureSource:
-    """A dataset goes on at the commit that was read, if none is asked for."""
-    commits = [file.hash for file in earlier if file.size_bytes is None and file.name == part.repository]
-    return part if part.files or part.revision or not commits else replace(part, revision=commits[0])
 
 
 def roll_back(run: Run, spike: Spike, blocks: UpdateBlocks) -> ResumePoint:

@@ -111,7 +111,8 @@ def _model_and_blocks(config: Config, point: Any, count: int) -> tuple[Any, Sequ
     """The model of a checkpoint, and the next blocks of its run, each as a micro-batch; evenly spread over an update's."""
     import numpy as np
 
-    from recipe.checkpoint.resume import open_text, restore_lanes
+    from recipe.checkpoint.resume import restore_lanes
+    from recipe.checkpoint.same_text import open_text
     from recipe.data.blocks import make_lanes, next_update, to_tensors
     from recipe.data.tokenizer import load_tokenizer
     from recipe.model import build_model, choose_kernels

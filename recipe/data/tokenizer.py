@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from recipe.config.settings import Config
 from recipe.data.documents import Source
 from recipe.data.formats import TokenIds
 from recipe.errors import RecipeError
+from recipe.run.alike import check_alike
+from recipe.run.run import Run
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64_000_000
@@ -25,14 +27,11 @@ _BEFORE_WORD = re.compile(r"(?<=\S) (?=\S)")  # where the words are the same wit
 
 
 def load_tokenizer(
-    config: Config,
-    sources: Sequence[Source],
-    init_from: str | None = None,
-    on_main: Callable[[Any], Any] = lambda action: action(),
+    config: Config, sources: Sequence[Source], init_from: str | None = None, run: Run | None = None
 ) -> Any:
     """The fast tokenizer that `data.tokenizer` names, or that of the model in `init_from`, or one trained on the sources.
 
-    `on_main` does something on rank 0 and gives its result to all ranks: to read the text that a tokenizer is trained on.
+    With a `run` rank 0 alone reads the text that one is trained on, and ranks compare what they have loaded. Collective.
 
     Raises:
         RecipeError: it cannot be loaded or used, or is not that of `init_from`, or nothing says which it is.
@@ -43,7 +42,11 @@ def load_tokenizer(
             f"model.init_from = {config.model.init_from!r} has no tokenizer: set --data.tokenizer to the one that it was "
             "trained with"
         )
-    tokenizer = _adding_nothing(tokenizer or _trained_tokenizer(on_main(lambda: _train_once(config, sources))))
+    if tokenizer is None:  # another host may have another cache
+        tokenizer = run.on_main(lambda: _train_once(config, sources)) if run else _train_once(config, sources)
+    tokenizer = _adding_nothing(tokenizer)
+    if run:
+        check_alike({"the tokenizer's vocabulary": vocabulary_hash(tokenizer)})
     tokenizer.model_max_length = config.n_positions
     return tokenizer
 
@@ -142,12 +145,8 @@ def _adding_nothing(tokenizer: Any) -> Any:
     )
 
 
-def _trained_tokenizer(directory: Path) -> Any:
-    return find_tokenizer(f"the tokenizer trained before (delete {directory})", str(directory))
-
-
-def _train_once(config: Config, sources: Sequence[Source]) -> Path:
-    """The directory of the tokenizer, in the cache, keyed by a hash of the text and of every setting."""
+def _train_once(config: Config, sources: Sequence[Source]) -> Any:
+    """The tokenizer, kept in a directory of the cache that a hash of the text and of every setting names."""
     settings = {
         "vocab_size": config.model.vocab_size,
         "end_of_text": END_OF_TEXT,
@@ -168,7 +167,7 @@ def _train_once(config: Config, sources: Sequence[Source]) -> Path:
     directory = config.cache_directory / f"tokenizer-{digest.hexdigest()[:16]}"
     if not (directory / "tokenizer_config.json").is_file():
         _save_atomically(train_tokenizer(texts, config.model.vocab_size), directory)
-    return directory
+    return find_tokenizer(f"the tokenizer trained before (delete {directory})", str(directory))
 
 
 def _texts_of(sources: Sequence[Source]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,15 @@ def describe_environment(accelerator: Any, precision: str) -> dict[str, Any]:
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...: which kernels it gets
         "precision": precision,
         "peak_flops": peak_flops(accelerator.device, precision),  # of one device; mfu is relative to it
-        "versions": {"python": platform.python_version(), **installed_versions(_LIBRARIES)},
-        "recipe_commit": _recipe_commit(),
+        **installation(),
     }
+
+
+@cache
+def installation() -> dict[str, Any]:
+    """JSON values: the versions of Python and of what the result depends on, and the commit of the recipe."""
+    versions = {"python": platform.python_version(), **installed_versions(_LIBRARIES)}
+    return {"versions": versions, "recipe_commit": _recipe_commit()}
 
 
 def installed_versions(names: Sequence[str]) -> dict[str, str]:

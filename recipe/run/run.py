@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recipe.config.settings import Config
+from recipe.config.settings import Config, flat_settings
 from recipe.errors import RecipeError
 from recipe.format import aligned
 from recipe.plan.memory import largest_micro_batch
 from recipe.plan.run_plan import RunPlan, make_plan, world_size_of_launcher
+from recipe.run.alike import check_alike
 from recipe.run.console import Console
-from recipe.run.environment import available_bytes, choose_precision, device_type, start_accelerator
+from recipe.run.environment import available_bytes, choose_precision, device_type, installation, start_accelerator
 from recipe.run.launch import check_launch, ignored_settings, stop_with_launcher
 from recipe.run.ledger import Ledger
 from recipe.run.stop import StopRequest
@@ -70,6 +71,7 @@ class Run:
             try:
                 outcome[0] = action()
             except RecipeError as error:
+                error.is_on_all_ranks = True
                 outcome[1] = error
         broadcast_object_list(outcome)
         if outcome[1] is not None:
@@ -93,6 +95,8 @@ def start_run(config: Config) -> Run:
     precision, reason = choose_precision(config.precision, device_type())
     accelerator = start_accelerator(precision)
     stop.connect(accelerator.num_processes)
+    settings = {name: value for name, value in flat_settings(config).items() if name != "data.cache_directory"}
+    check_alike({"settings": settings, **installation()})
     if plan.micro_batch_is_auto:
         plan = resolve_auto_micro_batch(config, accelerator, precision)
     console = Console(accelerator.is_main_process, plan.planned_updates, plan.tokens_after)

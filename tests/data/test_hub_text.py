@@ -20,7 +20,8 @@ from huggingface_hub import HfFileSystem, constants
 import recipe.data.documents as documents_module
 import recipe.data.find as find_module
 import recipe.data.remote_files as remote_files
-from recipe.checkpoint.resume import ResumePoint, open_text
+from recipe.checkpoint.resume import ResumePoint
+from recipe.checkpoint.same_text import open_text
 from recipe.config.settings import Config, EvaluationConfig
 from recipe.data.blocks import next_update
 from recipe.data.find import find_files_of

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from recipe.checkpoint.files import TrainingState, read_state
-from recipe.checkpoint.resume import ResumePoint, find_resume_point, open_text
+from recipe.checkpoint.resume import ResumePoint, find_resume_point
+from recipe.checkpoint.same_text import open_text
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, DataConfig
 from recipe.data.files import File

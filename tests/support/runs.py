@@ -21,7 +21,11 @@ from recipe.run.stop import StopRequest
 def stand_in(rank: int = 0, ranks: int = 1) -> Any:
     """In place of an Accelerator if nothing is computed with it."""
     return SimpleNamespace(
-        process_index=rank, num_processes=ranks, is_main_process=rank == 0, device=torch.device("cpu")
+        process_index=rank,
+        num_processes=ranks,
+        is_main_process=rank == 0,
+        is_local_main_process=rank == 0,
+        device=torch.device("cpu"),
     )
 
 
