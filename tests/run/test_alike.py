@@ -63,6 +63,7 @@ def test_other_settings(hosts: list[Path]) -> None:
     assert not (hosts[0] / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_cache_may_be_elsewhere_and_hosts_that_agree_train(hosts: list[Path]) -> None:
     once = ["--run.max_updates", "1"]
     codes, errors = train_on_hosts(hosts, [once, [*once, "--data.cache_directory", "elsewhere"]])
@@ -83,6 +84,7 @@ def test_other_text(hosts: list[Path], change: str) -> None:
     assert_refused(codes, errors, words)
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_hosts_do_not_share(hosts: list[Path]) -> None:
     cache = ["--data.cache_directory", str(hosts[0] / "cache")]
     codes, errors = train_on_hosts(hosts, [[*cache, "--run.max_updates", "1"]] * 2)
