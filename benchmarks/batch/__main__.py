@@ -1,8 +1,8 @@
-"""How large should an update be? `python -m benchmarks.batch`: 42 runs of the quickstart, about 35 minutes on two cores.
+"""How large should an update be? `python -m benchmarks.batch`: some 50 runs of the quickstart, 40 to 90 minutes on two cores.
 
-Sizes from 1,024 to 32,768 tokens, each with three learning rates, and its best with two more seeds; beta2 by its memory in
-tokens, and fixed; four times the best rate; sizes that grow. Outcomes are kept in --runs: the same command goes on where it was
-stopped.
+Sizes from 1,024 to 32,768 tokens, each with three learning rates, or more until the best is neither the smallest nor the
+largest, and its best with two more seeds; beta2 by its memory in tokens, and fixed; four times the best rate; sizes that grow.
+Outcomes are kept in --runs: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.batch.analysis import READING_RULE, compare, finals, summary
 from benchmarks.batch.pictures import pictures
-from benchmarks.batch.study import PARTS, Results, Study, best_rates, rate_name
+from benchmarks.batch.study import PARTS, Results, Study, best_rates, factors_of, rate_name
 from benchmarks.results import command_line, table, write_result
 from benchmarks.trials import Outcome, Trials, final_loss
 from recipe.errors import RecipeError, run_command
@@ -49,7 +49,8 @@ def report(study: Study, outcomes: Mapping[str, Outcome], found: Mapping[str, An
     return f"""How large should an update be?
 The quickstart, {total} tokens in each run: {longest:,} updates of {small:,} tokens to {shortest:,} of {large:,}.
 All runs read the same text in the same order (4 lanes).
-Peak rates are {factors} x {study.rate:g} (B / {study.rate_budget:,})^{study.exponent:g} for updates of B tokens.
+Peak rates are {factors} x {study.rate:g} (B / {study.rate_budget:,})^{study.exponent:g} for updates of B tokens, and further
+ones by factors of two where the best of these was the smallest or the largest.
 beta2 is 2^(-B / {study.half_life_tokens:,}), not below 0.8, unless it says otherwise.
 
 The rule for reading, fixed before the runs: {READING_RULE} One standard deviation is {spread}.
@@ -169,8 +170,9 @@ def _larger_is(groups: Mapping[int, Sequence[float]], deviation: float | None, w
 
 def _final_table(study: Study, outcomes: Mapping[str, Outcome], found: Mapping[str, Any]) -> list[dict[str, str]]:
     rows, deviation = [], found["deviation"]
+    factors = sorted({factor for size in study.budgets for factor in factors_of(study, size, outcomes)})
     for size in study.budgets:
-        losses = {factor: outcomes.get(rate_name(size, factor)) for factor in study.factors}
+        losses = {factor: outcomes.get(rate_name(size, factor)) for factor in factors}
         seeds = found["finals"].get(size, [])
         row = {"tokens per update": f"{size:,}", "updates": f"{study.total_tokens // size:,}"}
         row |= {f"x {factor:g}": _loss(outcome) for factor, outcome in losses.items()}

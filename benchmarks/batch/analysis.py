@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.batch.study import Study, best_rates, rate_name, seed_name
+from benchmarks.batch.study import Study, best_factor, best_rates, factors_of, rate_name, seed_name
 from benchmarks.trials import NOISE, Outcome, final_loss
 
 READING_RULE = (
@@ -41,9 +41,9 @@ def curve(outcome: Outcome) -> Curve:
 
 def best_runs(study: Study, outcomes: Mapping[str, Outcome]) -> dict[int, list[Outcome]]:
     """The runs of each size with its best rate, one for each seed that is done."""
-    best, found = best_rates(study, outcomes), {}
-    for budget, rate in best.items():
-        factor = next(factor for factor in study.factors if study.rate_of(budget, factor) == rate)
+    found = {}
+    for budget in best_rates(study, outcomes):
+        factor = best_factor(budget, factors_of(study, budget, outcomes), outcomes)
         names = [rate_name(budget, factor), *(seed_name(budget, seed) for seed in study.seeds[1:])]
         found[budget] = [outcomes[name] for name in names if name in outcomes]
     return found
@@ -157,7 +157,8 @@ def usable_rates(
     """Of each size the largest rate that loses nothing against its best, and whether no larger one was tried."""
     found = {}
     for budget in study.budgets:
-        tried = {study.rate_of(budget, f): outcomes.get(rate_name(budget, f)) for f in study.factors}
+        factors = factors_of(study, budget, outcomes)
+        tried = {study.rate_of(budget, factor): outcomes.get(rate_name(budget, factor)) for factor in factors}
         hot = outcomes.get(f"hot-{budget}")
         if hot:
             tried[hot["settings"]["optimizer.learning_rate"]] = hot

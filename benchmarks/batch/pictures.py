@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.batch.analysis import SMOOTH_SHARE, best_runs, curve, smoothed
-from benchmarks.batch.study import Study, rate_name
+from benchmarks.batch.study import Study, factors_of, rate_name
 from benchmarks.trials import Outcome, final_loss
 
 Rows = list[dict[str, Any]]
@@ -76,7 +76,7 @@ def rate_rows(study: Study, outcomes: Mapping[str, Outcome]) -> Rows:
     """(f) Final loss against the rate, of each size."""
     rows = []
     for budget in study.budgets:
-        names = [rate_name(budget, factor) for factor in study.factors] + [f"hot-{budget}"]
+        names = [rate_name(budget, factor) for factor in factors_of(study, budget, outcomes)] + [f"hot-{budget}"]
         for run in (outcomes[name] for name in names if name in outcomes):
             rate, loss = run["settings"]["optimizer.learning_rate"], final_loss(run)
             rows.append({"budget": f"{budget:,}", "rate": rate, "loss": loss})

@@ -18,6 +18,7 @@ class Study:
     total_tokens: int = 983_040
     budgets: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384, 32_768)
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    furthest: tuple[float, float] = (1 / 16, 16.0)  # factors that are tried at most
     rate: float = 5e-3
     rate_budget: int = 4096
     exponent: float = 0.35
@@ -64,35 +65,39 @@ def _trial(study: Study, name: str, budget: int, rate: float, seed: int, **more:
     return Trial(name, {**study.common, **own, **memory, **more})
 
 
-def rates(study: Study, best: Mapping[int, float]) -> Iterator[Trial]:
-    """Every rate of every budget."""
+def rates(study: Study, outcomes: Mapping[str, Outcome]) -> Iterator[Trial]:
+    """Every rate of every budget, and further ones where the best is the smallest or the largest."""
     for budget in study.budgets:
-        for factor in study.factors:
+        for factor in factors_of(study, budget, outcomes):
             yield _trial(study, rate_name(budget, factor), budget, study.rate_of(budget, factor), study.seeds[0])
 
 
-def seeds(study: Study, best: Mapping[int, float]) -> Iterator[Trial]:
+def seeds(study: Study, outcomes: Mapping[str, Outcome]) -> Iterator[Trial]:
     """The best rate of each budget again."""
+    best = best_rates(study, outcomes)
     for budget in study.budgets:
         for seed in study.seeds[1:]:
             yield _trial(study, seed_name(budget, seed), budget, best[budget], seed)
 
 
-def fixed_beta2(study: Study, best: Mapping[int, float]) -> Iterator[Trial]:
+def fixed_beta2(study: Study, outcomes: Mapping[str, Outcome]) -> Iterator[Trial]:
     """beta2 as it is, in place of its memory in tokens."""
+    best = best_rates(study, outcomes)
     for budget in study.fixed_beta2_budgets:
         beta2 = {"optimizer.beta2": study.fixed_beta2, "optimizer.beta2_half_life_tokens": None}
         yield _trial(study, f"beta2-{budget}", budget, best[budget], study.seeds[0], **beta2)
 
 
-def hot(study: Study, best: Mapping[int, float]) -> Iterator[Trial]:
+def hot(study: Study, outcomes: Mapping[str, Outcome]) -> Iterator[Trial]:
     """Four times the best rate."""
+    best = best_rates(study, outcomes)
     for budget in study.hot_budgets:
         yield _trial(study, f"hot-{budget}", budget, 4 * best[budget], study.seeds[0])
 
 
-def schedules(study: Study, best: Mapping[int, float]) -> Iterator[Trial]:
+def schedules(study: Study, outcomes: Mapping[str, Outcome]) -> Iterator[Trial]:
     """Updates that grow, with the best rate of the first size, which grows with the root of the size."""
+    best = best_rates(study, outcomes)
     for name, steps in study.schedules.items():
         (_, first), *_ = steps
         phases = [
@@ -119,11 +124,29 @@ def best_rates(study: Study, outcomes: Mapping[str, Outcome]) -> dict[int, float
     """The rate of the lowest final validation loss, of each budget whose rates are all done."""
     best = {}
     for budget in study.budgets:
-        losses = {factor: outcomes.get(rate_name(budget, factor)) for factor in study.factors}
-        if all(losses.values()):
-            factor = min(losses, key=lambda factor: final_loss(losses[factor]))
-            best[budget] = study.rate_of(budget, factor)
+        factors = factors_of(study, budget, outcomes)
+        if all(rate_name(budget, factor) in outcomes for factor in factors):
+            best[budget] = study.rate_of(budget, best_factor(budget, factors, outcomes))
     return best
+
+
+def best_factor(budget: int, factors: Sequence[float], outcomes: Mapping[str, Outcome]) -> float:
+    """The one whose run has the lowest final validation loss."""
+    return min(factors, key=lambda factor: final_loss(outcomes.get(rate_name(budget, factor))))
+
+
+def factors_of(study: Study, budget: int, outcomes: Mapping[str, Outcome]) -> list[float]:
+    """Those that are tried: `study.factors`, and beyond them until the best, as far as known, is neither first nor last."""
+    factors = sorted(study.factors)
+    while all(rate_name(budget, factor) in outcomes for factor in factors):
+        best = best_factor(budget, factors, outcomes)
+        if best == factors[0] and best > study.furthest[0]:
+            factors.insert(0, best / 2)
+        elif best == factors[-1] and best < study.furthest[1]:
+            factors.append(2 * best)
+        else:
+            break
+    return factors
 
 
 class Results:
@@ -137,7 +160,8 @@ class Results:
         done: dict[str, Outcome] = {}
         for part in PARTS.values():
             with suppress(KeyError):  # a best rate
-                done |= self.trials.outcomes(part(self.study, best_rates(self.study, done)))
+                while len(done) < len(done := done | self.trials.outcomes(part(self.study, done))):
+                    pass  # what is found may ask for more
         return done
 
     def complete(self, parts: Sequence[str]) -> None:
@@ -147,10 +171,14 @@ class Results:
             RecipeError: the rates have to be tried first; or what `Trials.complete` raises.
         """
         for name in parts:
-            try:
-                trials = list(PARTS[name](self.study, best_rates(self.study, self.all())))
-            except KeyError as budget:
-                raise RecipeError(
-                    f"{name} takes the best rate of {budget} tokens per update: run --only rates first"
-                ) from None
-            self.trials.complete(trials, name)
+            while missing := self._missing(name):
+                self.trials.complete(missing, name)
+
+    def _missing(self, name: str) -> list[Trial]:
+        try:
+            trials = list(PARTS[name](self.study, self.all()))
+        except KeyError as budget:
+            raise RecipeError(
+                f"{name} takes the best rate of {budget} tokens per update: run --only rates first"
+            ) from None
+        return [trial for trial in trials if self.trials.read(trial) is None]

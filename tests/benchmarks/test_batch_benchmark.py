@@ -30,7 +30,7 @@ from benchmarks.batch.analysis import (
     usable_rates,
 )
 from benchmarks.batch.pictures import cost_rows, curve_rows, final_rows, rate_rows, roughness_rows
-from benchmarks.batch.study import PARTS, Study, best_rates
+from benchmarks.batch.study import PARTS, Study, best_rates, factors_of
 from benchmarks.trials import NOISE, Outcome, Trial, Trials, outcome_of
 from tests.helpers import run
 
@@ -70,9 +70,10 @@ WORSE_WHEN_LARGE = {1024: 3.8, 2048: 3.79, 4096: 3.9, 8192: 4.1, 16_384: 4.5, 32
 
 
 def test_the_study_is_42_runs_that_differ_in_what_they_say() -> None:
-    trials = [trial for part in PARTS.values() for trial in part(STUDY, BEST)]
+    outcomes = made_study(WORSE_WHEN_LARGE)
+    trials = [trial for part in PARTS.values() for trial in part(STUDY, outcomes)]
     assert len(trials) == len({trial.name for trial in trials}) == 42
-    assert [len(list(part(STUDY, BEST))) for part in PARTS.values()] == [18, 12, 4, 2, 6]
+    assert [len(list(part(STUDY, outcomes))) for part in PARTS.values()] == [18, 12, 4, 2, 6]
     assert len({json.dumps(trial.settings) for trial in trials}) == 42
     assert {trial.settings["batch.lanes"] for trial in trials} == {4}
     assert not any(trial.settings["run.parity_check"] for trial in trials)
@@ -90,6 +91,19 @@ def test_the_study_is_42_runs_that_differ_in_what_they_say() -> None:
         {"from_tokens": 327_680, "tokens_per_update": 8192},
         {"from_tokens": 655_360, "tokens_per_update": 32_768},
     ]
+
+
+def test_rates_go_on_until_the_best_is_neither_the_smallest_nor_the_largest() -> None:
+    outcomes = {f"rate-4096-{factor:g}": made_outcome(4096, 3 + factor) for factor in (0.25, 0.5, 1.0, 2.0)}
+    outcomes["rate-4096-0.125"] = made_outcome(4096, 3.5)
+    assert factors_of(STUDY, 4096, {}) == [0.5, 1, 2]
+    assert factors_of(STUDY, 4096, outcomes) == [0.125, 0.25, 0.5, 1, 2]
+    assert best_rates(STUDY, outcomes) == {4096: STUDY.rate_of(4096, 0.25)}
+    del outcomes["rate-4096-0.125"]
+    assert factors_of(STUDY, 4096, outcomes) == [0.125, 0.25, 0.5, 1, 2], "it is asked for"
+    assert best_rates(STUDY, outcomes) == {}, "and the best not known without it"
+    rising = {f"rate-4096-{2.0**n:g}": made_outcome(4096, 3 - n / 10) for n in range(-1, 9)}
+    assert factors_of(STUDY, 4096, rising)[-1] == STUDY.furthest[1], "no further"
 
 
 def test_half_life_is_beta2_0_95_at_the_preset_s_size() -> None:
