@@ -89,7 +89,8 @@ def _less_noise(found: Mapping[str, Any]) -> str:
     scales = [f"{size:,} tokens {of['tokens']:,.0f} ({_band(of)})" for size, of in noise.items()]
     ratios = [f"{size / noise[size]['tokens']:.2g} at {size:,}" for size in (min(noise), max(noise))]
     return (
-        f"{text} The gradient noise scale, measured at the end of the runs, in tokens: {', '.join(scales)}. The signal is "
+        f"{text} The gradient noise scale, measured at the end of the runs, where larger updates have learned less, in tokens: "
+        f"{', '.join(scales)}. The signal is "
         f"{' and '.join(ratios)} tokens times the noise."
     )
 
@@ -119,8 +120,8 @@ def _higher_rates(study: Study, outcomes: Mapping[str, Outcome], found: Mapping[
     rising = [
         size for size, before in zip(list(usable)[1:], usable, strict=False) if usable[size][0] > usable[before][0]
     ]
-    verdict = "false"
-    if low_is_last:
+    verdict = "false"  # also where the smallest size might take more than was tried
+    if high > low and low_is_last:
         verdict = f"not determined, since at {first:,} tokens the largest rate that was tried lost nothing"
     elif high > low:
         verdict = f"true, up to {max(rising):,} tokens"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.batch.__main__ import QUICK, report
+from benchmarks.batch.__main__ import QUICK, _higher_rates, report
 from benchmarks.batch.analysis import (
     Curve,
     best_runs,
@@ -211,6 +211,10 @@ def test_the_page_says_what_the_rule_says_whichever_way_it_comes_out() -> None:
     assert "5,000 (2,500 to 10,000)" in worse
     assert "The signal is 0.2 at 1,024 and 6.6 at 32,768 tokens times the noise." in worse
     assert "Higher stable rates: true, up to 32,768 tokens" in worse
+    falling = {size: (4e-3 / 2**place, size == 1024) for place, size in enumerate(STUDY.budgets)}
+    assert "stable rates: false.**" in _higher_rates(STUDY, {}, {"usable_rates": falling, "best_rates": {}})
+    rising = {size: (4e-3 * 2**place, size == 1024) for place, size in enumerate(STUDY.budgets)}
+    assert "not determined, since at 1,024" in _higher_rates(STUDY, {}, {"usable_rates": rising, "best_rates": {}})
     assert "4.000, worse |" in worse, "beta2 fixed at small sizes"
     endless = made_study(WORSE_WHEN_LARGE, scale=5000.0)
     for outcome in endless.values():
