@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speedrun import INGREDIENTS, PLAIN, SEEDS, report, trials
-from recipe.config.command_line import load_config
-from recipe.config.settings import value_of
-from tests.helpers import ROOT, run
+from tests.helpers import run
 
 
 def test_each_run_has_one_ingredient_more_than_another() -> None:
@@ -25,12 +23,6 @@ def test_each_run_has_one_ingredient_more_than_another() -> None:
         assert {name: value for name, value in alone.items() if value != plain[name]} == more
     whole = made[last][0].settings
     assert all(whole[name] == value for more in INGREDIENTS.values() for name, value in more.items())
-
-
-def test_the_quickstart_is_the_whole() -> None:
-    config = load_config(["--config", str(ROOT / "configs/quickstart.yaml")])
-    whole = PLAIN | {name: value for more in INGREDIENTS.values() for name, value in more.items()}
-    assert {name: value_of(config, name) for name in whole} == whole
 
 
 def test_the_table_has_what_each_gives_alone_and_adds_together() -> None:

@@ -54,7 +54,7 @@ def arguments(run: Path, sources: Path, code: dict[str, Any] | None = None) -> l
             "--data.sources",
             json.dumps([web, of_code | (code or {})]),
         ],
-        *["--data.tokenizer", str(sources.parent / "tokenizer"), "--data.validation_one_in", "6"],
+        *["--data.tokenizer", str(sources.parent / "tokenizer"), "--data.validation_one_in", "4"],
         *["--schedule.total_tokens", str(UPDATES * 1536), "--evaluation.every_tokens", "6144"],
         *["--evaluation.sets.mine", f"{sources}/web.jsonl", "--checkpoint.every_tokens", "4608"],
     ]
