@@ -36,7 +36,8 @@ def _seen_from_here(run: Run, point: ResumePoint, files: Sequence[File]) -> dict
     """The checkpoint and the text as the first rank of each host sees them; the others look at the same disks."""
     if not run.accelerator.is_local_main_process:
         return {"the checkpoint": None, "the text": None}
-    checkpoint, text = None, None
+    checkpoint: str | None = None
+    text: dict[str, str] | str
     if point.checkpoint:
         manifest = point.checkpoint / MANIFEST
         has = (
