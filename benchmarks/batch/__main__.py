@@ -27,6 +27,7 @@ from recipe.run.ledger import utc_now
 QUICK = Study(
     total_tokens=16_384,
     budgets=(256, 512, 1024),
+    furthest=(0.5, 2.0),  # no further rates
     rate_budget=512,
     fixed_beta2_budgets=(256,),
     hot_budgets=(1024,),
