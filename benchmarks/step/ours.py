@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ class Loop(Training):
 
     def __init__(self, setting: Setting, every_updates: int | None = None) -> None:
         settings = {
-            "run.directory": tempfile.mkdtemp(prefix="benchmark-step-"),
+            "run.directory": os.environ["BENCHMARK_RUN"],  # the same on all ranks
             "model": setting.shape,
             "data.sequence_length": setting.sequence_length,
             "batch.tokens_per_update": setting.tokens,

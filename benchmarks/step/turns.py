@@ -113,6 +113,7 @@ class Worker:
         self._idle_since, self._cpu_then = 0.0, 0.0
         self._started = time.perf_counter()
         variables |= {"OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+        variables["BENCHMARK_RUN"] = tempfile.mkdtemp(prefix="benchmark-step-")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

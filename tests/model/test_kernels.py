@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
 from recipe.model.kernels import compile_model, eager, set_kernels
 from recipe.model.onednn import choose_matmul, use_onednn
 from recipe.plan.memory import rows_per_chunk
-from tests.helpers import SCRIPT, TINY, read_events, read_ledger, run_ranks, train, write_texts
+from tests.helpers import SCRIPT, TINY, read_events, read_ledger, run, run_ranks, train, write_texts
 
 LENGTH = 32
 
@@ -258,7 +259,8 @@ def test_a_compiled_run_is_the_same_run_and_finds_its_code_again(tmp_path: Path)
     assert train(*arguments("eager")).returncode == 0
     outputs = []
     for name in ("cold", "warm"):
-        done = train(*arguments(name, *compiled), script=("-c", _COMPILED), **cached)
+        command = [sys.executable, "-c", _COMPILED, *arguments(name, *compiled)]
+        done = run(command, timeout=900, **cached)  # two minutes on an idle machine of two slow cores
         assert done.returncode == 0, done.stderr
         outputs.append(done.stderr.splitlines()[-1])
     assert all("'unique_graphs': 2" in output for output in outputs), outputs

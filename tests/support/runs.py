@@ -17,6 +17,9 @@ from recipe.run.ledger import Ledger
 from recipe.run.run import Run
 from recipe.run.stop import StopRequest
 
+# Kept until the process ends: their destructors hang now and then, as `recipe.run.stop` says.
+_PROCESS_GROUPS = set[Any]()
+
 
 def stand_in(rank: int = 0, ranks: int = 1) -> Any:
     """In place of an Accelerator if nothing is computed with it."""
@@ -38,6 +41,8 @@ def make_run(config: Config, accelerator: Any = None, update: UpdatePlan | None 
         update: how an update is split, if not as `config` says.
     """
     accelerator = accelerator or stand_in()
+    if torch.distributed.is_initialized():
+        _PROCESS_GROUPS.add(torch.distributed.group.WORLD)
     plan = make_plan(config, accelerator.num_processes)
     if update is not None:
         plan = replace(plan, phases=(Phase(1, 0, update),))
