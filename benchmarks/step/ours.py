@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +38,8 @@ class Loop(Training):
 
     def __init__(self, setting: Setting, every_updates: int | None = None) -> None:
         settings = {
-            "run.directory": os.environ["BENCHMARK_RUN"],  # the same on all ranks
+            # the same on all ranks
+            "run.directory": os.environ.get("BENCHMARK_RUN") or tempfile.mkdtemp(prefix="benchmark-step-"),
             "model": setting.shape,
             "data.sequence_length": setting.sequence_length,
             "batch.tokens_per_update": setting.tokens,
