@@ -145,6 +145,7 @@ def test_trackers_receive_the_ledger(runs: Runs) -> None:
         assert logged == [(entry["update"], pytest.approx(entry[name], rel=1e-6)) for entry in ledger]
 
 
+@pytest.mark.slow
 def test_finished_model_loads_with_transformers_alone(runs: Runs, tmp_path: Path) -> None:
     """By the Python that the run prints, copied away, in a process that never imports this repository."""
     directory = runs["adamw", 3, 2]

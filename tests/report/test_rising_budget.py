@@ -65,6 +65,7 @@ def test_a_run_with_a_schedule_gets_no_other() -> None:
     assert rising_budget(record_of(dict.fromkeys(range(21, 200), 1e9), "--batch.schedule", schedule)) == []
 
 
+@pytest.mark.slow
 def test_what_the_page_shows_can_be_pasted(directory: Path) -> None:
     text = (directory / "config.yaml").read_text(encoding="utf-8")
     tokens = int(yaml.safe_load(text)["schedule"]["total_tokens"])

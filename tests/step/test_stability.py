@@ -352,6 +352,7 @@ def test_a_spike_is_told_once_the_window_is_full_and_only_upwards() -> None:
     assert len(detector.recent) == 8
 
 
+@pytest.mark.slow
 def test_an_automatic_micro_batch_fits_and_gives_the_same_updates(healthy: Path) -> None:
     """By the plan all 24 blocks fit; on two ranks, of which one turns out to have memory for 3 blocks only, 3 do."""
     directory = healthy.parent / "auto"
