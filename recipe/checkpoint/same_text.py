@@ -28,7 +28,7 @@ def open_text(run: Run, point: ResumePoint) -> list[Source]:
         RecipeError: it cannot be read, or has changed.
     """
     run.text_record, sources, files = run.on_main(lambda: _open_same_text(run, point))
-    check_alike(_seen_from_here(run, point, files))
+    check_alike(lambda: _seen_from_here(run, point, files))
     return sources
 
 

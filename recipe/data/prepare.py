@@ -248,7 +248,7 @@ def _finish(preparation: Preparation, about: dict[str, Any], results: Sequence[d
             "end_of_text": ids.delimiters[0],
         },
         "rows_are": "packed" if ids.are_packed else "documents",
-        "dtype": preparation.output.dtype,
+        "dtype": preparation.output.ids.dtype,
         **totals,
         "bad_rows": sum(result["bad_rows"] for result in results),
         **about,

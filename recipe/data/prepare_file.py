@@ -71,7 +71,7 @@ def count_files(source: Source, output: Output) -> int:
     shards = source.training
     text = shards.text_bytes or sum(file.size for file in {part.file for part in shards.parts})
     tokens = shards.tokens or text / TYPICAL_TOKEN_BYTES
-    size = tokens * (2 if output.dtype == "uint16" else 4)
+    size = tokens * (2 if output.ids.dtype == "uint16" else 4)
     return min(len(shards), max(FEWEST_FILES, math.ceil(size / FILE_BYTES)))
 
 

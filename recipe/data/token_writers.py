@@ -34,10 +34,6 @@ class Output:
     def ending(self) -> str:
         return "parquet" if self.format == "parquet" else "bin"
 
-    @property
-    def dtype(self) -> str:
-        return self.ids.dtype
-
     def open(self, path: Path) -> "ParquetFile | LlmcFile":
         """A file to write."""
         return ParquetFile(path, self) if self.format == "parquet" else LlmcFile(path, self)
@@ -59,7 +55,7 @@ class ParquetFile:
         self.documents = self.tokens = 0
         self._ids, self._lanes = output.ids, output.lanes
         # without nulls, and plain, which zstd packs best: read in two thirds of the time
-        kind = pa.list_(pa.field("element", pa.type_for_alias(output.dtype), nullable=False))
+        kind = pa.list_(pa.field("element", pa.type_for_alias(output.ids.dtype), nullable=False))
         metadata = {VOCABULARY_KEY: output.ids.vocabulary_hash, "recipe.tokenizer": output.ids.tokenizer}
         metadata |= {"recipe.end_of_text": str(output.ids.delimiters[0])}
         self._schema = pa.schema([pa.field(COLUMN, kind, nullable=False)], metadata)
@@ -128,7 +124,7 @@ class LlmcFile:
 
     def __init__(self, path: Path, output: Output) -> None:
         self.documents = self.tokens = 0
-        self._path, self._dtype = path, np.dtype(output.dtype)
+        self._path, self._dtype = path, np.dtype(output.ids.dtype)
         self._head = np.array([] if output.ids.are_packed else output.ids.delimiters[:1], self._dtype).tobytes()
         self._file: IO[bytes] = path.open("wb")
         self._file.write(bytes(LLMC_HEADER_BYTES))

@@ -3,20 +3,26 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from recipe.errors import RecipeError
 
 
-def check_alike(facts: Mapping[str, Any]) -> None:
-    """Compare JSON values with those of rank 0; None is not compared. Collective.
+def check_alike(look: Callable[[], Mapping[str, Any]]) -> None:
+    """Compare the JSON values that `look` gives with those of rank 0; None is not compared. Collective.
+
+    One rank alone does not look.
 
     Raises:
         RecipeError: on all ranks: what differs first, and on which host.
     """
+    from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    if PartialState().num_processes == 1:
+        return
+    facts = look()
     first, *others = gather_object([{name: _digest(value) for name, value in facts.items()}])
     name = next((name for name in facts if any(of[name] not in (None, first[name]) for of in others)), None)
     if name is None:

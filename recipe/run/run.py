@@ -96,7 +96,7 @@ def start_run(config: Config) -> Run:
     accelerator = start_accelerator(precision)
     stop.connect(accelerator.num_processes)
     settings = {name: value for name, value in flat_settings(config).items() if name != "data.cache_directory"}
-    check_alike({"settings": settings, **installation()})
+    check_alike(lambda: {"settings": settings, **installation()})
     if plan.micro_batch_is_auto:
         plan = resolve_auto_micro_batch(config, accelerator, precision)
     console = Console(accelerator.is_main_process, plan.planned_updates, plan.tokens_after)

@@ -19,7 +19,7 @@ REPEAT_SECONDS = 1.0
 _ERROR = 1000  # beyond any signal's number; the rest is an exit code
 # Until the process ends: the destructor of a process group waits for its threads while it holds the interpreter, and they may
 # want it, to let go of a last tensor. Now and then a rank whose work was done hung, when train() returned.
-_PROCESS_GROUPS: list[Any] = []
+KEPT_GROUPS: list[Any] = []
 
 
 class Stopped(Exception):
@@ -82,7 +82,7 @@ class StopRequest:
             import torch
 
             self._group = torch.distributed.new_group(backend="gloo")
-            _PROCESS_GROUPS.extend([torch.distributed.group.WORLD, self._group])
+            KEPT_GROUPS.extend([torch.distributed.group.WORLD, self._group])
 
     def agree(self) -> None:
         """Agree with the other ranks whether to abandon what is open. Collective: each rank calls it once per update.

@@ -15,20 +15,13 @@ from recipe.plan.run_plan import make_plan
 from recipe.run.console import Console
 from recipe.run.ledger import Ledger
 from recipe.run.run import Run
-from recipe.run.stop import StopRequest
-
-# Kept until the process ends: their destructors hang now and then, as `recipe.run.stop` says.
-_PROCESS_GROUPS = set[Any]()
+from recipe.run.stop import KEPT_GROUPS, StopRequest
 
 
 def stand_in(rank: int = 0, ranks: int = 1) -> Any:
     """In place of an Accelerator if nothing is computed with it."""
     return SimpleNamespace(
-        process_index=rank,
-        num_processes=ranks,
-        is_main_process=rank == 0,
-        is_local_main_process=rank == 0,
-        device=torch.device("cpu"),
+        process_index=rank, num_processes=ranks, is_main_process=rank == 0, device=torch.device("cpu")
     )
 
 
@@ -42,7 +35,7 @@ def make_run(config: Config, accelerator: Any = None, update: UpdatePlan | None 
     """
     accelerator = accelerator or stand_in()
     if torch.distributed.is_initialized():
-        _PROCESS_GROUPS.add(torch.distributed.group.WORLD)
+        KEPT_GROUPS.append(torch.distributed.group.WORLD)
     plan = make_plan(config, accelerator.num_processes)
     if update is not None:
         plan = replace(plan, phases=(Phase(1, 0, update),))
