@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.results import command_line, table, write_result
-from benchmarks.trials import Outcome, Trial, Trials, final_loss
+from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training
 from recipe.errors import run_command
 
 Settings = dict[str, Any]
@@ -43,23 +43,11 @@ INGREDIENTS: dict[str, Settings] = {
         "schedule.warmup_tokens": TOKENS // 20,
     },
 }
+QUICK_TOKENS = 16_384
 QUICK: Settings = {
     **{"data.sequence_length": 64, "model.n_layer": 1, "model.n_embd": 32, "model.n_head": 2},
-    **{"schedule.total_tokens": 16_384, "schedule.warmup_tokens": 1024, "evaluation.tokens": 4096},
+    **{"schedule.warmup_tokens": 1024, "evaluation.tokens": 4096},
 }
-
-
-def common(is_quick: bool) -> Settings:
-    """Settings of all runs: nothing but training, and one evaluation behind it."""
-    tokens = QUICK["schedule.total_tokens"] if is_quick else TOKENS
-    return {
-        "run.parity_check": False,
-        "schedule.total_tokens": tokens,
-        "evaluation.every_tokens": tokens,
-        "evaluation.sample_tokens": None,
-        "checkpoint.every_tokens": None,
-        "checkpoint.every_minutes": None,
-    }
 
 
 def trials(is_quick: bool = False) -> dict[str, list[Trial]]:
@@ -72,12 +60,12 @@ def trials(is_quick: bool = False) -> dict[str, list[Trial]]:
     kinds |= {f"alone {number}": more for number, more in enumerate(INGREDIENTS.values(), start=1)}
     kinds |= {f"together {number}": all_of for number, all_of in enumerate(added, start=1)}
     with_seeds = ("plain", f"together {len(added)}")
-    shared = common(is_quick)
+    shared = nothing_but_training(QUICK_TOKENS) | QUICK if is_quick else nothing_but_training(TOKENS)
     return {
         kind: [
             Trial(
                 f"{kind}-{seed}".replace(" ", "-"),
-                {**PLAIN, **own, **(QUICK if is_quick else {}), **shared, "run.seed": seed},
+                {**PLAIN, **own, **shared, "run.seed": seed},
             )
             for seed in (SEEDS if kind in with_seeds else SEEDS[:1])
         ]
@@ -91,10 +79,8 @@ def report(done: Mapping[str, Sequence[Outcome]]) -> str:
     losses = {kind: [final_loss(outcome) for outcome in of] for kind, of in done.items()}
     losses["together 1"] = losses["alone 1"]
     first, whole = losses["plain"], losses[f"together {len(INGREDIENTS)}"]
-    before, rows = (
-        first[0],
-        [{"": "plain", "alone": f"{first[0]:.3f}", "gives": "", "together": f"{first[0]:.3f}", "adds": ""}],
-    )
+    before = first[0]
+    rows = [{"": "plain", "alone": f"{before:.3f}", "gives": "", "together": f"{before:.3f}", "adds": ""}]
     for number, name in enumerate(INGREDIENTS, start=1):
         alone, together = losses[f"alone {number}"][0], losses[f"together {number}"][0]
         gives, adds = f"{alone - first[0]:+.3f}", f"{together - before:+.3f}"

@@ -24,9 +24,8 @@ from recipe.errors import DIVERGED_EXIT_CODE, RecipeError, run_command
 from recipe.run.ledger import LEDGER, read_lines
 
 NOISE = "gradient_noise_scale_tokens"
-Outcome = dict[
-    str, Any
-]  # of a run: settings, exit_code, seconds, tokens, losses, validation_loss, noise, train_seconds
+# Of a run: settings, exit_code, seconds, tokens, losses, validation_loss, noise, train_seconds
+Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,18 @@ class Trial:
 
     name: str
     settings: Mapping[str, Any]
+
+
+def nothing_but_training(tokens: int) -> dict[str, Any]:
+    """Settings of a run of so many tokens, with one evaluation behind it."""
+    return {
+        "run.parity_check": False,
+        "schedule.total_tokens": tokens,
+        "evaluation.every_tokens": tokens,
+        "evaluation.sample_tokens": None,
+        "checkpoint.every_tokens": None,
+        "checkpoint.every_minutes": None,
+    }
 
 
 def final_loss(outcome: Outcome | None) -> float:
@@ -78,8 +89,8 @@ class Trials:
         found = {trial.name: self.read(trial) for trial in trials}
         return {name: outcome for name, outcome in found.items() if outcome}
 
-    def complete(self, trials: Sequence[Trial], what: str) -> None:
-        """Train what is missing, and say how it goes.
+    def complete(self, trials: Sequence[Trial], what: str) -> bool:
+        """Train what is missing, and say how it goes; whether there was something.
 
         Raises:
             RecipeError: a run has ended with another error than that it diverged.
@@ -91,6 +102,7 @@ class Trials:
             for number, (trial, outcome) in enumerate(zip(missing, running, strict=True), start=1):
                 loss, seconds = final_loss(outcome), outcome["seconds"]
                 print(f"{what} {number}/{len(missing)}: {trial.name}, {loss:.3f} nats, {seconds:.0f} s", flush=True)
+        return bool(missing)
 
     def _train(self, trial: Trial) -> Outcome:
         directory, log = self.directory / f"{trial.name}.run", self.directory / f"{trial.name}.log"

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.trials import Outcome, Trial, Trials, final_loss
+from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training
 from recipe.errors import RecipeError
 
 
@@ -40,17 +40,12 @@ class Study:
         """Settings of every run: the same lanes, so that all read the same text in the same order, and AdamW as everybody
         has it, whatever the preset takes."""
         return {
-            "run.parity_check": False,
+            **nothing_but_training(self.total_tokens),
             "batch.lanes": 4,
-            "schedule.total_tokens": self.total_tokens,
             "schedule.warmup_tokens": self.total_tokens // 6,
             "schedule.shape": "cosine",
             "schedule.final_learning_rate_fraction": 0.1,
             "optimizer.name": "adamw",
-            "evaluation.every_tokens": self.total_tokens,
-            "evaluation.sample_tokens": None,
-            "checkpoint.every_tokens": None,
-            "checkpoint.every_minutes": None,
             **self.settings,
         }
 
@@ -171,14 +166,13 @@ class Results:
             RecipeError: the rates have to be tried first; or what `Trials.complete` raises.
         """
         for name in parts:
-            while missing := self._missing(name):
-                self.trials.complete(missing, name)
+            while self.trials.complete(self._of(name), name):
+                pass  # what is found may ask for more
 
-    def _missing(self, name: str) -> list[Trial]:
+    def _of(self, name: str) -> list[Trial]:
         try:
-            trials = list(PARTS[name](self.study, self.all()))
+            return list(PARTS[name](self.study, self.all()))
         except KeyError as budget:
             raise RecipeError(
                 f"{name} takes the best rate of {budget} tokens per update: run --only rates first"
             ) from None
-        return [trial for trial in trials if self.trials.read(trial) is None]
