@@ -66,14 +66,15 @@ class Benchmark:
         return self._compare({OURS: "costs"}, self.setting)
 
     def noise(self) -> dict[str, Any]:
-        """Updates with and without the gradient noise scale, of the quickstart's shape and of this one."""
+        """Updates with and without the gradient noise scale, of the quickstart's shape and, in fewer turns, of this one."""
         small = replace(self.setting, n_layer=4, n_embd=128, n_head=4, vocab_size=2048, micro_batch_size=4, threads=1)
+        few = replace(self, rounds=min(self.rounds, 5))
         return {
             f"{p.n_layer} x {p.n_embd}, {p.steps} micro-batches of {p.micro_batch_size} x {p.sequence_length} tokens": {
                 "setting": asdict(p),
-                **self._compare({OURS: "noise"}, p),
+                **benchmark._compare({OURS: "noise"}, p),
             }
-            for p in (self.setting,) * self.is_quick or (small, self.setting, replace(self.setting, steps=32))
+            for benchmark, p in [(self, small)] * (not self.is_quick) + [(few, self.setting)]
         }
 
     def growth(self) -> dict[str, Any]:
