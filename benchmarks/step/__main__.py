@@ -68,7 +68,7 @@ class Benchmark:
     def noise(self) -> dict[str, Any]:
         """Updates with and without the gradient noise scale, of the quickstart's shape and, in fewer turns, of this one."""
         small = replace(self.setting, n_layer=4, n_embd=128, n_head=4, vocab_size=2048, micro_batch_size=4, threads=1)
-        few = replace(self, rounds=min(self.rounds, 5))
+        few = replace(self, rounds=min(self.rounds, 2))
         return {
             f"{p.n_layer} x {p.n_embd}, {p.steps} micro-batches of {p.micro_batch_size} x {p.sequence_length} tokens": {
                 "setting": asdict(p),
