@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,16 @@ def test_each_run_has_one_ingredient_more_than_another() -> None:
     assert {name: plain[name] for name in PLAIN} == PLAIN
     for number, more in enumerate(INGREDIENTS.values(), start=1):
         alone = made[f"alone {number}"][0].settings
-        assert {name: value for name, value in alone.items() if value != plain[name]} == more
+        assert {name: alone[name] for name in alone if alone[name] != plain[name]} == changes(alone, more)
     whole = made[last][0].settings
     assert all(whole[name] == value for more in INGREDIENTS.values() for name, value in more.items())
+    assert whole["optimizer.learning_rate"] == 7e-3
+
+
+def changes(settings: Mapping[str, Any], ingredient: dict[str, Any]) -> dict[str, Any]:
+    """Of a plain run with one ingredient: its own, and a rate if it has another optimizer or size of an update."""
+    is_plain = {"optimizer.name", "batch.tokens_per_update"}.isdisjoint(ingredient)
+    return ingredient if is_plain else {**ingredient, "optimizer.learning_rate": settings["optimizer.learning_rate"]}
 
 
 def test_the_table_has_what_each_gives_alone_and_adds_together() -> None:
