@@ -13,6 +13,7 @@ from recipe.text import one_line, redact
 USER_ERROR_EXIT_CODE = 2
 DIVERGED_EXIT_CODE = 3
 DATA_EXIT_CODE = 4
+OUT_OF_MEMORY_EXIT_CODE = 5  # of a sharded run: the same command goes on with smaller micro-batches
 INTERRUPTED_EXIT_CODE = 130
 BROKEN_PIPE_EXIT_CODE = 141
 

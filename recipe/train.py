@@ -31,13 +31,14 @@ def train(config: Config) -> None:
 
     # ---- 1. The run: what can be refused is refused here -----------------------------------------------------------------
     run = start_run(config)
+    config = run.config  # with what the launch says of sharding
     from recipe.checkpoint import CheckpointSaver, find_resume_point, open_text, restore, roll_back
     from recipe.data.blocks import UpdateReader, make_lanes, next_update
     from recipe.data.tokenizer import load_tokenizer
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
     from recipe.finish import end_stopped_run, finish_run, has_nothing_left
     from recipe.hub import Pusher, check_hub
-    from recipe.model import build_model, build_optimizer, choose_kernels, set_learning_rate
+    from recipe.model import build_model, build_optimizer, choose_kernels, prepare_model, set_learning_rate, whole_model
     from recipe.step import MicroBatches, SpikeDetector, check_parity, measure_update
 
     choose_kernels(run)
@@ -55,9 +56,8 @@ def train(config: Config) -> None:
     validation_sets = run.on_main(lambda: read_validation_sets(config, sources, tokenizer))
 
     # ---- 3. Model and optimizer: the only two things that accelerate prepares --------------------------------------------
-    model = build_model(run, tokenizer, init_from)
-    optimizer = build_optimizer(model, config.optimizer, config.run.seed, run.precision)
-    model, optimizer = run.accelerator.prepare(model, optimizer)
+    model = prepare_model(run, build_model(run, tokenizer, init_from))
+    optimizer = run.accelerator.prepare(build_optimizer(model, config.optimizer, config.run.seed, run.precision))
     micro_batches = MicroBatches(run, model)
 
     # ---- 4. Begin, or go on from a checkpoint ----------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def train(config: Config) -> None:
     saver.finish()
     if run.stop.is_agreed:
         end_stopped_run(run, pusher, saver)
-    finish_run(run, run.accelerator.unwrap_model(model), tokenizer, evaluation)
+    finish_run(run, whole_model(run, run.accelerator.unwrap_model(model)), tokenizer, evaluation)
     pusher.push(planned_updates, run.directory / "final")
     pusher.finish()  # no rank waits for this one any more
     saver.raise_failure()

@@ -137,10 +137,13 @@ def start_training(*arguments: str, script: Any = (SCRIPT,), fork: Any = True, *
 def start_ranks(
     world_size: int, command: Sequence[str], *, fork: Any = True, stdout: Any = PIPE, stderr: Any = STDOUT, **more: str
 ) -> list[subprocess.Popen[str]]:
-    """Start `python command` in `world_size` processes that form a gloo group; rank 0 first."""
-    port, processes = str(free_port()), []
+    """Start `python command` in `world_size` processes that form a gloo group; rank 0 first.
+
+    LOCAL_WORLD_SIZE of them are on what they take for a host.
+    """
+    port, processes, of_host = str(free_port()), [], int(more.get("LOCAL_WORLD_SIZE", world_size))
     for rank in range(world_size):
-        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        group = {"RANK": str(rank), "LOCAL_RANK": str(rank % of_host), "WORLD_SIZE": str(world_size)}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables = {**(group if world_size > 1 else {}), **more}
         processes.append(start([sys.executable, *command], fork=fork, stdout=stdout, stderr=stderr, **variables))

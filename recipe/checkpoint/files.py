@@ -13,29 +13,33 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from recipe.checkpoint.parts import Rows, TensorFiles, Writers, save_tensors
 from recipe.data.lanes import Position
 from recipe.errors import RecipeError
 from recipe.model.export import load_weights, write_model
+from recipe.model.sharding import local, rows_of
 from recipe.plan.schedule import crosses
 from recipe.run.directory import FORMAT, list_checkpoints
-from recipe.run.files import new_directory, sha256_of, sync, where_supported
+from recipe.run.files import new_directory, sha256_of, sync
 from recipe.run.noise_scale import Smoothed
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 STATE = "training/state.json"
-OPTIMIZER = "training/optimizer.safetensors"
+OPTIMIZER = "training/optimizer.safetensors"  # or a file for each rank that holds a part, optimizer-00001-of-00008
 BRANCH_FACTS = {"checkpoint", "update", "tokens", "blocks_sha256", "changes"}
 LARGEST_JSON_BYTES = 1 << 26
 
@@ -68,45 +72,83 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies of what training goes on changing: name -> tensor on the CPU."""
+    """Copies on the CPU of what training goes on changing, as far as this rank holds it: name -> tensor."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    rows: Rows = field(default_factory=dict)  # of those that are cut
+    writers: Writers = field(default_factory=Writers)  # who hold the whole between them
 
 
-def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, memory: Snapshot | None = None) -> Snapshot:
-    """Copy the weights of an unwrapped `CausalLanguageModel` and its optimizer's state to the CPU.
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, before: Snapshot | None = None) -> Snapshot:
+    """Copy this rank's weights of an unwrapped `CausalLanguageModel` and its optimizer's state to the CPU.
 
-    `memory` is an earlier snapshot to overwrite: memory that is new to the process costs more time than the copy.
+    `before` is an earlier snapshot to overwrite: memory that is new to the process costs more time than the copy.
     """
     gpt2: Any = model.gpt2
-    old = memory or Snapshot({}, {})
-    weights = _copy(dict(gpt2.named_parameters()), old.model)
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one tensor, copied once
-    return Snapshot(weights, _copy(_optimizer_tensors(model, optimizer), old.optimizer))
+    old = before or Snapshot({}, {})
+    weights, state = dict(gpt2.named_parameters()), _optimizer_tensors(model, optimizer)
+    rows = {name: part for name, tensor in (weights | state).items() if (part := rows_of(tensor))}
+    return replace(old, model=_copy(weights, old.model), optimizer=_copy(state, old.optimizer), rows=rows)
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, state: TrainingState, gpt2_config: Any, tokenizer: Any) -> Path:
-    """Write `root/step-N`, whole or not at all.
+    """Write `root/step-N`, whole or not at all. Each of the snapshot's writers calls it.
 
     Raises:
-        OSError: the disk is full, a permission is missing, ...; what was there before is untouched.
+        OSError: the disk of one of them is full, a permission is missing, ...; what was there before is untouched.
     """
-    final = root / f"step-{state.update:06d}"
-    with new_directory(final) as temporary:
-        (temporary / "training").mkdir()
-        write_model(snapshot.model, gpt2_config, tokenizer, temporary)
-        _save_optimizer(snapshot.optimizer, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        files = {}
-        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            sync(path)
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-        for path in (temporary / MANIFEST, temporary / "training", temporary):
-            sync(path)
+    final, writers = root / f"step-{state.update:06d}", snapshot.writers
+    with ExitStack() as until_renamed:
+
+        def begin() -> Path | None:
+            if not writers.is_first:
+                return None
+            place = until_renamed.enter_context(new_directory(final))
+            (place / "training").mkdir()
+            return place
+
+        temporary = writers.all_do(begin)[0]
+        assert temporary is not None
+        weights = writers.to_first(snapshot.model, snapshot.rows)
+
+        def write() -> dict[str, dict[str, Any]]:
+            own = temporary / _optimizer_file(writers)
+            parts = {n: tensor for n, tensor in snapshot.optimizer.items() if n in snapshot.rows or writers.is_first}
+            save_tensors(parts, own, snapshot.rows)
+            written = [own]
+            if writers.is_first:
+                weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one tensor
+                write_model(weights, gpt2_config, tokenizer, temporary)
+                (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+                others = "training/optimizer*"
+                written += [p for p in temporary.rglob("*") if p.is_file() and not p.match(others)]
+            for path in written:
+                sync(path)
+            names = {path.relative_to(temporary).as_posix(): path for path in written}
+            return {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in names.items()}
+
+        files = {name: found for of_writer in writers.all_do(write) for name, found in of_writer.items()}
+        if writers.is_first:
+            manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (temporary / MANIFEST, temporary / "training", temporary):
+                sync(path)
     sync(root)
     return final
+
+
+def _optimizer_file(writers: Writers) -> str:
+    return (
+        OPTIMIZER
+        if writers.count == 1
+        else f"training/optimizer-{writers.rank + 1:05d}-of-{writers.count:05d}.safetensors"
+    )
+
+
+def _optimizer_files(manifest: Mapping[str, Any]) -> list[str]:
+    """Of a checkpoint, by its manifest."""
+    return [name for name in manifest["files"] if PurePath(name).match("training/optimizer*.safetensors")]
 
 
 def why_invalid(directory: Path) -> str | None:
@@ -119,18 +161,21 @@ def why_invalid(directory: Path) -> str | None:
             return (
                 f"its format is {manifest['format']!r:.50}, of another version of this recipe; this one reads {FORMAT}"
             )
-        files = manifest["files"]
+        files, paths = manifest["files"], []
         for name, expected in files.items():
             path, parts = directory / name, PurePath(name)
+            paths.append(path)
             if parts.is_absolute() or ".." in parts.parts or not name.isprintable():
                 return f"its manifest names {name!r}, which is not in it"
             if not path.is_file():  # a pipe would be waited for
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-            if sha256_of(path) != expected["sha256"]:
-                return f"{name} has changed since it was written"
-        for name in (WEIGHTS, OPTIMIZER, STATE):
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
+            for (name, expected), found in zip(files.items(), pool.map(sha256_of, paths), strict=True):
+                if found != expected["sha256"]:
+                    return f"{name} has changed since it was written"
+        for name in (WEIGHTS, *(_optimizer_files(manifest) or [OPTIMIZER]), STATE):
             if name not in files:
                 return f"its manifest has no {name}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,23 +229,24 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
         RecipeError: other tensors than this model and optimizer have.
     """
     try:
-        weights, saved = load_file(directory / WEIGHTS), load_file(directory / OPTIMIZER)
+        weights, manifest = load_file(directory / WEIGHTS), _read_json(directory / MANIFEST)
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{directory} cannot be loaded: {error}") from None
     load_weights(model.gpt2, weights, str(directory))
-    if not saved:  # the optimizer has no state, or had not stepped yet
+    saved = TensorFiles([directory / name for name in _optimizer_files(manifest)])
+    if not saved.kinds:  # the optimizer has no state, or had not stepped yet
         optimizer.state.clear()
         return
     everything: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    found, expected = (
-        {(name, f"{value.dtype} {tuple(value.shape)}") for name, value in tensors.items() if isinstance(value, Tensor)}
-        for tensors in (saved, everything)
-    )
+    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
+    expected = {(name, f"{tensor.dtype} {tuple(tensor.shape)}") for name, tensor in tensors.items()}
+    found = {(name, f"{dtype} {shape}") for name, (dtype, shape) in saved.kinds.items()}
     if found != expected:
         name, kind = min(found ^ expected)
         raise RecipeError(f"{directory} does not fit this optimizer: one of them has no {name}, {kind}")
-    for name, tensor in saved.items():
-        everything[name].copy_(tensor)  # in place: a second state would not fit everywhere
+    for name, tensor in tensors.items():  # in place: a second state would not fit everywhere
+        part, own = rows_of(tensor), local(tensor)
+        own.copy_(saved.read(name, (part[0], part[0] + len(own)) if part else None))
     set_optimizer_state_dict(model, optimizer, everything, options=_FLAT)
 
 
@@ -234,17 +280,11 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = {name: local(tensor.detach()) for name, tensor in tensors.items()}
     return {
-        name: (memory[name] if name in memory else torch.empty_like(tensor, device="cpu")).copy_(tensor.detach())
-        for name, tensor in tensors.items()
+        name: (memory[name] if name in memory else torch.empty_like(part, device="cpu")).copy_(part)
+        for name, part in parts.items()
     }
-
-
-def _save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:
-    """A plain safetensors file: torch's writer of this format copies everything twice, which takes ten times as long."""
-    save_file(tensors, path)
-    with where_supported():
-        path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it private
 
 
 def _read_json(path: Path) -> Any:

@@ -18,6 +18,7 @@ from recipe.data.lanes import Lane, Ranges, merge_ranges, number_of
 from recipe.errors import RecipeError
 from recipe.hub.client import download_checkpoint
 from recipe.model.kernels import eager
+from recipe.model.sharding import reshard
 from recipe.run.directory import list_checkpoints
 from recipe.run.ledger import EVENTS, LEDGER, read_events
 from recipe.run.run import Run
@@ -204,8 +205,8 @@ def restore(run: Run, point: ResumePoint, model: Any, optimizer: Any, lanes: Seq
     state, plain = point.state, run.accelerator.unwrap_model(model)
     load_checkpoint(point.checkpoint, plain, optimizer.optimizer)
     blocks = restore_lanes(run, point, lanes)
+    loss = verification_loss(plain, blocks) if run.is_main or run.is_sharded else 0.0
     if run.is_main:
-        loss = verification_loss(plain, blocks)
         tolerance = TOLERANCE["bf16" if "bf16" in (run.precision, state.config.get("precision")) else "fp32"]
         if not abs(loss / state.verification_loss - 1) <= tolerance:
             raise RecipeError(
@@ -250,5 +251,6 @@ def verification_loss(model: Any, blocks: UpdateBlocks) -> float:
     inputs, targets = inputs[:, :VERIFICATION_TOKENS], targets[:, :VERIFICATION_TOKENS]
     with torch.no_grad(), eager(model):
         loss = model(inputs, targets, *starts).item() / targets.numel()
+    reshard(model)
     model.train(was_training)
     return float(loss)

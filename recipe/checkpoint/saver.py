@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from recipe.checkpoint.files import Snapshot, TrainingState, prune, take_snapshot, write_checkpoint
+from recipe.checkpoint.parts import Writers
 from recipe.checkpoint.resume import verification_loss
 from recipe.config.settings import flat_settings
 from recipe.data.blocks import UpdateBlocks
 from recipe.errors import RecipeError
+from recipe.model.sharding import ranks_with_parts
 from recipe.plan.schedule import crosses
 from recipe.run.ledger import LedgerEntry
 from recipe.run.run import Run
 
 
 class CheckpointSaver:
-    """Decides on all ranks alike when a checkpoint is due, and writes it on rank 0, one at a time.
+    """Decides on all ranks alike when a checkpoint is due, and writes it, one at a time: rank 0, and whoever holds a part.
 
     A save that fails (disk full, permission) is reported, and the next one is tried when it is due.
 
@@ -33,7 +35,7 @@ class CheckpointSaver:
         self.root = run.directory / "checkpoints"
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._writing: tuple[int, Future[None]] | None = None
-        self._memory: Snapshot | None = None  # of the last snapshot, for the next one
+        self._snapshot = Snapshot({}, {}, writers=Writers(run.rank, ranks_with_parts(run)))  # the last one
         self._unsaved: tuple[LedgerEntry, UpdateBlocks, list[list[float]], list[float]] | None = None
         self._last_save = time.monotonic()
         self.failure: str | None = None  # why the last update is not saved
@@ -66,8 +68,9 @@ class CheckpointSaver:
         """Save the last update if it is not saved yet, and wait until it is on the disk. Collective."""
         if self._unsaved is not None:
             self._write(self._copy())
+        reason = self.report(wait=True)
         # All ranks wait: a launcher ends the others when it sees the first one leave with an exit code.
-        self.failure = self.run.on_main(lambda: self.report(wait=True))
+        self.failure = self.run.on_main(lambda: reason)
 
     def raise_failure(self) -> None:
         """End rank 0, once everything else is done, if the last update could not be saved.
@@ -96,16 +99,18 @@ class CheckpointSaver:
         return bool(broadcast_object_list(is_late)[0])  # by the clock of rank 0
 
     def _copy(self) -> TrainingState | None:
-        """Copy model and optimizer into `self._memory`, on rank 0; the state that belongs to them. Collective."""
+        """Copy model and optimizer, on ranks that write; the state that belongs to them. Collective."""
         from accelerate.utils import gather_object
 
         assert self._unsaved is not None
         entry, blocks, recent, noise = self._unsaved
         lane_states = gather_object(blocks.lane_states)  # ranks own lanes in order
-        state = None
-        if self.run.is_main:
+        state, model = None, self.run.accelerator.unwrap_model(self.model)
+        if self.run.is_main or self.run.is_sharded:
+            loss = verification_loss(model, blocks)
+        if self.run.rank < self._snapshot.writers.count:
             self.report(wait=True)
-            model = self.run.accelerator.unwrap_model(self.model)
+            self._snapshot = take_snapshot(model, self.optimizer.optimizer, self._snapshot)
             assert entry.blocks_sha256 is not None
             state = TrainingState(
                 update=entry.update,
@@ -113,29 +118,29 @@ class CheckpointSaver:
                 config=flat_settings(self.run.config),
                 blocks_sha256=entry.blocks_sha256,
                 lane_states=lane_states,
-                verification_loss=verification_loss(model, blocks),
+                verification_loss=loss,
                 skipped_blocks=[[*stretch] for stretch in blocks.skipped_blocks],
                 recent=recent,
                 noise=noise,
                 text=self.run.text_record,
                 branched_from=self.run.branched_from,
             )
-            self._memory = take_snapshot(model, self.optimizer.optimizer, self._memory)
         self._unsaved, self._last_save = None, time.monotonic()
         return state
 
     def _write(self, state: TrainingState | None) -> None:
-        """Begin to write what was copied, on rank 0; the ledger has the update's line already."""
+        """Begin to write what was copied; the ledger has the update's line already."""
         if state is not None:
-            self.run.ledger.sync()
+            if self.run.is_main:
+                self.run.ledger.sync()
             self._writing = state.update, self._writer.submit(self._write_and_prune, state)
 
     def _write_and_prune(self, state: TrainingState) -> None:
         settings = self.run.config.checkpoint
-        assert self._memory is not None
         gpt2_config = self.run.accelerator.unwrap_model(self.model).gpt2.config
-        write_checkpoint(self.root, self._memory, state, gpt2_config, self.tokenizer)
-        prune(self.root, settings.keep, settings.keep_every_tokens, self.run.plan.tokens_after)
+        write_checkpoint(self.root, self._snapshot, state, gpt2_config, self.tokenizer)
+        if self.run.is_main:
+            prune(self.root, settings.keep, settings.keep_every_tokens, self.run.plan.tokens_after)
 
     def report(self, wait: bool = False) -> str | None:
         """Say how the save under way has ended, if it has; the reason if it failed."""
@@ -143,6 +148,8 @@ class CheckpointSaver:
             return None
         (update, future), self._writing = self._writing, None
         error = future.exception()
+        if not self.run.is_main:  # who has the outcomes of all
+            return None
         if error is None:
             self.run.console.say(f"checkpoint {self.root}/step-{update:06d}")
             self.on_saved(update, self.root / f"step-{update:06d}")

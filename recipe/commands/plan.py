@@ -80,7 +80,7 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     division += [Number("planned_updates", plan.planned_updates, "updates")]
     division += [Number("padding_tokens", 0, "tokens", padding)]
     configs = {config.optimizer.state: config}
-    if precision == "bf16" and config.optimizer.name == "adamw":
+    if precision == "bf16" and config.optimizer.name == "adamw" and config.performance.sharding == "none":
         other: Literal["fp32", "bf16"] = "fp32" if config.optimizer.state == "bf16" else "bf16"
         configs[other] = replace(config, optimizer=replace(config.optimizer, state=other))
     data = (

@@ -116,6 +116,16 @@ def validate(config: Config) -> None:
             f"optimizer.state = bf16 is AdamW in bf16: it needs --optimizer.name adamw and --precision bf16, not "
             f"{config.optimizer.name} and {config.precision}"
         )
+    if config.performance.sharding != "none" and (config.optimizer.name == "muon" or config.optimizer.state == "bf16"):
+        what = (
+            "optimizer.name = muon orthogonalises"
+            if config.optimizer.name == "muon"
+            else "optimizer.state = bf16 rounds"
+        )
+        raise RecipeError(
+            f"{what} whole matrices, which no rank has with performance.sharding = {config.performance.sharding}: set it to "
+            "none, or take --optimizer.name adamw --optimizer.state fp32"
+        )
     if config.hub.repo_id is not None:
         check_repo_id("hub.repo_id", config.hub.repo_id)
     if (

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STANDARD_LIBRARY = "python-standard-library"
 Scaling = Literal["accumulate", "manual"]
+Sharding = Literal["none", "full", "hybrid"]
 # One standard-library file in this many is held out, whatever data.validation_one_in says for other sources.
 STANDARD_LIBRARY_VALIDATION_ONE_IN = 50
 HELD_OUT = "held_out"  # the validation set of the documents that are not trained on
@@ -285,6 +286,9 @@ class PerformanceConfig:
     compile: bool | Literal["auto"] = "auto"
     """Compile the model in place with torch.compile: at most two graphs, one for each size of micro-batch. auto: on CUDA with
     Triton."""
+    sharding: Sharding = "none"
+    """Cut parameters, gradients and the optimizer's state over the ranks (FSDP2): over all of them, or hybrid: over those of a
+    host, and the hosts hold the same. none: each rank holds everything (DDP)."""
     activation_checkpointing: CountOrNull = None
     """Keep only the input of every n-th transformer block, and compute it again in backward. 1: every block. Null: none."""
     tf32: bool = False

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from recipe.data.blocks import to_tensors
+from recipe.data.blocks import PADDING, to_tensors
 from recipe.data.validation import ValidationSet
 from recipe.model.kernels import eager
+from recipe.model.sharding import is_sharded, reshard
 from recipe.run.stop import StopRequest
 
 
@@ -58,13 +60,17 @@ def evaluate(model: Any, validation: ValidationSet, accelerator: Any, batch_size
     plain = accelerator.unwrap_model(model)  # keeps autocast, leaves DDP: ranks may hold unequal numbers of blocks
     was_training = plain.training
     plain.eval()
-    losses = []
+    losses, cut = [], is_sharded(plain)
+    count = -(-len(blocks) // ranks) if cut else len(share)  # all ranks forward as often
+    masked = np.full_like(blocks[:1], PADDING)
     with torch.no_grad(), eager(plain):
-        for first in range(0, len(share), batch_size):
-            if stop.signal:
+        for first in range(0, count, batch_size):
+            if stop.signal and not cut:
                 break
-            batch = to_tensors(share[first : first + batch_size], accelerator.device, plain.document_start)
+            held = share[first : first + batch_size]
+            batch = to_tensors(held if len(held) else masked, accelerator.device, plain.document_start)
             losses.append(plain(*batch).float())
+    reshard(plain)
     plain.train(was_training)
     stop.agree()
     local = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)

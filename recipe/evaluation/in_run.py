@@ -14,6 +14,7 @@ from recipe.data.validation import ValidationSet, pack_once, pack_validation
 from recipe.errors import RecipeError
 from recipe.evaluation.evaluate import Evaluation, evaluate, mean_by_weight
 from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
+from recipe.model.sharding import whole_model
 from recipe.plan.schedule import crosses
 from recipe.run.ledger import EVENTS, LEDGER, LedgerEntry, read_events, read_lines, source_columns
 from recipe.run.run import Run
@@ -199,14 +200,16 @@ class RunEvaluation:
         run, settings = self.run, self.run.config.evaluation
         if not self.prompts or settings.sample_tokens is None:
             return
-        model = run.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
+        model = whole_model(run, run.accelerator.unwrap_model(self.model))
+        was_training = self.model.training
+        self.model.eval()
+        if model:
+            model.eval()
         for prompt in prompts if run.is_main else ():
             if run.stop.signal:
                 break
             sampling = GenerateConfig(prompt, settings.sample_tokens, seed=run.config.run.seed)
             self.samples[prompt] = generate(model.gpt2, self.tokenizer, sampling)
             run.ledger.event("sample", update, prompt=prompt, text=self.samples[prompt])
-        model.train(was_training)
+        self.model.train(was_training)
         run.stop.agree()

@@ -10,6 +10,7 @@ from torch import Tensor
 from recipe.config.init_from import check_model_name
 from recipe.data.tokenizer import find_tokenizer
 from recipe.errors import RecipeError
+from recipe.model.sharding import fill
 from recipe.run.files import new_directory, sync, where_supported
 
 PADDED = ("transformer.wte.weight", "lm_head.weight")  # tied: rows beyond the tokenizer's are padding
@@ -80,8 +81,7 @@ def load_weights(gpt2: Any, tensors: dict[str, Tensor], name: str) -> None:
                     f"{name} does not fit this model: {parameter_name} is {found}, not {parameter.dtype} "
                     f"{tuple(parameter.shape)}"
                 )
-            parameter[rows:] = 0
-            parameter[:rows] = source
+            fill(parameter, torch.cat([source, source.new_zeros(len(parameter) - rows, *source.shape[1:])]))
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ written down as the sums below; `tests/plan/test_memory.py` holds them against w
 micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is not counted: the plan is then an upper bound.
 """
 
+import os
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from recipe.plan.phases import make_phases
 # Of a device's memory: the rest is for the CUDA context, cuBLAS, NCCL and what the caching allocator cannot give out again. An
 # assumption, not measured.
 USABLE_SHARE = 0.92
+RANKS_OF_A_HOST = 8  # as GPU servers have
 # What the feed-forward layer keeps, in values per token and width: 8 for a function in one kernel of its input.
 _FEED_FORWARD_VALUES = {"relu": 4, "gelu_new": 20}  # relu needs its output alone; gelu_new keeps three steps on the way
 
@@ -44,6 +46,17 @@ def parameter_count(model: ModelConfig, n_positions: int) -> int:
     return embeddings + model.n_layer * (attention + feed_forward + layer_norms) + 2 * width
 
 
+def ranks_with_parts(config: Config, world_size: int) -> int:
+    """Over how many ranks, from 0, parameters, gradients and optimizer are cut; 1 if they are not.
+
+    Hybrid: those of a host, which the launcher has told in LOCAL_WORLD_SIZE; without one RANKS_OF_A_HOST at most.
+    """
+    if config.performance.sharding == "none":
+        return 1
+    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", min(RANKS_OF_A_HOST, world_size)))
+    return world_size if config.performance.sharding == "full" else of_host
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of tensors on one rank during an update, once the optimizer has its state."""
@@ -51,7 +64,13 @@ class MemoryEstimate:
     parameters_bytes: int  # of the model
     gradients_bytes: int  # of all parameters
     optimizer_bytes: int  # AdamW's two moments, or Muon's one
-    buckets_bytes: int  # DDP's copy of the gradient, which it sends in buckets; 0 on one rank
+    buckets_bytes: (
+        int  # DDP's copy of the gradient, which it sends in buckets; 0 on one rank, and where parameters are cut
+    )
+    gathered_bytes: (
+        int  # parameters that are whole while they are computed with, of those that are cut: embedding, two blocks
+    )
+    reduced_bytes: int  # the whole gradients that go out to the ranks, of a block
     activations_bytes: int  # what forward keeps for backward
     casts_bytes: int  # the blocks' weights that autocast has rounded to bf16, kept with them
     logits_bytes: int  # what the loss takes beyond them, forward and backward
@@ -73,14 +92,15 @@ class MemoryEstimate:
     @property
     def early_bytes(self) -> int:
         """What the end of forward and the start of backward take beyond the state."""
-        kept = self.activations_bytes + self.casts_bytes + max(self.logits_bytes, self.backward_bytes)
+        in_turn = max(self.logits_bytes, self.backward_bytes + self.reduced_bytes)
+        kept = self.gathered_bytes + self.activations_bytes + self.casts_bytes + in_turn
         return kept if self.accumulates else kept - self.gradients_bytes  # which come as the activations go
 
 
-def state_bytes(config: Config) -> tuple[int, int, int]:
-    """Bytes of (parameters, gradients, optimizer), which no micro-batch changes."""
+def state_bytes(config: Config, parts: int = 1) -> tuple[int, int, int]:
+    """Bytes of (parameters, gradients, optimizer) on each of the ranks that hold them together; no micro-batch changes them."""
     model, name = config.model, config.optimizer.name
-    size = parameter_count(model, config.n_positions) * (2 if config.optimizer.state == "bf16" else 4)
+    size = parameter_count(model, config.n_positions) * (2 if config.optimizer.state == "bf16" else 4) // parts
     one_moment = 4 * model.n_layer * 12 * model.n_embd**2 if name == "muon" else 0  # of the blocks' matrices
     return size, size, 0 if name == "sgd" else 2 * size - one_moment
 
@@ -122,7 +142,10 @@ def _estimate(config: Config, update: UpdatePlan, device_type: str, precision: s
     cast = 2 if product != state else 0  # autocast rounds each weight once in a forward, and keeps it for backward
     mask = product if is_cpu else 1  # bytes of a value in a dropout mask
     values, matrices, head = tokens * width, 12 * width * width, model.vocab_size * width
-    parameters_bytes, gradients_bytes, optimizer_bytes = state_bytes(config)
+    parts = ranks_with_parts(config, world_size)
+    parameters_bytes, gradients_bytes, optimizer_bytes = state_bytes(config, parts)
+    root, block_parameters = head + (config.n_positions + 2) * width, matrices + 13 * width  # in values
+    whole = 4 if parts > 1 else 0  # bytes of a parameter that is whole for a while, and of its gradient
 
     # A block keeps the input of both layer norms, their outputs (2), attention, and the feed-forward layer before (4) and
     # after (4) GELU; also mean and deviation of each token. Where it is computed again, its input is all that is kept.
@@ -157,12 +180,14 @@ def _estimate(config: Config, update: UpdatePlan, device_type: str, precision: s
         parameters_bytes=parameters_bytes,
         gradients_bytes=gradients_bytes,
         optimizer_bytes=optimizer_bytes,
-        buckets_bytes=gradients_bytes if world_size > 1 else 0,
+        buckets_bytes=gradients_bytes if world_size > parts else 0,
+        gathered_bytes=whole * (root + 2 * block_parameters),
+        reduced_bytes=whole * 2 * block_parameters,
         activations_bytes=activations,
         casts_bytes=(model.n_layer - again) * matrices * cast,
         logits_bytes=logits_bytes,
         backward_bytes=backward,
-        embedding_bytes=2 * head * state + values * state,
+        embedding_bytes=2 * head * state + values * state + whole * root,
         # Of the widest matrix, [d, 4 d]: the direction before, and twice during the iteration, with two products [d, d]
         step_bytes=width * width * (4 * state + 10 * product) if config.optimizer.name == "muon" else 0,
         accumulates=update.gradient_accumulation_steps > 1,
@@ -199,10 +224,16 @@ def _too_small(config: Config, world_size: int, memory_bytes: float, device_type
     if config.performance.activation_checkpointing != 1:
         again = replace(config.performance, activation_checkpointing=1)
         ways["--performance.activation_checkpointing 1"] = replace(config, performance=again)
-    if precision == "bf16" and config.optimizer.name == "adamw" and config.optimizer.state != "bf16":
+    is_cut = config.performance.sharding != "none"
+    if world_size > 1 and not is_cut and config.optimizer.name != "muon" and config.optimizer.state != "bf16":
+        cut = replace(config.performance, sharding="full")
+        ways["--performance.sharding full"] = replace(config, performance=cut)
+    if precision == "bf16" and not is_cut and config.optimizer.name == "adamw" and config.optimizer.state != "bf16":
         compact = replace(config.optimizer, state="bf16")
         ways |= {
-            f"{way} --optimizer.state bf16".strip(): replace(other, optimizer=compact) for way, other in ways.items()
+            f"{way} --optimizer.state bf16".strip(): replace(other, optimizer=compact)
+            for way, other in ways.items()
+            if other.performance.sharding == "none"
         }
     sizes = {
         way: estimate_memory(other, 1, device_type, precision, world_size).peak_bytes for way, other in ways.items()

@@ -5,17 +5,15 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 
+from recipe.config.settings import Config, Sharding
 from recipe.errors import RecipeError
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch needs to form a group
 _SIZES_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads these too
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism_config",
-}
+_UNSUPPORTED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+_FSDP, _PARALLELISM = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -23,7 +21,7 @@ def check_launch() -> None:
     """Check that this process is alone, or one of a group whose launcher has said all that a group needs.
 
     Raises:
-        RecipeError: variables that are damaged, incomplete or left over, a launcher that forms no group, or sharding.
+        RecipeError: variables that are damaged, incomplete or left over, a launcher that forms no group, or another trainer.
     """
     environment = os.environ
     for name in (*_GROUP, "LOCAL_WORLD_SIZE", *_SIZES_OF_MPI):
@@ -49,10 +47,10 @@ def check_launch() -> None:
     for name, most in (("RANK", ranks), ("LOCAL_RANK", int(environment.get("LOCAL_WORLD_SIZE", ranks)))):
         if name in given and int(environment[name]) >= max(most, 1):
             raise _wrong_launch(f"{name} = {environment[name]} of {most} ranks, which are counted from 0", *given)
-    for name, what in _SHARDING.items():
-        if environment.get(name, "false").lower() == "true":
+    for name, what in _UNSUPPORTED.items():
+        if _is_true(name):
             raise RecipeError(
-                f"{what} is not supported yet: launch with a DDP file of accelerate_configs/, such as gpu_8.yaml"
+                f"{what} is not supported: launch with a file of accelerate_configs/, such as fsdp2_8.yaml"
             )
     if device := environment.get("ACCELERATE_TORCH_DEVICE"):
         raise RecipeError(
@@ -65,6 +63,58 @@ def _wrong_launch(what: str, *names: str) -> RecipeError:
     return RecipeError(f"{what}: {unset}, or launch with accelerate or torchrun", on_this_rank_only=True)
 
 
+def with_sharding_of_launch(config: Config) -> Config:
+    """The settings with `performance.sharding` as accelerate's launch file has it, if it says FSDP or HSDP.
+
+    accelerate is left without a word of it: the recipe shards the model itself.
+
+    Raises:
+        RecipeError: FSDP's version 1, what the recipe cannot do, or another `performance.sharding` than full or hybrid as said.
+    """
+    if not _is_true(_FSDP):
+        return config
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise RecipeError(
+            f"FSDP_VERSION = {version}: set fsdp_version: 2 in the launch file, as accelerate_configs/fsdp2_8.yaml"
+        )
+    if _is_true("FSDP_OFFLOAD_PARAMS"):
+        raise RecipeError(
+            "FSDP_OFFLOAD_PARAMS = true is not supported: set fsdp_offload_params: false in the launch file"
+        )
+    replicas = 1
+    if _is_true(_PARALLELISM):
+        sizes = {
+            name: int(os.environ.get(f"PARALLELISM_CONFIG_{name}", "1"))
+            for name in ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE")
+        }
+        replicas = sizes.pop("DP_REPLICATE_SIZE")
+        for name, size in sizes.items():
+            if size > 1:
+                raise RecipeError(
+                    f"PARALLELISM_CONFIG_{name} = {size} is not supported: take it out of the launch file"
+                )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    hosts = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if replicas not in (1, hosts):
+        raise RecipeError(
+            f"PARALLELISM_CONFIG_DP_REPLICATE_SIZE = {replicas}, and {hosts} machines hold a replica each: set "
+            f"parallelism_config_dp_replicate_size: {hosts} in the launch file"
+        )
+    launched: Sharding = "hybrid" if replicas > 1 else "full"
+    if (given := config.performance.sharding) not in ("none", launched):
+        raise RecipeError(
+            f"performance.sharding = {given}, and the launch file says {launched}: change one of them, or launch with a file "
+            "of DDP, such as gpu_8.yaml"
+        )
+    for name in (_FSDP, _PARALLELISM):
+        os.environ.pop(name, None)
+    return replace(config, performance=replace(config.performance, sharding=launched))
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
 def ignored_settings(precision: str) -> list[str]:
     """A line for each value of accelerate's own configuration that contradicts what the recipe decides itself."""
     deciders = (
@@ -73,6 +123,13 @@ def ignored_settings(precision: str) -> list[str]:
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "batch.tokens_per_update"),
     )
     given = [(name, os.environ.get(name, fine[0]), fine, setting) for name, fine, setting in deciders]
+    if "FSDP_VERSION" in os.environ:
+        deciders_of_fsdp = (
+            ("FSDP_ACTIVATION_CHECKPOINTING", ("false",), "performance.activation_checkpointing"),
+            ("FSDP_AUTO_WRAP_POLICY", ("transformer_based_wrap",), "the recipe, a unit for each block,"),
+            ("FSDP_RESHARD_AFTER_FORWARD", ("true", "full_shard"), "the recipe, which reshards,"),
+        )
+        given += [(name, os.environ.get(name, fine[0]), fine, setting) for name, fine, setting in deciders_of_fsdp]
     return [
         f"{name} = {value}, from accelerate's configuration, has no effect here: {setting} decides"
         for name, value, fine, setting in given

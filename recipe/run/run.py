@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recipe.config.checks import validate
 from recipe.config.settings import Config, flat_settings
 from recipe.errors import RecipeError
 from recipe.format import aligned
@@ -14,7 +15,7 @@ from recipe.plan.run_plan import RunPlan, make_plan, world_size_of_launcher
 from recipe.run.alike import check_alike
 from recipe.run.console import Console
 from recipe.run.environment import available_bytes, choose_precision, device_type, installation, start_accelerator
-from recipe.run.launch import check_launch, ignored_settings, stop_with_launcher
+from recipe.run.launch import check_launch, ignored_settings, stop_with_launcher, with_sharding_of_launch
 from recipe.run.ledger import Ledger
 from recipe.run.stop import StopRequest
 from recipe.run.trackers import check_trackers
@@ -46,6 +47,11 @@ class Run:
     def directory(self) -> Path:
         """Where the run is written."""
         return Path(self.config.run.directory)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the parameters, and not all of them each."""
+        return self.config.performance.sharding != "none" and int(self.accelerator.num_processes) > 1
 
     @property
     def rank(self) -> int:
@@ -87,6 +93,8 @@ def start_run(config: Config) -> Run:
     """
     sys.stdout = Unbreakable(sys.stdout)
     check_launch()
+    config = with_sharding_of_launch(config)
+    validate(config)
     stop = StopRequest()
     stop.listen()
     stop.prepare()

@@ -10,6 +10,7 @@ from recipe.errors import RecipeError
 from recipe.model.kernels import eager
 from recipe.model.optimizer import seed_dropout
 from recipe.plan.budget import UpdatePlan
+from recipe.run.memory_limit import known_limit
 from recipe.run.run import Run
 from recipe.run.stop import DoesNotFit
 from recipe.step.noise import GradientNoise
@@ -34,10 +35,15 @@ class MicroBatches:
     def __init__(self, run: Run, model: Any) -> None:
         self.run, self.model = run, model
         self._on_trial = UPDATES_ON_TRIAL
-        if every := run.config.log.noise_scale_every:
+        every = run.config.log.noise_scale_every
+        if every and not run.is_sharded:  # hooks do not see the gradient of parameters that are cut
             run.noise = GradientNoise(model, every)
-        warm_up_ddp(run, model)
-        if run.config.batch.micro_batch_size == "auto":
+        if not run.is_sharded:
+            warm_up_ddp(run, model)
+        elif limit := run.on_main(lambda: known_limit(run)):
+            run.console.say(f"micro-batches of {limit} blocks: an earlier start ran out of memory with larger ones")
+            run.plan = run.plan.with_micro_batch_size(limit)
+        if run.config.batch.micro_batch_size == "auto" and not run.is_sharded:
             probe_micro_batch(run, model)
 
     def run_update(self, optimizer: Any, blocks: UpdateBlocks) -> UpdateResult:
@@ -63,7 +69,7 @@ class MicroBatches:
 
     def split(self, batch: MicroBatch, plan: UpdatePlan) -> list[MicroBatch]:
         """Micro-batches of this rank's blocks of an update, [blocks, tokens]."""
-        on_trial = self._on_trial > 0 and plan.world_size > 1
+        on_trial = self._on_trial > 0 and plan.world_size > 1 and not self.run.is_sharded
         self._on_trial -= 1
         return split_into_micro_batches(batch, plan, self.run.rank, masked_row_last=on_trial)
 

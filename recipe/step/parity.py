@@ -10,6 +10,7 @@ from recipe.config.settings import Scaling
 from recipe.data.blocks import MicroBatch, split_into_micro_batches
 from recipe.errors import RecipeError
 from recipe.model.kernels import eager
+from recipe.model.sharding import whole
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
 from recipe.run.stop import StopRequest
@@ -78,7 +79,7 @@ def update_gradient(run: Run, model: nn.Module, batch: MicroBatch) -> list[Tenso
     """The gradient of an update, of which this rank has `batch`: float64 on the CPU, by parameter."""
     micro_batches = split_into_micro_batches(batch, run.plan.update, run.rank)
     accumulate_gradient(run, model, micro_batches, run.plan.update.tokens_per_update)
-    gradients = [p.grad.detach().cpu().double() for p in model.parameters() if p.grad is not None]
+    gradients = [whole(p.grad).detach().cpu().double() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return gradients
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch
-from recipe.errors import RecipeError
+from recipe.errors import OUT_OF_MEMORY_EXIT_CODE, RecipeError
+from recipe.model.sharding import add_up_parts, local
+from recipe.run.memory_limit import halve_for_next_start
 from recipe.run.run import Run
 from recipe.run.stop import DoesNotFit, Stopped
 from recipe.step.noise import COUNT
@@ -69,7 +71,8 @@ def clip_and_step(run: Run, model: nn.Module, optimizer: Any, loss: Tensor) -> t
     Returns: (2-norm of the gradient before clipping, whether the optimizer has stepped).
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = gradient_norm(gradients, loss.dtype)
+    grad_norm = gradient_norm([local(gradient) for gradient in gradients], loss.dtype)
+    grad_norm = add_up_parts(grad_norm**2, gradients[0]).sqrt() if run.is_sharded else grad_norm
     values = torch.stack((loss, grad_norm)).tolist()  # the update's one wait for the device
     is_finite = all(map(math.isfinite, values))  # both are those of all ranks, so all agree
     if is_finite:
@@ -114,6 +117,8 @@ def accumulate_gradient(
         RecipeError: out of memory while the ranks add up their gradients: too late to agree.
     """
     accelerator, stop, steps = run.accelerator, run.stop, len(micro_batches)
+    if run.is_sharded:  # a forward waits for all ranks, so none may be left out of one
+        stop.agree()
     is_manual = run.config.batch.scaling == "manual"
     backward = Tensor.backward if is_manual else accelerator.backward
     targets = _count_targets(micro_batches, accelerator, target_tokens)
@@ -126,7 +131,7 @@ def accumulate_gradient(
     loss_sum, agreements, ran_out = sums[0], stop.agreements, False
     try:
         for step, micro_batch in enumerate(micro_batches, start=1):
-            if step == steps or stop.signal:
+            if (stop.signal and not run.is_sharded) or step == steps > run.is_sharded:
                 stop.agree()
             with _manual_context(accelerator, model, step == steps) if is_manual else accelerator.accumulate(model):
                 loss = model(*micro_batch)
@@ -153,6 +158,19 @@ def _manual_context(accelerator: Any, model: nn.Module, is_last: bool) -> Any:
 
 def _agree_on_memory(run: Run, has_agreed: bool) -> None:
     """Tell the other ranks that this one ran out of memory. Always raises."""
+    if run.is_sharded:
+        size = run.plan.update.largest_micro_batch
+        smaller = halve_for_next_start(run, size)
+        goes_on = (
+            f"the same command goes on from the last checkpoint with {smaller}"
+            if size > 1
+            else "set a shorter --data.sequence_length, --performance.activation_checkpointing 1, or take more devices"
+        )
+        raise RecipeError(
+            f"rank {run.rank} ran out of memory in micro-batches of {size} blocks, and the others wait for it: {goes_on}",
+            on_this_rank_only=True,
+            exit_code=OUT_OF_MEMORY_EXIT_CODE,
+        )
     if has_agreed and run.accelerator.num_processes > 1:
         raise RecipeError(
             f"rank {run.rank} ran out of memory while the ranks added up their gradients: the same command goes on from the "

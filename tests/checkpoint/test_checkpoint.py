@@ -85,7 +85,7 @@ def test_a_snapshot_takes_the_memory_of_an_earlier_one() -> None:
     earlier = take_snapshot(model, optimizer)
     addresses = {name: tensor.data_ptr() for name, tensor in (earlier.model | earlier.optimizer).items()}
     model, optimizer, _ = trained(seed=2)
-    later, fresh = take_snapshot(model, optimizer, memory=earlier), take_snapshot(model, optimizer)
+    later, fresh = take_snapshot(model, optimizer, before=earlier), take_snapshot(model, optimizer)
     found, expected = later.model | later.optimizer, fresh.model | fresh.optimizer
     assert {name: tensor.data_ptr() for name, tensor in found.items()} == addresses
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -143,7 +143,7 @@ def failures(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
 
         return call
 
-    for name in ("sync", "sha256_of", "_save_optimizer", "write_model"):
+    for name in ("sync", "sha256_of", "save_tensors", "write_model"):
         monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name)))
     monkeypatch.setattr(os, "replace", failing(os.replace))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from recipe.model.optimizer import build_optimizer
 from recipe.plan.memory import estimate_memory
 from recipe.plan.run_plan import make_plan
 from recipe.step.update import run_update
-from tests.helpers import TINY
+from tests.helpers import TINY, run_ranks
 from tests.support.runs import make_run
 
 # The plan promises 10 %. What it leaves out are small tensors, and where in backward one is made before another is let go.
@@ -29,14 +30,18 @@ TOLERANCE = 0.05
 
 def shape(layers: int, width: int, vocabulary: int, length: int, rows: int, *more: str, steps: int = 2) -> Config:
     """A model of heads of width 32, in updates of `steps` micro-batches of `rows` blocks."""
-    return load_config(
-        [
-            *[*TINY, "--data.sequence_length", str(length), "--batch.tokens_per_update", str(steps * rows * length)],
-            *["--batch.lanes", str(rows), "--batch.micro_batch_size", str(rows), "--schedule.total_tokens", "1000000"],
-            *["--model.n_layer", str(layers), "--model.n_embd", str(width), "--model.n_head", str(width // 32)],
-            *["--model.vocab_size", str(vocabulary), *more],
-        ]
-    )
+    return load_config(arguments_of(layers, width, vocabulary, length, rows, *more, steps=steps))
+
+
+def arguments_of(
+    layers: int, width: int, vocabulary: int, length: int, rows: int, *more: str, steps: int = 2
+) -> list[str]:
+    return [
+        *[*TINY, "--data.sequence_length", str(length), "--batch.tokens_per_update", str(steps * rows * length)],
+        *["--batch.lanes", str(rows), "--batch.micro_batch_size", str(rows), "--schedule.total_tokens", "1000000"],
+        *["--model.n_layer", str(layers), "--model.n_embd", str(width), "--model.n_head", str(width // 32)],
+        *["--model.vocab_size", str(vocabulary), *more],
+    ]
 
 
 @contextmanager
@@ -182,3 +187,24 @@ def test_a_peak_is_of_what_is_alive_at_once() -> None:
         del kept
 
     assert allocator_peak(two_in_turn)[1] == 10_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layers", "width", "vocabulary", "length", "rows", "more"),
+    [
+        (2, 4, 128, 2048, 128, 8, ""),
+        (2, 4, 256, 8192, 16, 1, ""),  # mostly embedding
+        (4, 4, 256, 1024, 64, 1, ""),  # mostly state
+        (4, 6, 256, 512, 128, 4, f"{CHECKPOINTING} 1"),
+    ],
+)
+def test_planned_memory_of_a_model_that_is_cut_over_ranks(
+    ranks: int, layers: int, width: int, vocabulary: int, length: int, rows: int, more: str, tmp_path: Path
+) -> None:
+    size = ["--batch.micro_batch_size", str(rows), "--performance.sharding", "full"]
+    arguments = arguments_of(layers, width, vocabulary, length, ranks * rows, *more.split(), *size)
+    run_ranks(ranks, ["-m", "tests.support.sharded_memory", str(tmp_path / "bytes"), *arguments])
+    measured = int((tmp_path / "bytes").read_text("utf-8"))
+    error = error_of_plan(load_config(arguments), measured, ranks)
+    assert abs(error) < 0.1

@@ -17,11 +17,12 @@ import pytest
 
 import recipe.commands.launch
 from recipe.checkpoint.files import why_invalid
+from recipe.config.settings import Config, PerformanceConfig, Sharding
 from recipe.errors import RecipeError
 from recipe.run.directory import list_checkpoints
-from recipe.run.launch import check_launch, ignored_settings
+from recipe.run.launch import check_launch, ignored_settings, with_sharding_of_launch
 from recipe.run.ledger import read_lines
-from tests.helpers import ACCELERATE, ROOT, SCRIPT, TINY, read_ledger, start, train
+from tests.helpers import ACCELERATE, ROOT, SCRIPT, TINY, end_of, expect_error, free_port, read_ledger, start, train
 
 GROUP = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 NAMES = (*GROUP, "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -42,7 +43,7 @@ FILES = [str(ROOT / f"accelerate_configs/{name}.yaml") for name in ("cpu", "cpu_
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE = 4", "mpirun", "each would train alone"]),
         ({"OMPI_COMM_WORLD_SIZE": ""}, ["OMPI_COMM_WORLD_SIZE = '' is no number"]),
         ({"SLURM_STEP_NUM_TASKS": "8"}, ["SLURM_STEP_NUM_TASKS = 8", "srun", "one on each machine"]),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["Megatron-LM is not supported yet"]),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["Megatron-LM is not supported"]),
         ({"ACCELERATE_TORCH_DEVICE": "cuda:1"}, ["ACCELERATE_TORCH_DEVICE = cuda:1", "CUDA_VISIBLE_DEVICES"]),
     ],
 )
@@ -95,6 +96,77 @@ def test_a_group_that_cannot_be_formed_is_one_line_of_ours(tmp_path: Path) -> No
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: accelerate cannot start this rank: ")
+
+
+FSDP = {**GROUP, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
+
+
+@pytest.mark.parametrize(("variables", "sharding"), [(GROUP, "none"), (FSDP, "full"), (HSDP, "hybrid")])
+def test_sharding_is_read_from_accelerates_launch_and_taken_from_it(
+    variables: dict[str, str], sharding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = with_sharding_of_launch(Config())
+    assert config.performance.sharding == sharding
+    assert with_sharding_of_launch(config) == config
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("variables", "sharding", "words"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, "none", ["FSDP_VERSION = 1", "fsdp_version: 2"]),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "none", ["FSDP_OFFLOAD_PARAMS"]),
+        ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "none", ["PARALLELISM_CONFIG_TP_SIZE = 2"]),
+        ({**HSDP, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "4"}, "none", ["2 machines", "dp_replicate_size: 2"]),
+        (FSDP, "hybrid", ["performance.sharding = hybrid", "full"]),
+        (HSDP, "full", ["performance.sharding = full", "hybrid"]),
+    ],
+)
+def test_a_launch_of_another_sharding_is_refused(
+    variables: dict[str, str], sharding: Sharding, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = Config(performance=PerformanceConfig(sharding=sharding))
+    expect_error(words, lambda: with_sharding_of_launch(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2_8", "hsdp_2x8", "multi_node"])
+def test_launch_files_of_several_gpus_train_on_as_many_ranks(name: str, texts: Path, tmp_path: Path) -> None:
+    """On a CPU, with two ranks for eight GPUs; the two machines are both this one."""
+    file = (ROOT / f"accelerate_configs/{name}.yaml").read_text("utf-8")
+    machines = 2 if "num_machines: 2" in file else 1
+    for old, new in (("use_cpu: false\ngpu_ids: all", "use_cpu: true"), ("processes: 8", "processes: 2")):
+        file = file.replace(old, new)
+    file = file.replace("processes: 16", "processes: 4").replace("shard_size: 8", "shard_size: 2")
+    (tmp_path / "launch.yaml").write_text(file, encoding="utf-8")
+    given = [
+        *TINY,
+        "--run.directory",
+        str(tmp_path / "run"),
+        "--data.text_files",
+        f"{texts}/*.txt",
+        "--run.max_updates",
+        "2",
+    ]
+    launch = [
+        ACCELERATE,
+        "launch",
+        "--config_file",
+        str(tmp_path / "launch.yaml"),
+        "--main_process_port",
+        str(free_port()),
+    ]
+    processes = [start([*launch, "--machine_rank", str(number), SCRIPT, *given]) for number in range(machines)]
+    codes, output, errors = end_of(processes)
+    assert codes == [0] * machines, output + errors
+    assert {line["world_size"] for line in read_ledger(tmp_path / "run")} == {2 * machines}
+    parts = len(list((tmp_path / "run/checkpoints/step-000002/training").glob("optimizer*")))
+    assert parts == {"fsdp2_8": 2, "hsdp_2x8": 2, "multi_node": 1}[name]
 
 
 @pytest.mark.slow

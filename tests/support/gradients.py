@@ -17,10 +17,20 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from recipe.config.settings import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, Scaling
+from recipe.config.settings import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PerformanceConfig,
+    Scaling,
+    Sharding,
+)
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch, split_into_micro_batches, to_tensors
 from recipe.errors import run_command
 from recipe.model.gpt2 import CausalLanguageModel, build_gpt2
+from recipe.model.sharding import prepare_model, whole
 from recipe.plan.budget import UpdatePlan
 from recipe.run.run import Run
 from recipe.step.noise import GradientNoise
@@ -50,11 +60,16 @@ def make_model(dtype: torch.dtype, document_mask: bool = False) -> CausalLanguag
 
 
 def run_of(
-    accelerator: Any, plan: UpdatePlan, scaling: Scaling = "accumulate", max_grad_norm: float | None = None
+    accelerator: Any,
+    plan: UpdatePlan,
+    scaling: Scaling = "accumulate",
+    max_grad_norm: float | None = None,
+    sharding: Sharding = "none",
 ) -> Run:
     """A run whose updates are split by `plan`."""
     batch, optimizer = BatchConfig(scaling=scaling), OptimizerConfig(max_grad_norm=max_grad_norm)
-    return make_run(Config(batch=batch, optimizer=optimizer), accelerator, plan)
+    performance = PerformanceConfig(sharding=sharding)
+    return make_run(Config(batch=batch, optimizer=optimizer, performance=performance), accelerator, plan)
 
 
 def make_blocks(count: int) -> np.ndarray:
@@ -89,7 +104,7 @@ def micro_batches_of(
 
 def flat_gradient(model: nn.Module) -> Tensor:
     """All gradients as one float64 vector; cleared afterwards."""
-    flat = torch.cat([p.grad.detach().double().flatten() for p in model.parameters() if p.grad is not None])
+    flat = torch.cat([whole(p.grad).detach().double().flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
     return flat
 
@@ -131,11 +146,14 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def differences(accelerator: Any, dtype: torch.dtype, masked: bool, document_mask: bool = False) -> dict[str, float]:
+def differences(
+    accelerator: Any, dtype: torch.dtype, masked: bool, document_mask: bool = False, sharding: Sharding = "none"
+) -> dict[str, float]:
     """Largest relative difference to the big batch, of gradient or loss, by way of computing it; of noise, to `group_sums`."""
     results = {}
     plain = make_model(dtype, document_mask)
-    model = accelerator.prepare(make_model(dtype, document_mask))
+    some_plan = UpdatePlan(32 * LENGTH, LENGTH, 16, accelerator.num_processes, 1)
+    model = prepare_model(run_of(accelerator, some_plan, sharding=sharding), make_model(dtype, document_mask))
     noise = GradientNoise(model)
     for count, lanes in SHAPES:
         blocks, mask = make_blocks(count), make_mask(count, masked)
@@ -147,14 +165,18 @@ def differences(accelerator: Any, dtype: torch.dtype, masked: bool, document_mas
             plan = UpdatePlan(count * LENGTH, LENGTH, lanes, accelerator.num_processes, size)
             micro_batches = micro_batches_of(plan, accelerator.process_index, blocks, mask, plain.document_start)
             for path in PATHS:
-                run, known = run_of(accelerator, plan, path), None if masked else plan.tokens_per_update
-                run.noise, noise.update = noise, size
+                run = run_of(accelerator, plan, path, sharding=sharding)
+                known = None if masked else plan.tokens_per_update
+                if not run.is_sharded:
+                    run.noise, noise.update = noise, size
                 loss, targets = accumulate_gradient(run, model, micro_batches, known)
                 assert int(targets) == int((~mask).sum())
                 apart = relative(flat_gradient(model), expected)
                 results[f"{count} blocks, micro-batch {size}, {path}"] = max(
                     apart, abs(loss.item() / expected_loss - 1)
                 )
+                if run.is_sharded:
+                    continue
                 assert noise.sums is not None
                 wanted = group_sums(noise, plan, gradients, (~mask).sum(dim=1))
                 results[f"{count} blocks, micro-batch {size}, {path}, noise"] = float(
@@ -197,12 +219,15 @@ def main() -> None:
     import sys
 
     accelerator = make_accelerator()
+    sharding: Any = sys.argv[2] if len(sys.argv) > 2 else "none"
     results = {
-        f"{dtype}, {'masked' if masked else 'packed'}": differences(accelerator, dtype, masked)
+        f"{dtype}, {'masked' if masked else 'packed'}": differences(accelerator, dtype, masked, sharding=sharding)
         for dtype in (torch.float64, torch.float32)
         for masked in (False, True)
     }
-    results["torch.float64, in documents"] = differences(accelerator, torch.float64, masked=True, document_mask=True)
+    results["torch.float64, in documents"] = differences(
+        accelerator, torch.float64, masked=True, document_mask=True, sharding=sharding
+    )
     if accelerator.is_main_process:
         Path(sys.argv[1]).write_text(json.dumps({"world_size": accelerator.num_processes, **results}), encoding="utf-8")
     accelerator.end_training()
