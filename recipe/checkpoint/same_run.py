@@ -12,7 +12,7 @@ from recipe.plan.schedule import decay_start
 
 # What may change between the parts of a run: none of it enters the update. Everything else is the run.
 MAY_CHANGE_ON_RESUME = (
-    *("run.directory", "run.max_updates", "run.parity_check", "run.branch"),
+    *("run.directory", "run.max_updates", "run.parity_check", "run.branch", "run.meet_seconds"),
     *("batch.micro_batch_size", "batch.scaling"),
     *("data.cache_directory", "data.retry_seconds", "data.on_bad_row", "data.max_passes"),
     *("schedule.total_tokens", "schedule.tokens_per_parameter", "schedule.decay_tokens"),

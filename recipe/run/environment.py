@@ -14,6 +14,7 @@ from typing import Any
 from recipe.errors import RecipeError
 from recipe.plan.devices import bf16_peak_flops
 from recipe.plan.run_plan import world_size_of_launcher
+from recipe.run.stop import INTERFACE
 from recipe.text import one_line
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -40,7 +41,8 @@ def start_accelerator(precision: str) -> Any:
         )
     except Exception as error:  # of accelerate, or of one of the libraries that ranks talk through
         reason = one_line(str(error))[:300] or type(error).__name__
-        raise RecipeError(f"accelerate cannot start this rank: {reason}", on_this_rank_only=True) from error
+        advice = f"; {INTERFACE}" if "onnect" in reason or "esolve" in reason or "address" in reason.lower() else ""
+        raise RecipeError(f"accelerate cannot start this rank: {reason}{advice}", on_this_rank_only=True) from error
     announced = world_size_of_launcher()
     if accelerator.num_processes != announced:
         raise RecipeError(

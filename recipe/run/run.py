@@ -19,6 +19,7 @@ from recipe.run.launch import check_launch, ignored_settings, stop_with_launcher
 from recipe.run.ledger import Ledger
 from recipe.run.stop import StopRequest
 from recipe.run.trackers import check_trackers
+from recipe.run.watch import Watch
 from recipe.streams import Unbreakable
 
 Result = TypeVar("Result")
@@ -101,8 +102,11 @@ def start_run(config: Config) -> Run:
     stop_with_launcher()
     plan = make_plan(config, world_size_of_launcher())
     precision, reason = choose_precision(config.precision, device_type())
+    watch = Watch(config.run.meet_seconds)
+    watch.meet()
     accelerator = start_accelerator(precision)
     stop.connect(accelerator.num_processes)
+    watch.formed()
     settings = {name: value for name, value in flat_settings(config).items() if name != "data.cache_directory"}
     check_alike(lambda: {"settings": settings, **installation()})
     if plan.micro_batch_is_auto:

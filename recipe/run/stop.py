@@ -12,10 +12,14 @@ from types import FrameType
 from typing import Any
 
 from recipe.errors import RecipeError
+from recipe.text import one_line
 
 # A terminal that is closed sends SIGHUP.
 STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 REPEAT_SECONDS = 1.0
+INTERFACE = (
+    "if machines do not reach each other by their names, set GLOO_SOCKET_IFNAME to their network's interface, as eth0"
+)
 _ERROR = 1000  # beyond any signal's number; the rest is an exit code
 # Until the process ends: the destructor of a process group waits for its threads while it holds the interpreter, and they may
 # want it, to let go of a last tensor. Now and then a rank whose work was done hung, when train() returned.
@@ -76,12 +80,22 @@ class StopRequest:
         self.is_preparing = False
 
     def connect(self, ranks: int) -> None:
-        """Form a group of all ranks on the CPU, so that agreeing never waits for a GPU. Collective."""
+        """Form a group of all ranks on the CPU, so that agreeing never waits for a GPU. Collective.
+
+        Raises:
+            RecipeError: the ranks do not reach each other.
+        """
         self._ranks = ranks
         if ranks > 1:
             import torch
 
-            self._group = torch.distributed.new_group(backend="gloo")
+            try:
+                self._group = torch.distributed.new_group(backend="gloo")
+            except RuntimeError as error:
+                reason = one_line(str(error))[:300]
+                raise RecipeError(
+                    f"this rank does not reach the others over gloo: {reason}; {INTERFACE}", on_this_rank_only=True
+                ) from error
             KEPT_GROUPS.extend([torch.distributed.group.WORLD, self._group])
 
     def agree(self) -> None:

@@ -29,6 +29,7 @@ import recipe.model.gpt2
 import recipe.model.optimizer
 import recipe.run.ledger
 import recipe.run.run
+import recipe.run.watch
 import recipe.step.micro_batches
 import recipe.step.parity
 import recipe.step.update
@@ -367,6 +368,11 @@ def impatient_with_the_hub() -> None:
     recipe.hub.client.CHECK_SECONDS = 1.0
 
 
+def impatient_with_other_hosts() -> None:
+    """No fault, but a host that is not heard of is given up after 6 s."""
+    recipe.run.watch.BEAT_SECONDS, recipe.run.watch.LOST_SECONDS = 0.5, 6.0
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -392,6 +398,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         full_disk,
         poor_file_system,
         impatient_with_the_hub,
+        impatient_with_other_hosts,
     )
 }
 

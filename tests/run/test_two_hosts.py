@@ -1,0 +1,112 @@
+"""Two hosts, which are network namespaces: the same run as on one rank, and nobody waits for a host that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import (
+    FAULTY,
+    SCRIPT,
+    TINY,
+    end_of,
+    read_ledger,
+    run_ranks,
+    start_ranks,
+    train,
+    wait_for,
+    write_texts,
+)
+from tests.support.two_hosts import TwoHosts, two_hosts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    with two_hosts() as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("hosts")
+    write_texts(directory / "texts")
+    return directory
+
+
+def arguments(directory: Path, *more: str) -> list[str]:
+    own = ["--run.directory", str(directory), "--data.text_files", f"{directory.parent}/texts/*.txt"]
+    return [*TINY, *own, "--data.cache_directory", str(directory.parent / "cache"), "--run.max_updates", "20", *more]
+
+
+@pytest.fixture(scope="module")
+def one_rank(texts: Path) -> list[dict[str, object]]:
+    done = train(*arguments(texts / "one"))
+    assert done.returncode == 0, done.stderr
+    return read_ledger(texts / "one")
+
+
+@pytest.mark.parametrize("sharding", ["none", "hybrid"])
+def test_two_hosts_do_the_updates_of_one_rank(
+    hosts: TwoHosts, texts: Path, one_rank: list[dict[str, object]], sharding: str
+) -> None:
+    directory = texts / f"two-{sharding}"
+    command = [SCRIPT, *arguments(directory, "--batch.micro_batch_size", "3", "--performance.sharding", sharding)]
+    codes, output, _ = end_of([hosts.torchrun(host, *command) for host in (0, 1)])
+    assert codes == [0, 0], output
+    found = read_ledger(directory)
+    assert [line["world_size"] for line in found] == [4] * 20
+    assert [line["blocks_sha256"] for line in found] == [line["blocks_sha256"] for line in one_rank]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in one_rank], rel=1e-5)
+
+
+def test_a_host_that_never_comes_is_missed(hosts: TwoHosts, texts: Path) -> None:
+    codes, output, _ = end_of(
+        hosts.ranks(0, SCRIPT, *arguments(texts / "alone", "--run.meet_seconds", "8")), timeout=60
+    )
+    assert codes == [2, 2], output
+    assert "not all ranks came within 8 s: start the same command on every machine" in output
+    assert "Traceback" not in output
+
+
+def test_a_rank_that_never_comes_is_named(texts: Path) -> None:
+    """The others have all been there."""
+    command = [SCRIPT, *arguments(texts / "three", "--run.meet_seconds", "8")]
+    processes = start_ranks(3, command)
+    processes[1].kill()
+    codes, output, _ = end_of(processes, timeout=60)
+    assert (codes[0], codes[2]) == (2, 2), output
+    assert "Traceback" not in output
+
+
+def test_an_interface_that_is_not_there_ends_all_ranks(hosts: TwoHosts, texts: Path) -> None:
+    command = [SCRIPT, *arguments(texts / "interface")]
+    processes = hosts.ranks(0, *command) + hosts.ranks(1, *command, GLOO_SOCKET_IFNAME="nowhere0")
+    codes, output, _ = end_of(processes, timeout=60)
+    assert 0 not in codes, output
+    assert "set GLOO_SOCKET_IFNAME to their network's interface" in output
+    assert "another rank cannot start; its message says why" in output
+    assert "Traceback" not in output
+
+
+def test_a_pulled_cable_ends_both_hosts_and_the_run_goes_on_on_one(
+    hosts: TwoHosts, texts: Path, one_rank: list[dict[str, object]]
+) -> None:
+    directory = texts / "cable"
+    command = [FAULTY, "impatient_with_other_hosts", *arguments(directory, "--checkpoint.every_tokens", "7680")]
+    many = ["--run.max_updates", "100000", "--schedule.total_tokens", "61440000"]
+    slow = {"PYTHONUNBUFFERED": "1"}
+    processes = hosts.ranks(0, *command, *many, **slow) + hosts.ranks(1, *command, *many, **slow)
+    wait_for(processes[0], "step-000015")
+    hosts.pull_the_cable()
+    codes, output, _ = end_of(processes, timeout=60)
+    assert 0 not in codes, output
+    assert "no word from host host1 for 6 s; the same command goes on from the last checkpoint" in output
+    assert "no word from rank 0's host for 6 s" in output
+    run_ranks(1, [SCRIPT, *command[2:], *many, "--run.max_updates", "30"])
+    found = read_ledger(directory)
+    assert len(found) == 30
+    assert [line["blocks_sha256"] for line in found[:20]] == [line["blocks_sha256"] for line in one_rank]
