@@ -24,7 +24,7 @@ from recipe.report.charts import library
 from recipe.run.ledger import LEDGER
 from recipe.step.parity import relative_difference, split_otherwise, update_gradient
 
-PRESET = "configs/quickstart.yaml"
+PRESET = "benchmarks/plain.yaml"
 # The second seed shows how far two runs are apart that differ in nothing that matters.
 RUNS = {
     "fp32": [],

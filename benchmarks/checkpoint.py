@@ -24,7 +24,7 @@ from benchmarks.savers import UPDATE_TOKENS, Accelerate, HuggingFaceTrainer, Our
 from recipe.errors import run_command
 
 FULL = ("configs/gpt2-124m.yaml", dict[str, Any]())
-QUICK = ("configs/quickstart.yaml", {"model.n_layer": 2, "model.n_embd": 64, "model.n_head": 2})
+QUICK = ("benchmarks/plain.yaml", {"model.n_layer": 2, "model.n_embd": 64, "model.n_head": 2})
 SYNCHRONOUS = "this recipe, waited for"
 BOTH = "this recipe, with what the writer takes from the updates beside it"
 MEMORY, DISK = "limit: copy those bytes in memory", "limit: write and sync those bytes"

@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
     options: argparse.Namespace = parser.parse_args()
     directory = options.runs or Path("runs/rates-quick" if options.quick else "runs/rates")
-    results, of_rates = Trials("configs/quickstart.yaml", directory, options.at_once), rate_trials(options.quick)
+    results, of_rates = Trials("benchmarks/plain.yaml", directory, options.at_once), rate_trials(options.quick)
     results.complete([one for length in of_rates.values() for one in length], "rates")
     done = {
         length: {one.settings["optimizer.learning_rate"]: final_loss(results.read(one)) for one in all_of}

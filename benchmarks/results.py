@@ -61,7 +61,7 @@ def write_result(
         text: Markdown. Its first line is the title; the command, the machine and the picture go below it.
         chart: of altair.
     """
-    machine = describe_environment(start_quietly(read_preset("configs/quickstart.yaml")).accelerator, "fp32")
+    machine = describe_environment(start_quietly(read_preset("benchmarks/plain.yaml")).accelerator, "fp32")
     command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
     path, (title, _, rest) = options.out / f"{utc_now()[:10]}-{name}", text.partition("\n")
     text = f"""# {title} ({utc_now()[:10]})

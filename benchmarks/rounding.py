@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for ranks, program in PROGRAMS.items():
             directory = Path(root, str(ranks))
-            given = ["--config", "configs/quickstart.yaml", "--run.directory", str(directory)]
+            given = ["--config", "benchmarks/plain.yaml", "--run.directory", str(directory)]
             quiet = ["--evaluation.sample_tokens", "null", "--run.parity_check", "false"]
             subprocess.run([sys.executable, *program, *given, *quiet], check=True, stdout=subprocess.DEVNULL)
             ledgers[ranks] = pd.read_json(directory / "ledger.jsonl", lines=True).query("update > 0")

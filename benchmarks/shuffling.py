@@ -26,7 +26,7 @@ from recipe.data.sources import open_source
 from recipe.data.tokenizer import load_tokenizer
 from recipe.model.export import load_pretrained
 
-PRESET = "configs/quickstart.yaml"
+PRESET = "benchmarks/plain.yaml"
 SETTLED_UPDATE = 40  # the end of warm-up; windows have their size by then
 MEASURED_UPDATES = 100  # whose gradients are taken
 MEDIAN_OF = 21  # updates of the running median

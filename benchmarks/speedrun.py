@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
     options: argparse.Namespace = parser.parse_args()
     directory = options.runs or Path("runs/speedrun-quick" if options.quick else "runs/speedrun")
-    results, all_of = Trials("configs/quickstart.yaml", directory, options.at_once), trials(options.quick)
+    results, all_of = Trials("benchmarks/plain.yaml", directory, options.at_once), trials(options.quick)
     results.complete([trial for of in all_of.values() for trial in of], "speedrun")
     done = {kind: list(results.outcomes(of).values()) for kind, of in all_of.items()}
     write_result("speedrun", options, {"runs": done}, report(done))

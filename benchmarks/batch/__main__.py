@@ -269,7 +269,7 @@ def main() -> None:
     study = study_of(options)
     library()  # before anything is trained
     directory = options.runs or Path(f"runs/batch-{study.total_tokens}")
-    results = Results(study, Trials("configs/quickstart.yaml", directory, options.at_once))
+    results = Results(study, Trials("benchmarks/plain.yaml", directory, options.at_once))
     results.complete([part for part in PARTS if part in options.only])
     outcomes = results.all()
     if not best_rates(study, outcomes):

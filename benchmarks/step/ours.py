@@ -51,7 +51,7 @@ class Loop(Training):
             "checkpoint.every_tokens": every_updates and every_updates * setting.tokens,
             "checkpoint.every_minutes": None,
         }
-        super().__init__(read_preset("configs/quickstart.yaml", settings), setting.vocab_size)
+        super().__init__(read_preset("benchmarks/plain.yaml", settings), setting.vocab_size)
         self.saver = CheckpointSaver(self.run, self.model, self.optimizer, self.tokenizer, on_saved=lambda *_: None)
         self.run.console.start(0)
 

@@ -10,7 +10,7 @@ from typing import IO
 
 from recipe.config.command_line import write_config
 from recipe.errors import RecipeError
-from recipe.run.environment import describe_environment
+from recipe.run.environment import describe_environment, hosts_of
 from recipe.run.files import (
     LOCK,
     is_place,
@@ -129,9 +129,8 @@ def begin_run(run: Run, update: int, checkpoint: Path | None) -> None:
     previous = run.on_main(lambda: _make_room(run, update, checkpoint))
     if previous:
         run.console.say(f"what this run replaces is now in {' and '.join(map(str, previous))}")
-    run.ledger.event(
-        "start", update, **describe_environment(run.accelerator, run.precision), **run.kernels, text=run.text
-    )
+    machine = describe_environment(run.accelerator, run.precision) | {"hosts": hosts_of(run.accelerator)}
+    run.ledger.event("start", update, **machine, **run.kernels, text=run.text)
     if run.is_main:
         run.ledger.trackers.start(update)
     run.stop.prepared()

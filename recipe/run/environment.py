@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -126,6 +127,15 @@ def describe_environment(accelerator: Any, precision: str) -> dict[str, Any]:
         "peak_flops": peak_flops(accelerator.device, precision),  # of one device; mfu is relative to it
         **installation(),
     }
+
+
+def hosts_of(accelerator: Any) -> list[dict[str, Any]]:
+    """JSON values: name, kind of device, and ranks of each machine. Collective."""
+    from accelerate.utils import gather_object
+
+    own = [(platform.node(), _device_name(accelerator.device))]
+    found = Counter(gather_object(own) if accelerator.num_processes > 1 else own)
+    return [{"host": host, "device": device, "ranks": ranks} for (host, device), ranks in found.items()]
 
 
 @cache

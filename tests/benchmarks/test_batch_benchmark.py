@@ -260,7 +260,7 @@ def test_what_is_kept_of_a_ledger() -> None:
 
 
 def test_an_outcome_counts_only_with_its_settings(tmp_path: Path) -> None:
-    results, (trial, *_) = Trials("configs/quickstart.yaml", tmp_path), PARTS["rates"](STUDY, {})
+    results, (trial, *_) = Trials("benchmarks/plain.yaml", tmp_path), PARTS["rates"](STUDY, {})
     assert results.read(trial) is None
     (tmp_path / f"{trial.name}.json").write_text(json.dumps({"settings": trial.settings}))
     assert results.read(trial) is not None

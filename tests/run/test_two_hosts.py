@@ -12,6 +12,7 @@ from tests.helpers import (
     SCRIPT,
     TINY,
     end_of,
+    read_events,
     read_ledger,
     run_ranks,
     start_ranks,
@@ -57,7 +58,8 @@ def test_two_hosts_do_the_updates_of_one_rank(
     command = [SCRIPT, *arguments(directory, "--batch.micro_batch_size", "3", "--performance.sharding", sharding)]
     codes, output, _ = end_of([hosts.torchrun(host, *command) for host in (0, 1)])
     assert codes == [0, 0], output
-    found = read_ledger(directory)
+    found, (start,) = read_ledger(directory), read_events(directory, "start")
+    assert [(host["host"], host["ranks"]) for host in start["hosts"]] == [("host0", 2), ("host1", 2)]
     assert [line["world_size"] for line in found] == [4] * 20
     assert [line["blocks_sha256"] for line in found] == [line["blocks_sha256"] for line in one_rank]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in one_rank], rel=1e-5)
