@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speedrun import INGREDIENTS, PLAIN, SEEDS, report, trials
+from benchmarks.speedrun import INGREDIENTS, PLAIN, SEEDS, TOKENS, report, trials
+from recipe.config.command_line import load_config
+from recipe.config.settings import flat_settings
 from tests.helpers import run
 
 
@@ -26,6 +28,14 @@ def test_each_run_has_one_ingredient_more_than_another() -> None:
     whole = made[last][0].settings
     assert all(whole[name] == value for more in INGREDIENTS.values() for name, value in more.items())
     assert whole["optimizer.learning_rate"] == 7e-3
+
+
+def test_the_quickstart_is_all_of_them() -> None:
+    quickstart = flat_settings(load_config(["--config", "configs/quickstart.yaml"]))
+    whole = trials()[f"together {len(INGREDIENTS)}"][0].settings
+    names = {*PLAIN, "optimizer.learning_rate", *(name for more in INGREDIENTS.values() for name in more)}
+    assert {name: quickstart[name] for name in names} == {name: whole[name] for name in names}
+    assert quickstart["schedule.total_tokens"] == TOKENS
 
 
 def changes(settings: Mapping[str, Any], ingredient: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_help_of_a_command_names_types_as_a_person_does() -> None:
 
 
 def test_a_command_gets_the_arguments_behind_its_name() -> None:
-    done = run([*RECIPE, "plan", "--config", "configs/quickstart.yaml"])
+    done = run([*RECIPE, "plan", "--config", "benchmarks/plain.yaml"])
     assert done.returncode == 0, done.stderr
     assert re.search("tokens per update +4,096\n", done.stdout)
 

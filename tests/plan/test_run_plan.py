@@ -23,7 +23,7 @@ from recipe.plan.run_plan import make_plan
 from tests.helpers import ROOT, run, run_and_time
 
 LARGE = ["--config", str(ROOT / "configs/gpt2-1.3b.yaml")]
-QUICKSTART = ["--config", str(ROOT / "configs/quickstart.yaml")]
+PLAIN = ["--config", str(ROOT / "benchmarks/plain.yaml")]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_the_division_has_no_padding_and_world_size_overrides_the_launcher(monke
     assert table(*LARGE, *few)["padding tokens"].startswith("0; 2 masked blocks")
 
 
-@pytest.mark.parametrize("arguments", [LARGE, [*QUICKSTART, "--world_size", "2"], [*LARGE, "--world_size", "8"]])
+@pytest.mark.parametrize("arguments", [LARGE, [*PLAIN, "--world_size", "2"], [*LARGE, "--world_size", "8"]])
 def test_json_has_the_numbers_of_the_table(arguments: list[str]) -> None:
     arguments = [*arguments, "--memory_gb", "80", "--flops", "1e15", "--price_per_hour", "2.5"]
     lines, found = table(*arguments), values(*arguments)
@@ -143,7 +143,7 @@ def test_the_plan_has_every_phase_of_the_budget() -> None:
     """98 updates of 4,096 tokens are the first with 400,000; the last of three changes lies behind the end."""
     schedule = [(400_000, 8192), (700_000, 16_384), (70_000_000, 32_768)]
     given = json.dumps([{"from_tokens": start, "tokens_per_update": size} for start, size in schedule])
-    arguments = [*QUICKSTART, "--batch.schedule", given, "--flops", "1e11", "--run.max_updates", "150"]
+    arguments = [*PLAIN, "--batch.schedule", given, "--flops", "1e11", "--run.max_updates", "150"]
     lines, found = table(*arguments), values(*arguments)
     assert [found["plan"][f"phase_{number}"] for number in (2, 3, 4)] == [size for _, size in schedule]
     assert lines["tokens per update"] == "4,096, until update 98"
@@ -172,12 +172,12 @@ def test_the_plan_has_tokens_and_passes_of_each_source(tmp_path: Path) -> None:
         {"token_files": [f"{tmp_path}/rows.jsonl"], "weight": 1.5},
         {"dataset": "user/far:part", "weight": 0.5},
     ]
-    arguments = [*QUICKSTART, "--schedule.total_tokens", "1966080", "--data.sources", json.dumps(sources)]
+    arguments = [*PLAIN, "--schedule.total_tokens", "1966080", "--data.sources", json.dumps(sources)]
     lines = table(*arguments)
     assert lines["flat"] == "0.6 x 1,966,080 = 1,179,648, 23.59 passes over its 50,000"
     assert lines["rows"] == "0.3 x 1,966,080 = 589,824"
     assert values(*arguments)["data"] == {"flat": 1_179_648, "rows": 589_824, "far-part": 196_608}
-    assert "data" not in values(*QUICKSTART)
+    assert "data" not in values(*PLAIN)
     (tmp_path / "train.bin").write_bytes(b"odd")
     with pytest.raises(RecipeError, match=r"train\.bin has 3 bytes of ids, no whole number of uint16"):
         planned(arguments)
@@ -205,11 +205,11 @@ def test_ranks_wait_for_the_one_with_most_blocks() -> None:
 
 
 def test_a_cpu_has_this_machines_memory_and_no_peak() -> None:
-    one, two = (values(*QUICKSTART, "--device", "cpu", "--world_size", ranks) for ranks in ("1", "2"))
+    one, two = (values(*PLAIN, "--device", "cpu", "--world_size", ranks) for ranks in ("1", "2"))
     assert one["run"]["hours"] is None
     usable = [found["memory_of_a_rank"]["fp32_state"]["usable_bytes"] for found in (one, two)]
     assert 1e8 < usable[1] == usable[0] / 2
-    assert values(*QUICKSTART, "--device", "cpu", "--flops", "1e11")["run"]["tokens_per_second"] > 0
+    assert values(*PLAIN, "--device", "cpu", "--flops", "1e11")["run"]["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(

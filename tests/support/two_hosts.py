@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import ROOT, environment, skip_if_quick
 
 ADDRESSES = ("10.73.0.1", "10.73.0.2")
+LINK = "cable0"  # on both
 
 
 class TwoHosts:
@@ -31,17 +32,17 @@ class TwoHosts:
             link = f"{name}v{namespace[-1]}"
             self._ip("netns", "add", namespace)
             self._ip("link", "set", link, "netns", namespace)
-            self._ip("-n", namespace, "addr", "add", f"{address}/24", "dev", link)
-            self._ip("-n", namespace, "link", "set", link, "up")
+            self._ip("-n", namespace, "link", "set", link, "name", LINK)
+            self._ip("-n", namespace, "addr", "add", f"{address}/24", "dev", LINK)
+            self._ip("-n", namespace, "link", "set", LINK, "up")
             self._ip("-n", namespace, "link", "set", "lo", "up")
-        self.links = (f"{name}v0", f"{name}v1")
 
     def start(self, host: int, command: Sequence[str], **more: str) -> subprocess.Popen[str]:
         """Start a command on one of them, with the interface for gloo, unless `more` says otherwise."""
         skip_if_quick()
         inside = f'hostname host{host}; exec "$@"'
         enter = ["nsenter", f"--net=/run/netns/{self.namespaces[host]}", "unshare", "--uts", "sh", "-c", inside, "sh"]
-        variables = environment(**{"GLOO_SOCKET_IFNAME": self.links[host], **more})
+        variables = environment(**{"GLOO_SOCKET_IFNAME": LINK, **more})
         return subprocess.Popen([*enter, *command], text=True, cwd=ROOT, env=variables, stdout=PIPE, stderr=STDOUT)
 
     def torchrun(self, host: int, *arguments: str, hosts: int = 2, **more: str) -> subprocess.Popen[str]:
@@ -69,7 +70,7 @@ class TwoHosts:
 
     def pull_the_cable(self) -> None:
         """Nothing passes between them any more, and nobody is told."""
-        self._ip("-n", self.namespaces[1], "link", "set", self.links[1], "down")
+        self._ip("-n", self.namespaces[1], "link", "set", LINK, "down")
 
     def remove(self) -> None:
         """Both, and the cable with them."""

@@ -1,0 +1,107 @@
+"""slurm/train.sbatch on a Slurm of two nodes: a job that meets its time limit, loses a node, or is cancelled loses nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipe.checkpoint.files import why_invalid
+from recipe.run.directory import list_checkpoints
+from tests.helpers import ROOT, SCRIPT, TINY, assert_same_run, read_events, read_ledger, run_ranks, write_texts
+from tests.support.slurm import Slurm, slurm
+
+pytestmark = pytest.mark.slow
+UPDATES = 500
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    root = tmp_path_factory.mktemp("slurm")
+    write_texts(root / "texts")
+    with slurm(root) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Slurm) -> Path:
+    """A run of as many ranks that nothing happened to."""
+    run_ranks(4, [SCRIPT, *arguments(cluster, "whole")], LOCAL_WORLD_SIZE="2")
+    return cluster.root / "whole"
+
+
+def arguments(cluster: Slurm, name: str, updates: int = UPDATES) -> list[str]:
+    own = ["--run.directory", str(cluster.root / name), "--data.text_files", f"{cluster.root}/texts/*.txt"]
+    own += ["--data.cache_directory", str(cluster.root / "cache"), "--schedule.total_tokens", str(1536 * updates)]
+    return [*TINY, *own, "--checkpoint.every_tokens", str(1536 * 20), "--evaluation.sample_tokens", "null"]
+
+
+def submit(cluster: Slurm, name: str, *options: str, updates: int = UPDATES) -> str:
+    """The script with two CPUs of each node in place of eight GPUs."""
+    script = (ROOT / "slurm/train.sbatch").read_text("utf-8").replace("#SBATCH --gpus-per-node=8\n", "")
+    copy = cluster.root / f"{name}.sbatch"
+    copy.write_text(script, encoding="utf-8")
+    small = ["--ntasks-per-node=2", "--cpus-per-task=1", f"--output={cluster.root}/{name}.log", f"--chdir={ROOT}"]
+    variables = f"--export=ALL,PYTHON={sys.executable}"
+    return cluster.submit(*small, variables, *options, str(copy), *arguments(cluster, name, updates))
+
+
+def begin_now(cluster: Slurm, job: str) -> bool:
+    """Whether the job is in the queue again, and if it is, without the two minutes that Slurm waits."""
+    is_back = cluster.state_of(job).get("Restarts") == "1"
+    if is_back:
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    return is_back
+
+
+def ends(cluster: Slurm, job: str) -> bool:
+    return cluster.state_of(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+def test_a_job_that_meets_its_time_limit_is_the_uninterrupted_run(cluster: Slurm, whole: Path) -> None:
+    job = submit(cluster, "limit", "--time=2", "--signal=USR1@75")
+    cluster.wait(lambda: begin_now(cluster, job), 150)
+    log = cluster.root / "limit.log"
+    assert "stopped by signal 10; the same command goes on from here" in log.read_text("utf-8")
+    assert 0 < len(read_ledger(cluster.root / "limit")) < UPDATES
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    cluster.wait(lambda: ends(cluster, job), 240)
+    assert cluster.state_of(job)["JobState"] == "COMPLETED", log.read_text("utf-8")
+    hosts = [
+        {host["host"]: host["ranks"] for host in event["hosts"]}
+        for event in read_events(cluster.root / "limit", "start")
+    ]
+    assert hosts == [{"host0": 2, "host1": 2}] * 2
+    assert_same_run(whole, cluster.root / "limit")
+
+
+def test_scancel_saves_what_is_done(cluster: Slurm) -> None:
+    job = submit(cluster, "cancelled", "--time=10", updates=50_000)
+    directory = cluster.root / "cancelled"
+    cluster.wait(
+        lambda: (directory / "checkpoints").exists() and len(list_checkpoints(directory / "checkpoints")) > 0, 120
+    )
+    cluster.run("scancel", job)
+    cluster.wait(lambda: ends(cluster, job), 60)
+    assert cluster.state_of(job)["JobState"] == "CANCELLED"
+    newest = list_checkpoints(directory / "checkpoints")[0]
+    assert why_invalid(newest) is None
+    assert newest.name == f"step-{read_ledger(directory)[-1]['update']:06d}", (
+        "the last update, not only a multiple of 20"
+    )
+
+
+def test_a_job_that_loses_a_node_goes_on_from_its_last_checkpoint(cluster: Slurm, whole: Path) -> None:
+    job = submit(cluster, "lost", "--time=10")
+    directory = cluster.root / "lost"
+    cluster.wait(
+        lambda: (directory / "checkpoints").exists() and len(list_checkpoints(directory / "checkpoints")) > 1, 120
+    )
+    cluster.kill_node(1)
+    cluster.wait(lambda: cluster.state_of(job).get("Restarts") == "1", 180)
+    cluster.start_node(1)  # and Slurm waits two minutes, until what is left of the job on the other node has ended
+    cluster.wait(lambda: ends(cluster, job), 300)
+    assert cluster.state_of(job)["JobState"] == "COMPLETED", (cluster.root / "lost.log").read_text("utf-8")
+    assert_same_run(whole, directory)
