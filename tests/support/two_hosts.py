@@ -92,6 +92,10 @@ def two_hosts() -> Iterator[TwoHosts]:
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
     try:
+        for host in (0, 1):
+            output, _ = (entered := hosts.start(host, ["hostname"])).communicate(timeout=60)
+            if entered.returncode or output.strip() != f"host{host}":
+                pytest.skip(f"no host names of their own here: {output.strip()}")
         yield hosts
     finally:
         hosts.remove()
