@@ -107,7 +107,8 @@ def accumulate_gradient(
     """Leave the gradient of the update's loss in `.grad` of every parameter, the same on all ranks.
 
     Ranks agree on stopping once: before the last micro-batch, in which they wait for each other anyway, or, on a rank that was
-    asked to stop, at once: it then waits there for the others to come to theirs.
+    asked to stop, at once: it then waits there for the others to come to theirs. With sharding every forward waits for all, so
+    they agree before the first and before the last, and nowhere else.
 
     Arguments as in `run_update`. Returns: (loss of the update, float64 0-d; its unmasked targets, int64 0-d).
 
@@ -117,7 +118,7 @@ def accumulate_gradient(
         RecipeError: out of memory while the ranks add up their gradients: too late to agree.
     """
     accelerator, stop, steps = run.accelerator, run.stop, len(micro_batches)
-    if run.is_sharded:  # a forward waits for all ranks, so none may be left out of one
+    if run.is_sharded and steps > 1:  # a forward waits for all ranks, so none leaves between two
         stop.agree()
     is_manual = run.config.batch.scaling == "manual"
     backward = Tensor.backward if is_manual else accelerator.backward
@@ -131,7 +132,7 @@ def accumulate_gradient(
     loss_sum, agreements, ran_out = sums[0], stop.agreements, False
     try:
         for step, micro_batch in enumerate(micro_batches, start=1):
-            if (stop.signal and not run.is_sharded) or step == steps > run.is_sharded:
+            if step == steps or (stop.signal and not run.is_sharded):
                 stop.agree()
             with _manual_context(accelerator, model, step == steps) if is_manual else accelerator.accumulate(model):
                 loss = model(*micro_batch)
