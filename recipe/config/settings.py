@@ -62,7 +62,7 @@ class RunConfig:
     """Stop after this many updates. The schedules still stretch over the whole run. Null: do not stop early."""
     seed: Annotated[int, AtLeast(0), Below(2**32)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
-    meet_seconds: Annotated[float, Above(0)] = 60.0
+    meet_seconds: Annotated[float, Above(0), AtMost(86_400)] = 60.0
     """Seconds that ranks have to come together when a run starts; then it ends, with the numbers of those that are missing."""
     branch: bool = False
     """Branch: go on from the checkpoint that `resume` names, of another run, with other settings of `optimizer` (but name and

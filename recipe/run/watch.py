@@ -79,6 +79,8 @@ class Watch:
         return f"after {self.meet_seconds:g} s {len(missing)} of {self.ranks} ranks are missing ({shown})"
 
     def _advice(self, error: Exception) -> str:
+        if "in use" in str(error):
+            return "another process has this port: choose another --main_process_port, --master_port or MASTER_PORT"
         return (
             "start the same command on every machine, with the address of rank 0's, or set a longer --run.meet_seconds "
             f"({one_line(str(error))[:160]})"

@@ -95,7 +95,9 @@ def test_a_group_that_cannot_be_formed_is_one_line_of_ours(tmp_path: Path) -> No
         done = train(*TINY, "--run.directory", str(tmp_path / "run"), **variables)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: accelerate cannot start this rank: ")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: rank 0 cannot listen at 127.0.0.1:{variables['MASTER_PORT']}")
+    assert "another process has this port" in line
 
 
 FSDP = {**GROUP, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -34,13 +34,8 @@ BOUND = {"torch.float64": 1e-12, "torch.float32": 1e-6}
 TWO_HOSTS = {"LOCAL_WORLD_SIZE": "2"}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sharding"),
-    [
-        (2, "full"),
-        *(pytest.param(n, kind, marks=pytest.mark.slow) for n, kind in ((3, "full"), (4, "full"), (4, "hybrid"))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "sharding"), [(2, "full"), (3, "full"), (4, "full"), (4, "hybrid")])
 def test_gradient_equals_one_big_batch(world_size: int, sharding: str, tmp_path: Path) -> None:
     result = tmp_path / "differences.json"
     hosts = TWO_HOSTS if sharding == "hybrid" else {}
