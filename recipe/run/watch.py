@@ -45,20 +45,26 @@ class Watch:
         """
         if self.ranks == 1:
             return
-        from torch.distributed import rendezvous
+        from torch.distributed import TCPStore
 
-        limit = timedelta(seconds=self.meet_seconds)
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        limit, (host, port) = (
+            timedelta(seconds=self.meet_seconds),
+            (os.environ[f"MASTER_{n}"] for n in ("ADDR", "PORT")),
+        )
+        is_server = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(
+            True
+        )  # as torch decides it
         try:
-            self._store, *_ = next(rendezvous("env://", timeout=limit))
+            self._store = TCPStore(
+                host, int(port), self.ranks, is_server, limit, wait_for_workers=False, multi_tenant=True
+            )
             self._store.set(f"recipe/here/{self.rank}", platform.node())
             if self._store.add("recipe/arrived", 1) == self.ranks:
                 self._store.set("recipe/all", "here")
             self._store.wait(["recipe/all"], limit)
         except (RuntimeError, ValueError) as error:
-            raise RecipeError(
-                f"{self._what_is_wrong(address)}: {self._advice(error)}", on_this_rank_only=True
-            ) from error
+            what = self._what_is_wrong(f"{host}:{port}")
+            raise RecipeError(f"{what}: {self._advice(error)}", on_this_rank_only=True) from error
         if self.of_host < self.ranks:
             self._store.set_timeout(timedelta(seconds=LOST_SECONDS))
             threading._register_atexit(self._leave)  # type: ignore[attr-defined]  # before `run_command` leaves
@@ -73,8 +79,11 @@ class Watch:
         if self._store is None and self.rank:
             return f"rank 0 is not reached at {address} within {self.meet_seconds:g} s"
         if self._store is None:
-            return f"rank 0 cannot listen at {address}, or not all ranks came within {self.meet_seconds:g} s"
-        missing = [rank for rank in range(self.ranks) if not self._store.check([f"recipe/here/{rank}"])]
+            return f"rank 0 cannot listen at {address}"
+        try:
+            missing = [rank for rank in range(self.ranks) if not self._store.check([f"recipe/here/{rank}"])]
+        except RuntimeError:
+            return "rank 0 has ended; its message says why"
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         return f"after {self.meet_seconds:g} s {len(missing)} of {self.ranks} ranks are missing ({shown})"
 

@@ -14,7 +14,7 @@ from tests.helpers import ROOT, SCRIPT, TINY, assert_same_run, read_events, read
 from tests.support.slurm import Slurm, slurm
 
 pytestmark = pytest.mark.slow
-UPDATES = 500
+UPDATES = 800
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def submit(cluster: Slurm, name: str, *options: str, updates: int = UPDATES) -> 
     return cluster.submit(*small, variables, *options, str(copy), *arguments(cluster, name, updates))
 
 
-def begin_now(cluster: Slurm, job: str) -> bool:
+def begin_now(cluster: Slurm, job: str, restarts: int) -> bool:
     """Whether the job is in the queue again, and if it is, without the two minutes that Slurm waits."""
-    is_back = cluster.state_of(job).get("Restarts") == "1"
+    is_back = cluster.state_of(job).get("Restarts") == str(restarts)
     if is_back:
         cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     return is_back
@@ -61,8 +61,12 @@ def ends(cluster: Slurm, job: str) -> bool:
 
 
 def test_a_job_that_meets_its_time_limit_is_the_uninterrupted_run(cluster: Slurm, whole: Path) -> None:
-    job = submit(cluster, "limit", "--time=2", "--signal=USR1@75")
-    cluster.wait(lambda: begin_now(cluster, job), 150)
+    job, restarts = submit(cluster, "limit", "--time=2", "--signal=USR1@75"), 0
+    while not (
+        cluster.root / "limit/ledger.jsonl"
+    ).exists():  # a busy machine may not come to an update before the signal
+        restarts += 1
+        cluster.wait(lambda: begin_now(cluster, job, restarts), 200)  # noqa: B023
     log = cluster.root / "limit.log"
     assert "stopped by signal 10; the same command goes on from here" in log.read_text("utf-8")
     assert 0 < len(read_ledger(cluster.root / "limit")) < UPDATES
@@ -73,7 +77,7 @@ def test_a_job_that_meets_its_time_limit_is_the_uninterrupted_run(cluster: Slurm
         {host["host"]: host["ranks"] for host in event["hosts"]}
         for event in read_events(cluster.root / "limit", "start")
     ]
-    assert hosts == [{"host0": 2, "host1": 2}] * 2
+    assert hosts == [{"host0": 2, "host1": 2}] * 2, "one start before the limit, one behind it"
     assert_same_run(whole, cluster.root / "limit")
 
 
