@@ -6,15 +6,14 @@ the long runs one with more weight decay. Outcomes are kept in --runs: the same 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import command_line, table, write_result
+from benchmarks.results import table, write_result
 from benchmarks.speedrun import PLAIN
-from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training
+from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training, trials_command_line
 from recipe.errors import run_command
 
 Settings = dict[str, Any]
@@ -109,10 +108,7 @@ Of {long} tokens per parameter at {rate:g}, by weight decay; the larger one aver
 
 
 def main() -> None:
-    parser = command_line("rates", __doc__)
-    parser.add_argument("--runs", type=Path, help="directory of the outcomes; runs/rates if it is not given")
-    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
-    options: argparse.Namespace = parser.parse_args()
+    options = trials_command_line("rates", __doc__, "runs/rates").parse_args()
     directory = options.runs or Path("runs/rates-quick" if options.quick else "runs/rates")
     results, of_rates = Trials("benchmarks/plain.yaml", directory, options.at_once), rate_trials(options.quick)
     results.complete([one for length in of_rates.values() for one in length], "rates")

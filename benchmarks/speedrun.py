@@ -7,15 +7,14 @@ command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.results import command_line, table, write_result
-from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training
+from benchmarks.results import table, write_result
+from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training, trials_command_line
 from recipe.errors import run_command
 
 Settings = dict[str, Any]
@@ -124,10 +123,7 @@ ran beside. Each run has the best of the learning rates that were tried for its 
 
 
 def main() -> None:
-    parser = command_line("speedrun", __doc__)
-    parser.add_argument("--runs", type=Path, help="directory of the outcomes; runs/speedrun if it is not given")
-    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
-    options: argparse.Namespace = parser.parse_args()
+    options = trials_command_line("speedrun", __doc__, "runs/speedrun").parse_args()
     directory = options.runs or Path("runs/speedrun-quick" if options.quick else "runs/speedrun")
     results, all_of = Trials("benchmarks/plain.yaml", directory, options.at_once), trials(options.quick)
     results.complete([trial for of in all_of.values() for trial in of], "speedrun")

@@ -5,6 +5,7 @@ What is done is not done again: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import write_json
+from benchmarks.results import command_line, write_json
 from recipe.config.settings import HELD_OUT
 from recipe.errors import DIVERGED_EXIT_CODE, RecipeError, run_command
 from recipe.run.ledger import LEDGER, read_lines
@@ -39,6 +40,14 @@ class Trial:
 
     name: str
     settings: Mapping[str, Any]
+
+
+def trials_command_line(name: str, description: str | None, runs: str) -> argparse.ArgumentParser:
+    """That of a benchmark, with `--runs` and `--at_once`; outcomes are in `runs` where none is given."""
+    parser = command_line(name, description)
+    parser.add_argument("--runs", type=Path, help=f"directory of the outcomes; {runs} if it is not given")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
+    return parser
 
 
 def nothing_but_training(tokens: int) -> dict[str, Any]:

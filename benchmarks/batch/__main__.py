@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.batch.analysis import READING_RULE, compare, finals, summary
 from benchmarks.batch.pictures import pictures
 from benchmarks.batch.study import PARTS, Results, Study, best_rates, factors_of, rate_name
-from benchmarks.results import command_line, table, write_result
-from benchmarks.trials import Outcome, Trials, final_loss
+from benchmarks.results import table, write_result
+from benchmarks.trials import Outcome, Trials, final_loss, trials_command_line
 from recipe.errors import RecipeError, run_command
 from recipe.report.charts import library, theme
 from recipe.run.ledger import utc_now
@@ -258,10 +258,8 @@ def study_of(options: argparse.Namespace) -> Study:
 
 
 def main() -> None:
-    parser = command_line("batch", __doc__)
-    parser.add_argument("--runs", type=Path, help="directory of the outcomes; runs/batch-TOKENS if it is not given")
+    parser = trials_command_line("batch", __doc__, "runs/batch-TOKENS")
     parser.add_argument("--tokens", type=int, help="of each run; 983,040 if it is not given")
-    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, which share the cores")
     parser.add_argument(
         "--only", nargs="*", choices=PARTS, default=[*PARTS], help="train these alone; none: write the page"
     )

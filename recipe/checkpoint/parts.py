@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recipe.errors import RecipeError
 from recipe.run.files import where_supported
+from recipe.run.stop import KEPT_GROUPS
 
 ROWS = "rows"  # of a file's metadata, as JSON: name -> [first row in this file, rows of the whole tensor]
 Rows = dict[str, tuple[int, int]]
@@ -32,8 +33,6 @@ class Writers:
     def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank, self.count, self._group = rank, count, None
         if count > 1:
-            from recipe.run.stop import KEPT_GROUPS
-
             self._group = torch.distributed.new_group(list(range(count)), backend="gloo")
             KEPT_GROUPS.append(self._group)
 
@@ -50,7 +49,7 @@ class Writers:
         """
         if self.count == 1:
             return [action()]
-        outcome: tuple[Result | None, str] = (None, "")
+        outcome: tuple[Result | None, str]
         try:
             outcome = action(), ""
         except Exception as error:  # whatever it is, the others wait for this rank

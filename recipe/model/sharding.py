@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from recipe.errors import RecipeError
@@ -90,11 +90,8 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Set a tensor that may be cut, in place, to `values`, which are whole on every rank."""
     with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            own = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.to_local().copy_(own.to_local())
-        else:
-            tensor.copy_(values)
+        own, part = local(tensor), rows_of(tensor)
+        own.copy_(values[part[0] : part[0] + len(own)] if part else values)
 
 
 def reshard(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 
+from recipe.config.checks import validate
 from recipe.config.settings import Config, Sharding
 from recipe.errors import RecipeError
 
@@ -108,7 +109,9 @@ def with_sharding_of_launch(config: Config) -> Config:
         )
     for name in (_FSDP, _PARALLELISM):
         os.environ.pop(name, None)
-    return replace(config, performance=replace(config.performance, sharding=launched))
+    config = replace(config, performance=replace(config.performance, sharding=launched))
+    validate(config)
+    return config
 
 
 def _is_true(name: str) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recipe.config.checks import validate
 from recipe.config.settings import Config, flat_settings
 from recipe.errors import RecipeError
 from recipe.format import aligned
@@ -95,7 +94,6 @@ def start_run(config: Config) -> Run:
     sys.stdout = Unbreakable(sys.stdout)
     check_launch()
     config = with_sharding_of_launch(config)
-    validate(config)
     stop = StopRequest()
     stop.listen()
     stop.prepare()
