@@ -33,8 +33,8 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
-SlurmdTimeout=20
-KillWait=30
+SlurmdTimeout=40
+KillWait=120
 NodeName=host0 NodeAddr={controller} CPUs=2
 NodeName=host1 NodeAddr={other} CPUs=2
 PartitionName=main Nodes=ALL Default=YES State=UP
@@ -91,9 +91,9 @@ class Slurm:
         output, _ = process.communicate(timeout=60)
         return output
 
-    def wait_for_nodes(self, seconds: float = 60) -> None:
+    def wait_for_nodes(self) -> None:
         """Until both are idle."""
-        self.wait(lambda: self.run("sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"], seconds)
+        self.wait(lambda: self.run("sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"])
 
     def submit(self, *arguments: str) -> str:
         """The number of the job."""
@@ -106,12 +106,13 @@ class Slurm:
         """What scontrol says of a job."""
         return dict(re.findall(r"(\w+)=(\S+)", self.run("scontrol", "show", "job", job)))
 
-    @staticmethod
-    def wait(condition: Callable[[], bool], seconds: float) -> None:
-        """Until something holds."""
+    def wait(self, condition: Callable[[], bool], seconds: float = 500) -> None:
+        """Until something holds. What did not is told with the jobs and the end of each log."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "waited in vain"
+            if time.monotonic() > end:
+                logs = (f"{log.name}:\n{log.read_text('utf-8', 'replace')[-1500:]}" for log in self.root.glob("*.log"))
+                pytest.fail("\n".join(["waited in vain", self.run("scontrol", "show", "job"), *logs]))
             time.sleep(1)
 
     def stop(self) -> None:
