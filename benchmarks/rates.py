@@ -18,9 +18,15 @@ from recipe.errors import run_command
 
 Settings = dict[str, Any]
 PARAMETERS = 670_000  # roughly: of the quickstart's model, 96 wide
-SHAPE: Settings = {"model.n_embd": 96, "model.n_head": 3}
+SHAPE: Settings = {
+    "model.n_embd": 96,
+    "model.n_head": 3,
+    "batch.micro_batch_size": 16,  # an update is one: nothing is measured of the gradients, and it takes less time
+    "log.noise_scale_every": None,
+}
 TOKENS_PER_PARAMETER = (2, 20)
-RATES = {2: (2e-3, 4e-3, 8e-3, 16e-3), 20: (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {2: (2e-3, 4e-3, 8e-3), 20: (1e-3, 2e-3, 4e-3, 8e-3)}
+WARMUP_UPDATES = 50  # 2 % of the short runs would be seven
 DECAY = 0.1  # that of the presets
 AVERAGING_SHARE = 0.22  # of the run, over which weight decay averages where Bergsma et al. (2025) found it best
 QUICK: Settings = {
@@ -29,6 +35,7 @@ QUICK: Settings = {
     "model.n_embd": 32,
     "model.n_head": 2,
     "evaluation.tokens": 4096,
+    "schedule.warmup_tokens": 1024,
 }
 
 
@@ -39,9 +46,9 @@ def tokens_of(per_parameter: int, is_quick: bool) -> int:
 
 
 def trial(per_parameter: int, rate: float, decay: float = DECAY, is_quick: bool = False) -> Trial:
-    """A run at a peak rate, with a warm-up of 2 % and a cosine to a tenth."""
-    tokens = tokens_of(per_parameter, is_quick)
-    own = {"optimizer.learning_rate": rate, "optimizer.weight_decay": decay, "schedule.warmup_tokens": tokens // 50}
+    """A run at a peak rate, with a warm-up and a cosine to a tenth."""
+    tokens, warmup = tokens_of(per_parameter, is_quick), WARMUP_UPDATES * int(PLAIN["batch.tokens_per_update"])
+    own = {"optimizer.learning_rate": rate, "optimizer.weight_decay": decay, "schedule.warmup_tokens": warmup}
     settings = {**PLAIN, **SHAPE, **own, **nothing_but_training(tokens), "run.seed": 1, **(QUICK if is_quick else {})}
     return Trial(f"{per_parameter}-{rate:g}-{decay:g}", settings)
 
@@ -94,9 +101,9 @@ def report(done: Mapping[int, Mapping[float, float]], decays: Mapping[float, flo
     decay_rows = [{"weight decay": f"{decay:.2g}", "loss": f"{loss:.3f}"} for decay, loss in sorted(decays.items())]
     edge = f" The best of {' and of '.join(edges)} is at the edge of what was tried." if edges else ""
     return f"""Which learning rate suits which length of a run
-AdamW as in the presets (beta2 0.95, weight decay {DECAY}, warm-up of 2 %, cosine to a tenth), updates of {size:,} tokens,
-the quickstart's model and text, 96 wide: {PARAMETERS:,} parameters. Validation loss at the end, in nats per token, of one
-seed, by peak rate:
+AdamW as in the presets (beta2 0.95, weight decay {DECAY}, warm-up of {WARMUP_UPDATES} updates, cosine to a tenth),
+updates of {size:,} tokens, the quickstart's model and text, 96 wide: {PARAMETERS:,} parameters. Validation loss at the
+end, in nats per token, of one seed, by peak rate:
 
 {table(rows)}
 The best rate, by a parabola through the three around it, goes with the length of the run to the power of {exponent:.2f}.{edge}

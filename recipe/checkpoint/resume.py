@@ -235,11 +235,16 @@ def restore_lanes(run: Run, point: ResumePoint, lanes: Sequence[Lane]) -> Update
         raise RecipeError(
             f"the text cannot be read from where {point.checkpoint} left it: {error}", on_this_rank_only=True
         ) from error
-    if gather_hash(run, replace(blocks, update=state.update)) != state.blocks_sha256:
-        raise RecipeError(
-            f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed since "
-            f"{point.checkpoint} was written; bring them back, or --resume fresh"
-        )
+    found = gather_hash(run, replace(blocks, update=state.update))
+
+    def check() -> None:
+        if found != state.blocks_sha256:
+            raise RecipeError(
+                f"the text of update {state.update} is not what it was: files, dataset revision or tokenizer have changed "
+                f"since {point.checkpoint} was written; bring them back, or --resume fresh"
+            )
+
+    run.on_main(check)
     return blocks
 
 

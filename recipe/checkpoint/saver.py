@@ -111,12 +111,11 @@ class CheckpointSaver:
         if self.run.rank < self._snapshot.writers.count:
             self.report(wait=True)
             self._snapshot = take_snapshot(model, self.optimizer.optimizer, self._snapshot)
-            assert entry.blocks_sha256 is not None
             state = TrainingState(
                 update=entry.update,
                 tokens=entry.tokens,
                 config=flat_settings(self.run.config),
-                blocks_sha256=entry.blocks_sha256,
+                blocks_sha256=entry.blocks_sha256 or "",  # of rank 0, which writes it
                 lane_states=lane_states,
                 verification_loss=loss,
                 skipped_blocks=[[*stretch] for stretch in blocks.skipped_blocks],

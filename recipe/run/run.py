@@ -84,6 +84,16 @@ class Run:
             raise outcome[1]
         return outcome[0]
 
+    def gather_on_main(self, tensor: Any) -> Any:
+        """A tensor of each rank on rank 0, [ranks, ...]; on the others their own, [1, ...]. Collective."""
+        import torch
+
+        if self.accelerator.num_processes == 1:
+            return tensor[None]
+        of_ranks = [torch.empty_like(tensor) for _ in range(self.accelerator.num_processes)] if self.is_main else None
+        torch.distributed.gather(tensor, of_ranks, dst=0)
+        return torch.stack(of_ranks) if of_ranks else tensor[None]
+
 
 def start_run(config: Config) -> Run:
     """Start accelerate, take signals as requests to stop, and print the plan. Writes nothing.

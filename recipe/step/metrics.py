@@ -17,15 +17,17 @@ from recipe.step.update import UpdateResult
 def measure_update(
     run: Run, result: UpdateResult, blocks: UpdateBlocks, learning_rate: float, started: float
 ) -> LedgerEntry:
-    """The entry of an update: waits for its result, and gathers what only the other ranks know. Collective.
+    """The entry of an update: waits for its result, and gathers on rank 0 what only the other ranks know. Collective.
+
+    On the others the entry has no `blocks_sha256`, and of what is gathered their own.
 
     `started` is `time.perf_counter()` before the update waited for its data.
     """
     plan, device = run.plan.update_at(blocks.update), run.device
     of_sources = (*blocks.source_passes, *blocks.source_tokens) if run.config.data.sources else ()
-    rank_values = [[blocks.wait_seconds, peak_memory_bytes(device), blocks.bad_rows, *of_sources]]
+    rank_values = [blocks.wait_seconds, peak_memory_bytes(device), blocks.bad_rows, *of_sources]
     measured = torch.tensor(rank_values, dtype=result.loss.dtype, device=device)  # float64, if the device has it
-    of_ranks = run.accelerator.gather(measured)
+    of_ranks = run.gather_on_main(measured)
     wait_seconds, peak_bytes, _, *largest = of_ranks.max(dim=0).values.tolist()
     _, _, bad_rows, *sums = map(int, of_ranks.sum(dim=0).tolist())
     run.ledger.count_bad_rows(blocks.update, bad_rows)
@@ -59,13 +61,14 @@ def measure_update(
     )
 
 
-def gather_hash(run: Run, blocks: UpdateBlocks) -> str:
-    """The `blocks_sha256` of an update, of which each rank knows its own blocks. Collective."""
+def gather_hash(run: Run, blocks: UpdateBlocks) -> str | None:
+    """The `blocks_sha256` of an update, of which each rank knows its own blocks: on rank 0. Collective."""
     plan = run.plan.update_at(blocks.update)
     padded = np.zeros((plan.largest_share, 32), dtype=np.uint8)  # ranks may hold unequal shares
     padded[: len(blocks.sha256)] = blocks.sha256
-    hashes = run.accelerator.gather(torch.from_numpy(padded).to(run.device)).cpu().numpy()
-    by_rank = hashes.reshape(plan.world_size, -1, 32)
+    by_rank = run.gather_on_main(torch.from_numpy(padded).to(run.device)).cpu().numpy()
+    if not run.is_main:
+        return None
     return combine_hashes(np.concatenate([rows[: len(plan.blocks_of_rank(i))] for i, rows in enumerate(by_rank)]))
 
 

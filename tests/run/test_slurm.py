@@ -81,9 +81,7 @@ def test_a_job_that_meets_its_time_limit_is_the_uninterrupted_run(cluster: Slurm
 def test_scancel_saves_what_is_done(cluster: Slurm) -> None:
     job = submit(cluster, "cancelled", "--time=60", updates=50_000)
     directory = cluster.root / "cancelled"
-    cluster.wait(
-        lambda: (directory / "checkpoints").exists() and len(list_checkpoints(directory / "checkpoints")) > 0
-    )
+    cluster.wait(lambda: (directory / "checkpoints").exists() and len(list_checkpoints(directory / "checkpoints")) > 0)
     cluster.run("scancel", job)
     cluster.wait(lambda: ends(cluster, job))
     assert cluster.state_of(job)["JobState"] == "CANCELLED"
@@ -97,9 +95,7 @@ def test_scancel_saves_what_is_done(cluster: Slurm) -> None:
 def test_a_job_that_loses_a_node_goes_on_from_its_last_checkpoint(cluster: Slurm, whole: Path) -> None:
     job = submit(cluster, "lost", "--time=60")
     directory = cluster.root / "lost"
-    cluster.wait(
-        lambda: (directory / "checkpoints").exists() and len(list_checkpoints(directory / "checkpoints")) > 1
-    )
+    cluster.wait(lambda: (directory / "checkpoints").exists() and len(list_checkpoints(directory / "checkpoints")) > 1)
     cluster.kill_node(1)
     cluster.wait(lambda: cluster.state_of(job).get("Restarts") == "1")
     cluster.start_node(1)  # and Slurm waits two minutes, until what is left of the job on the other node has ended
