@@ -10,7 +10,7 @@ usage() {
 ./run.sh test [PYTEST ARGUMENTS]           set up, then lint, type-check and run the test suite: some minutes on two cores
 ./run.sh test quick [PYTEST ARGUMENTS]     set up, then lint and run the tests that start no process: under a minute
 
-TOPOLOGY=NAME ./run.sh ...                 launch with accelerate_configs/NAME.yaml: cpu, cpu_2, gpu, gpu_8.
+TOPOLOGY=NAME ./run.sh ...                 launch with accelerate_configs/NAME.yaml: cpu, cpu_2, gpu, gpu_8, fsdp2_8.
                                            Without it: gpu where there is an NVIDIA GPU, else cpu.
 PYTHON=python3.12 ./run.sh                 the interpreter that .venv is made with (3.10 or newer)
 

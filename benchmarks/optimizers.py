@@ -21,7 +21,7 @@ QUICK_TOKENS = 16_384
 # By name: what differs from `benchmarks/plain.yaml`, and target tokens of a run
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "1.1 M": ({}, 983_040),
-    "10 M": ({"model.n_layer": 8, "model.n_embd": 320, "model.n_head": 5}, 491_520),
+    "10 M": ({"model.n_layer": 8, "model.n_embd": 320, "model.n_head": 5}, 327_680),
 }
 ONE_MICRO_BATCH = {"batch.micro_batch_size": 16, "log.noise_scale_every": None}  # takes less time
 RATES = {

@@ -17,15 +17,15 @@ from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_tr
 from recipe.errors import run_command
 
 Settings = dict[str, Any]
-PARAMETERS = 670_000  # roughly: of the quickstart's model, 96 wide
+PARAMETERS = 350_000  # roughly: of the quickstart's model, 64 wide
 SHAPE: Settings = {
-    "model.n_embd": 96,
-    "model.n_head": 3,
+    "model.n_embd": 64,
+    "model.n_head": 2,
     "batch.micro_batch_size": 16,  # an update is one: nothing is measured of the gradients, and it takes less time
     "log.noise_scale_every": None,
 }
 TOKENS_PER_PARAMETER = (2, 20)
-RATES = {2: (2e-3, 4e-3, 8e-3), 20: (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {2: (2e-3, 4e-3, 8e-3, 16e-3), 20: (1e-3, 2e-3, 4e-3, 8e-3)}
 WARMUP_UPDATES = 50  # 2 % of the short runs would be seven
 DECAY = 0.1  # that of the presets
 AVERAGING_SHARE = 0.22  # of the run, over which weight decay averages where Bergsma et al. (2025) found it best
@@ -102,7 +102,7 @@ def report(done: Mapping[int, Mapping[float, float]], decays: Mapping[float, flo
     edge = f" The best of {' and of '.join(edges)} is at the edge of what was tried." if edges else ""
     return f"""Which learning rate suits which length of a run
 AdamW as in the presets (beta2 0.95, weight decay {DECAY}, warm-up of {WARMUP_UPDATES} updates, cosine to a tenth),
-updates of {size:,} tokens, the quickstart's model and text, 96 wide: {PARAMETERS:,} parameters. Validation loss at the
+updates of {size:,} tokens, the quickstart's model and text, 64 wide: {PARAMETERS:,} parameters. Validation loss at the
 end, in nats per token, of one seed, by peak rate:
 
 {table(rows)}

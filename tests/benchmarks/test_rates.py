@@ -31,7 +31,7 @@ def test_runs_differ_in_length_and_rate_alone() -> None:
     assert {name for name in first.settings if first.settings[name] != second.settings[name]} == {
         "optimizer.learning_rate"
     }
-    assert 19 < trial(20, 1e-3).settings["schedule.total_tokens"] / 670_000 <= 20
+    assert 19 < trial(20, 1e-3).settings["schedule.total_tokens"] / 350_000 <= 20
 
 
 def test_the_report_has_the_exponent_and_says_which_best_is_at_the_edge() -> None:
