@@ -20,7 +20,7 @@ from recipe.config.checks import validate
 from recipe.config.settings import Config
 from recipe.data.blocks import UpdateBlocks, UpdateReader, next_update
 from recipe.data.lanes import Position
-from recipe.model import build_model, build_optimizer, choose_kernels, set_learning_rate
+from recipe.model import build_model, build_optimizer, choose_kernels, prepare_model, set_learning_rate
 from recipe.run import Run, start_run
 from recipe.run.ledger import LedgerEntry
 from recipe.run.stop import STOP_SIGNALS
@@ -149,10 +149,14 @@ class Training:
         self.tokenizer = any_tokenizer(vocabulary)
         with run.device:  # a CPU needs ten seconds for 1.3 billion normal numbers
             model = build_model(run, self.tokenizer)
-        optimizer = build_optimizer(model, config.optimizer, config.run.seed)
-        self.model, self.optimizer = run.accelerator.prepare(model, optimizer)
+        self.model = self.prepared(model)
+        self.optimizer = run.accelerator.prepare(build_optimizer(self.model, config.optimizer, config.run.seed))
         self.micro_batches = MicroBatches(run, self.model)
         self.model.train()
+
+    def prepared(self, model: Any) -> Any:
+        """The model as it is trained."""
+        return prepare_model(self.run, model)
 
     def make_lanes(self) -> Any:
         """This rank's lanes, at their beginning."""

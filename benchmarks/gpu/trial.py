@@ -22,6 +22,7 @@ from recipe.config.settings import Config
 from recipe.data.blocks import split_into_micro_batches
 from recipe.model import set_learning_rate
 from recipe.model.kernels import compile_model
+from recipe.model.sharding import shard, whole
 from recipe.plan.memory import estimate_memory
 from recipe.step.metrics import peak_memory_bytes
 from recipe.step.update import accumulate_gradient, clip_and_step
@@ -67,6 +68,16 @@ class Trial(Training):
         self.steps = split_into_micro_batches(self.first_blocks().batch, self.run.plan.update, rank=0)
         self.loss = torch.zeros(())
 
+    def prepared(self, model: Any) -> Any:
+        """Cut as FSDP2 cuts it, if a row says so, over one rank: what its hooks, copies and calls cost, without a network."""
+        model = super().prepared(model)
+        if self.run.config.performance.sharding == "none":
+            return model
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if self.run.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        return shard(model, torch.distributed.init_device_mesh(self.run.device.type, (1,)))
+
     def accumulate(self, micro_batches: int) -> Tensor:
         """Leave the gradient of the first micro-batches' mean loss in `.grad`; returns that loss, 0-d, on the device."""
         some = self.steps[:micro_batches]
@@ -83,7 +94,7 @@ class Trial(Training):
         At initialisation the loss hardly depends on attention, and neither do the gradients of biases; these do.
         """
         blocks = self.model.gpt2.transformer.h
-        chosen = [blocks[number].attn.c_attn.weight.grad for number in {0, len(blocks) // 2, len(blocks) - 1}]
+        chosen = [whole(blocks[number].attn.c_attn.weight.grad) for number in {0, len(blocks) // 2, len(blocks) - 1}]
         parts = [torch.cat(part).float().cpu() for part in zip(*(g.chunk(3, dim=-1) for g in chosen), strict=True)]
         return {"loss": self.loss.cpu(), **dict(zip(("query", "key", "value"), parts, strict=True))}
 

@@ -30,8 +30,11 @@ def prepare_model(run: Run, model: Any) -> Any:
     accelerator = run.accelerator
     if not run.is_sharded:
         return accelerator.prepare(model)
-    model = accelerator.prepare_model(model, evaluation_mode=True)  # which is all but DDP
-    mesh = _mesh(run)
+    return shard(accelerator.prepare_model(model, evaluation_mode=True), _mesh(run))  # which is all but DDP
+
+
+def shard(model: Any, mesh: Any) -> Any:
+    """Cut a `CausalLanguageModel` in place over the ranks of a mesh of torch's."""
     for block in model.gpt2.transformer.h:
         fully_shard(block, mesh=mesh)
     # The rest in one unit, since the embedding is the output layer too
