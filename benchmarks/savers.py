@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from benchmarks.results import timed
 from benchmarks.training import Training, read_preset, with_settings
-from recipe.checkpoint import CheckpointSaver, find_resume_point, restore
+from recipe.checkpoint import CheckpointSaver, restore
+from recipe.checkpoint.resume import find_resume_point
 
 UPDATE_TOKENS = 128  # of the updates during which a checkpoint is written: one short block each
 

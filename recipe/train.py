@@ -32,7 +32,7 @@ def train(config: Config) -> None:
     # ---- 1. The run: what can be refused is refused here -----------------------------------------------------------------
     run = start_run(config)
     config = run.config  # with what the launch says of sharding
-    from recipe.checkpoint import CheckpointSaver, find_resume_point, open_text, restore, roll_back
+    from recipe.checkpoint import CheckpointSaver, agree_on_resume_point, open_text, restore, roll_back
     from recipe.data.blocks import UpdateReader, make_lanes, next_update
     from recipe.data.tokenizer import load_tokenizer
     from recipe.evaluation.in_run import RunEvaluation, read_validation_sets
@@ -43,7 +43,7 @@ def train(config: Config) -> None:
 
     choose_kernels(run)
     run.on_main(lambda: claim_run_directory(run))
-    point, planned_updates = run.on_main(lambda: find_resume_point(config)), run.plan.planned_updates
+    point, planned_updates = agree_on_resume_point(run), run.plan.planned_updates
     if has_nothing_left(run, point.update):
         return run.accelerator.end_training()
     check_hub(run)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import STDOUT
 
-from recipe.checkpoint.files import why_invalid
+from recipe.checkpoint.verify import why_invalid
 from recipe.run.directory import list_checkpoints
 from recipe.run.ledger import read_lines
 from tests.helpers import FAULTY, SCRIPT, TINY, assert_same_run, start, start_ranks, write_texts

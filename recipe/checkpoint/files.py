@@ -11,10 +11,8 @@ Written into a temporary directory, synced, renamed; only then is an older one p
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePath
@@ -146,45 +144,9 @@ def _optimizer_file(writers: Writers) -> str:
     )
 
 
-def _optimizer_files(manifest: Mapping[str, Any]) -> list[str]:
-    """Of a checkpoint, by its manifest."""
+def optimizer_files(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the files with the optimizer's state, by a checkpoint's manifest."""
     return [name for name in manifest["files"] if PurePath(name).match("training/optimizer*.safetensors")]
-
-
-def why_invalid(directory: Path) -> str | None:
-    """None if every file is what the manifest says and the training state is one, else the reason."""
-    if not os.path.lexists(directory / MANIFEST):
-        return "it has no manifest, so it was never finished"
-    try:
-        manifest = _read_json(directory / MANIFEST)
-        if manifest["format"] != FORMAT:
-            return (
-                f"its format is {manifest['format']!r:.50}, of another version of this recipe; this one reads {FORMAT}"
-            )
-        files, paths = manifest["files"], []
-        for name, expected in files.items():
-            path, parts = directory / name, PurePath(name)
-            paths.append(path)
-            if parts.is_absolute() or ".." in parts.parts or not name.isprintable():
-                return f"its manifest names {name!r}, which is not in it"
-            if not path.is_file():  # a pipe would be waited for
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
-            for (name, expected), found in zip(files.items(), pool.map(sha256_of, paths), strict=True):
-                if found != expected["sha256"]:
-                    return f"{name} has changed since it was written"
-        for name in (WEIGHTS, *(_optimizer_files(manifest) or [OPTIMIZER]), STATE):
-            if name not in files:
-                return f"its manifest has no {name}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({error})"
-    try:
-        read_state(directory)
-    except (OSError, ValueError) as error:
-        return f"its training state cannot be used ({error})"
-    return None
 
 
 def read_state(directory: Path) -> TrainingState:
@@ -193,7 +155,7 @@ def read_state(directory: Path) -> TrainingState:
     Raises:
         ValueError: it is none.
     """
-    values = _read_json(directory / STATE)
+    values = read_json(directory / STATE)
     try:
         # of a version in which all updates had one size
         if isinstance(values, dict) and values.pop("skipped_batches", None):
@@ -229,11 +191,11 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
         RecipeError: other tensors than this model and optimizer have.
     """
     try:
-        weights, manifest = load_file(directory / WEIGHTS), _read_json(directory / MANIFEST)
+        weights, manifest = load_file(directory / WEIGHTS), read_json(directory / MANIFEST)
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{directory} cannot be loaded: {error}") from None
     load_weights(model.gpt2, weights, str(directory))
-    saved = TensorFiles([directory / name for name in _optimizer_files(manifest)])
+    saved = TensorFiles([directory / name for name in optimizer_files(manifest)])
     if not saved.kinds:  # the optimizer has no state, or had not stepped yet
         optimizer.state.clear()
         return
@@ -287,7 +249,7 @@ def _copy(tensors: dict[str, Tensor], memory: dict[str, Tensor]) -> dict[str, Te
     }
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """The value of a file; ValueError if it has none, or one that JSON does not have."""
     if not path.is_file():
         raise ValueError(f"{path.name} is no file")

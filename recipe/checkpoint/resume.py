@@ -1,7 +1,7 @@
 """From which checkpoint a run goes on, and the check that it is the same run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from recipe.checkpoint.branch import begin_branch, check_branch, own_checkpoints, skip_ahead
-from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state, why_invalid
+from recipe.checkpoint.files import TrainingState, load_checkpoint, read_state
 from recipe.checkpoint.same_run import TEXT_MAY_MOVE, check_length, check_same_run, shown
+from recipe.checkpoint.verify import hash_together, why_invalid
 from recipe.config.command_line import read_config
 from recipe.config.settings import Config, flat_settings
 from recipe.data.blocks import UpdateBlocks, next_update
@@ -77,33 +78,57 @@ class ResumePoint:
         return "\n".join([f"{begins} {self.checkpoint}, after {self.update:,} updates", *lines])
 
 
+def agree_on_resume_point(run: Run) -> ResumePoint:
+    """`find_resume_point`, the same on all ranks, which share out the reading of the newest checkpoint. Collective."""
+    candidates = run.on_main(lambda: find_candidates(run.config))
+    hashes = hash_together(run, candidates[0]) if candidates else {}
+    return run.on_main(lambda: choose_candidate(run.config, candidates, hashes))
+
+
 def find_resume_point(config: Config) -> ResumePoint:
     """Decide by `resume: auto|fresh|PATH|hf://user/name@revision`. Reads every byte of the checkpoint it takes. On rank 0.
 
     Raises:
         RecipeError: the checkpoint or the directory belongs to another run, or no checkpoint of several verifies.
     """
+    return choose_candidate(config, find_candidates(config), {})
+
+
+def find_candidates(config: Config) -> list[Path]:
+    """The checkpoints that `resume` means, the newest first; none for a new run.
+
+    Raises:
+        RecipeError: it is no checkpoint, or the directory belongs to another run.
+    """
     directory = Path(config.run.directory)
     if config.resume == "fresh":
-        return ResumePoint()
+        return []
     own = list_checkpoints(directory / "checkpoints")
     if config.run.branch and own_checkpoints(config, own):
-        candidates = own
-    elif config.resume == "auto":
-        candidates = own
-        if not candidates:
+        return own
+    if config.resume == "auto":
+        if not own:
             check_same_run(_earlier_config(directory), config, f"{directory} holds another run")
-            return ResumePoint()
-    elif config.resume.startswith("hf://"):
-        candidates = [download_checkpoint(config.resume, config.cache_directory / "hub")]
-    else:
-        given = Path(config.resume)
-        if not given.is_dir():
-            raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or a checkpoint's path")
-        candidates = [path for path in own if path.exists() and path.samefile(given)] or [given]
-    skipped: list[tuple[str, str]] = []
+        return own
+    if config.resume.startswith("hf://"):
+        return [download_checkpoint(config.resume, config.cache_directory / "hub")]
+    given = Path(config.resume)
+    if not given.is_dir():
+        raise RecipeError(f"resume = {config.resume!r} is no directory: give auto, fresh, or a checkpoint's path")
+    return [path for path in own if path.exists() and path.samefile(given)] or [given]
+
+
+def choose_candidate(config: Config, candidates: Sequence[Path], hashes: Mapping[str, str]) -> ResumePoint:
+    """The newest of them that verifies; `hashes` are those of the first one's files, as far as they are known. On rank 0.
+
+    Raises:
+        RecipeError: it is of another run, or none of several verifies.
+    """
+    if not candidates:
+        return ResumePoint()
+    directory, skipped = Path(config.run.directory), list[tuple[str, str]]()
     for candidate in candidates:
-        reason = why_invalid(candidate)
+        reason = why_invalid(candidate, hashes if candidate == candidates[0] else None)
         if reason is None:
             state = read_state(candidate)
             is_own = candidate.parent == directory / "checkpoints"

@@ -49,8 +49,9 @@ def noise_at(checkpoint: Path, blocks: int) -> dict[str, Any]:
     Raises:
         RecipeError: it is no checkpoint with a training state, or its text cannot be read any more.
     """
-    from recipe.checkpoint.files import read_state, why_invalid
+    from recipe.checkpoint.files import read_state
     from recipe.checkpoint.resume import ResumePoint
+    from recipe.checkpoint.verify import why_invalid
     from recipe.data.lanes import merge_ranges
     from recipe.step.frozen_noise import measure_frozen
 

@@ -56,7 +56,7 @@ def _card(run: Path, directory: Path, settings: PushConfig) -> dict[str, bytes]:
 
 def _missing(run: Path, repo_id: str | None) -> Iterator[Path]:
     """What the run has not pushed: its finished checkpoints, oldest first, and the finished model."""
-    from recipe.checkpoint.files import why_invalid
+    from recipe.checkpoint.verify import why_invalid
 
     events = read_lines(run / EVENTS)
     pushed = [e.get("revision") for e in events if e.get("event") == "push" and e.get("repo") == repo_id]

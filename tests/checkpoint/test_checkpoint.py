@@ -26,10 +26,10 @@ from recipe.checkpoint.files import (
     load_checkpoint,
     read_state,
     take_snapshot,
-    why_invalid,
 )
 from recipe.checkpoint.resume import find_resume_point
 from recipe.checkpoint.saver import CheckpointSaver
+from recipe.checkpoint.verify import why_invalid
 from recipe.config.settings import (
     BatchConfig,
     CheckpointConfig,

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from recipe.checkpoint.files import take_snapshot, why_invalid, write_checkpoint
+from recipe.checkpoint.files import take_snapshot, write_checkpoint
 from recipe.checkpoint.resume import find_resume_point
+from recipe.checkpoint.verify import why_invalid
 from recipe.config.settings import Config, RunConfig, flat_settings
 from recipe.errors import RecipeError
 from recipe.model.export import export_model, load_pretrained

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipe.checkpoint.files import prune, why_invalid
+from recipe.checkpoint.files import prune
+from recipe.checkpoint.verify import why_invalid
 from recipe.config.settings import Config, RunConfig
 from recipe.run.directory import list_checkpoints
 from recipe.run.stop import REPEAT_SECONDS

@@ -24,7 +24,8 @@ import pytest
 import recipe.data.documents as documents_module
 import recipe.data.files as files_module
 import recipe.data.remote_files as remote_files
-from recipe.checkpoint.files import read_state, why_invalid
+from recipe.checkpoint.files import read_state
+from recipe.checkpoint.verify import why_invalid
 from recipe.config.settings import BatchConfig, Config, DataConfig, RunConfig
 from recipe.data.documents import Source
 from recipe.data.lanes import Lane

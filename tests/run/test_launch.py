@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import recipe.commands.launch
-from recipe.checkpoint.files import why_invalid
+from recipe.checkpoint.verify import why_invalid
 from recipe.config.settings import Config, PerformanceConfig, Sharding
 from recipe.errors import RecipeError
 from recipe.run.directory import list_checkpoints

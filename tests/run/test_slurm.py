@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint.files import why_invalid
+from recipe.checkpoint.verify import why_invalid
 from recipe.run.directory import list_checkpoints
 from tests.helpers import ROOT, SCRIPT, TINY, assert_same_run, read_events, read_ledger, run_ranks, write_texts
 from tests.support.slurm import Slurm, slurm

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint.files import why_invalid
+from recipe.checkpoint.verify import why_invalid
 from recipe.config.command_line import load_config
 from recipe.run.directory import list_checkpoints
 from tests.helpers import (

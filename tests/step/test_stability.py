@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipe.checkpoint import find_resume_point
+from recipe.checkpoint.resume import find_resume_point
 from recipe.config.command_line import load_config
 from recipe.config.settings import Config, StabilityConfig
 from recipe.data.lanes import merge_ranges, number_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from recipe.checkpoint.files import why_invalid
+from recipe.checkpoint.verify import why_invalid
 from recipe.run.directory import list_checkpoints
 from tests.helpers import SCRIPT, TINY, start_training, wait_for
 
