@@ -78,10 +78,10 @@ class GradientNoise:
 
 def squared_norm(gradient: Tensor) -> Tensor:
     """In float32, or float64 if it is: 0-d, on the device."""
-    if gradient.is_cpu and gradient.dtype == torch.bfloat16:  # it is copied, so in pieces that fit into a cache
-        pieces = gradient.reshape(-1).split(1 << 16)
-        return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]).square().sum()
-    if gradient.is_cpu and gradient.is_contiguous():
-        flat = gradient.view(-1)
-        return flat.dot(flat)  # in two thirds of the time
-    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()
+    precision = torch.promote_types(gradient.dtype, torch.float32)
+    if not gradient.is_cpu:
+        return torch.linalg.vector_norm(gradient, dtype=precision).square()
+    # In pieces that fit into a cache, bf16's copies too. Of a whole one the sum in float32 is off by up to 5e-3, and a product
+    # with itself waits in every matrix for MKL's second thread, 2 % of an update (docs/batch.md).
+    pieces = gradient.reshape(-1).split(1 << 16)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=precision) for piece in pieces]).square().sum()
