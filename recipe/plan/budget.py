@@ -46,10 +46,11 @@ class UpdatePlan:
             advice = (
                 f"batch.lanes among {enough}"
                 if enough
-                else f"at most {blocks:,} ranks, or {self.setting} of {self.world_size * length:,} or more"
+                else f"at most {blocks:,} ranks, a block each, with batch.lanes = {blocks}; or {self.setting} = "
+                f"{self.world_size * length:,} or a multiple, with batch.lanes = {self.world_size}"
             )
             raise RecipeError(
-                f"{self.world_size} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "
+                f"{self.world_size:,} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "
                 "(lanes decide the order of the data, so choose them once for all runs that should agree)"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -122,7 +123,19 @@ def test_ranks_that_do_not_divide_lose_nothing(ranks: int) -> None:
         ((1000, 2048, 1, 1, 1), ["1,000", "2,048"]),
         ((524_288, 2048, 48, 1, 4), ["batch.lanes = 48", "256 blocks", "32, 64", "491,520 or 589,824"]),
         ((524_288, 2048, 64, 65, 4), ["65 ranks", "batch.lanes = 64", "[128, 256]"]),
-        ((524_288, 2048, 64, 300, 4), ["300 ranks", "at most 256 ranks", "614,400"]),
+        (
+            (524_288, 2048, 64, 300, 4),
+            [
+                "300 ranks",
+                "at most 256 ranks",
+                "with batch.lanes = 256",
+                "614,400 or a multiple, with batch.lanes = 300",
+            ],
+        ),
+        (
+            (524_288, 2048, 64, 65_536, 4),
+            ["65,536 ranks", "at most 256 ranks, a block each, with batch.lanes = 256", "134,217,728", "lanes = 65536"],
+        ),
     ],
 )
 def test_what_does_not_divide_is_an_error_with_the_nearest_valid_values(
@@ -133,3 +146,14 @@ def test_what_does_not_divide_is_an_error_with_the_nearest_valid_values(
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [300, 1000, 65_536])
+def test_what_is_advised_for_too_many_ranks_works(ranks: int) -> None:
+    with pytest.raises(RecipeError) as caught:
+        UpdatePlan(524_288, 2048, 64, ranks, 4)
+    words = r"most ([\d,]+) ranks, .* batch.lanes = (\d+); or batch.tokens_per_update = ([\d,]+) .* batch.lanes = (\d+)"
+    (found,) = re.findall(words, str(caught.value))
+    fewer, lanes, tokens, more_lanes = (int(number.replace(",", "")) for number in found)
+    assert UpdatePlan(524_288, 2048, lanes, fewer, 4).busy_share == 1
+    assert UpdatePlan(tokens, 2048, more_lanes, ranks, 4).busy_share == 1
