@@ -60,8 +60,10 @@ def scaling_numbers(config: Config, plan: RunPlan, machine: Machine, memory_byte
             continue
         seconds = update_seconds(of_way, update, block_seconds, links)
         ideal = block_seconds * update.blocks_per_update / ranks
-        text = f"{{}}, modelled: {ideal:.3g} s of arithmetic in {seconds:.3g} s, micro-batches of {update.largest_micro_batch}"
+        size = update.largest_micro_batch
+        text = f"{{}}, modelled: {ideal:.3g} s of arithmetic in {seconds:.3g} s, micro-batches of {size}"
         numbers.append(Number(f"{way}_efficiency", ideal / seconds, "share", text))
+        numbers.append(Number(f"{way}_micro_batch_size", size, "blocks", is_shown=False))
     return numbers
 
 
