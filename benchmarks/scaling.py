@@ -132,6 +132,7 @@ def report(models: Models, coverage: Sequence[Any]) -> str:
         sections.append(f"## {run}\n\n{table(rows)}")
     tokens, lanes = COVERED.tokens_per_update, COVERED.lanes
     return f"""How runs scale, by a model
+
 A model, no measurement: the share of the time of an update in which GPUs compute, on {GPU.upper()}, {RANKS_OF_A_HOST} in a host
 with 360 GB/s, at 40 % MFU, in the largest micro-batches that fit, their blocks in brackets. Between hosts 320 GB/s, of an
 adapter of 400 Gb/s for each GPU, or 40 GB/s, of one for each host. `busy` is the share without the time of any link, with

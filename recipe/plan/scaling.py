@@ -48,8 +48,7 @@ def scaling_numbers(config: Config, plan: RunPlan, machine: Machine, memory_byte
         why = "not known: give --link_gb_per_second, the bandwidth between ranks"
         return [Number("bus_bandwidth", None, "bytes/s", why)]
     hosts = f", {links.between_hosts / 1e9:,.4g} between hosts of {of_host}" if ranks > of_host else ""
-    origin = "as given" if machine.link_bytes_per_second else f"{LINK_SHARE} of the data sheets (assumed)"
-    text = f"{links.in_host / 1e9:,.4g} GB/s in a host{hosts}: {origin}"
+    text = f"{links.in_host / 1e9:,.4g} GB/s in a host{hosts} ({LINK_SHARE} of data sheets, or --link_gb_per_second)"
     numbers = [Number("bus_bandwidth", links.of_all, "bytes/s", text)]
     for way, sharding in WAYS.items():
         of_way = replace(config, performance=replace(config.performance, sharding=sharding))
