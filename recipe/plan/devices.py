@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from recipe.errors import RecipeError
 
 RANKS_OF_A_HOST = 8  # as GPU servers have
-# Of what data sheets say of links: an assumption. Of an H100's 450 GB/s copies reach 376 to 380
-# (github.com/NVIDIA/nccl/issues/1264).
-# Of 8 adapters of 50 GB/s all-reduces on 248 hosts reach 300 to 350 GB/s (github.com/NVIDIA/nccl-tests/issues/283).
+# Of what data sheets say of links, an assumption. Of an H100's 450 GB/s copies reach 376 to 380
+# (github.com/NVIDIA/nccl/issues/1264); of 8 adapters of 50 GB/s all-reduces on 248 hosts reach 300 to 350
+# (github.com/NVIDIA/nccl-tests/issues/283).
 LINK_SHARE = 0.8
 
 
