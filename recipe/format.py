@@ -110,6 +110,7 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "bytes": size_text,
     "hours": lambda hours: duration(3600 * hours),
     "tokens/s": "{:,.0f}".format,
+    "share": percent,
     "device-hours": "{:,.2f}".format,
     "money": "{:,.2f}".format,
     "runs": "{:,.3g}".format,

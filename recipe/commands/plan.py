@@ -12,10 +12,11 @@ from recipe.config.settings import Above, AtLeast, AtMost, Config, MixtureSource
 from recipe.config.text_files import FLAT, expand_files, is_remote, token_file_format
 from recipe.format import Number, aligned
 from recipe.plan import run_plan
-from recipe.plan.batch_advice import Machine, batch_numbers
-from recipe.plan.devices import Device, device_rows, find_device
+from recipe.plan.batch_advice import batch_numbers
+from recipe.plan.devices import Device, Machine, device_rows, find_device
 from recipe.plan.memory import largest_micro_batch
 from recipe.plan.optimizer_memory import optimizer_numbers
+from recipe.plan.scaling import parallel_numbers, scaling_numbers
 
 Table = dict[str, list[Number]]  # heading of a column -> its numbers; the only column has none
 
@@ -35,7 +36,8 @@ class PlanConfig(Config):
     flops: Annotated[float | None, Above(0), AtMost(10**24)] = None
     """Peak FLOP/s of a device. Null: that of the device in bf16."""
     link_gb_per_second: Annotated[float | None, Above(0), AtMost(10**6)] = None
-    """Bandwidth between ranks in one direction, 10^9 bytes a second: nccl-tests' bus bandwidth. Null: NVLink's, of up to 8."""
+    """Bandwidth between ranks in one direction, 10^9 bytes a second: nccl-tests' bus bandwidth of all ranks. Null: 0.8 of
+    NVLink's; beyond 8 ranks, for H100, H200, B200 and A100, 0.8 of what eight network adapters of 50 have (A100: 25)."""
     price_per_hour: Annotated[float | None, AtLeast(0), AtMost(10**9)] = None
     """Price of a device for an hour."""
 
@@ -78,7 +80,7 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     padding = f"{{}}; {masked:,} masked blocks, for ranks with fewer blocks than steps" if masked else "{}"
     *division, state = plan.numbers()
     division += [Number("planned_updates", plan.planned_updates, "updates")]
-    division += [Number("padding_tokens", 0, "tokens", padding)]
+    division += [Number("padding_tokens", 0, "tokens", padding), *parallel_numbers(plan)]
     configs = {config.optimizer.state: config}
     if precision == "bf16" and config.optimizer.name == "adamw" and config.performance.sharding == "none":
         other: Literal["fp32", "bf16"] = "fp32" if config.optimizer.state == "bf16" else "bf16"
@@ -91,6 +93,7 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
     flops = config.flops or (device.bf16_flops if device and precision == "bf16" else None)
     link = config.link_gb_per_second and config.link_gb_per_second * 1e9
     machine = Machine(device, flops and flops * config.mfu, link)
+    scaling = scaling_numbers(config, plan, machine, memory_bytes)
     return {
         "plan": {"": division},
         **data,
@@ -102,6 +105,7 @@ def plan_tables(config: PlanConfig) -> dict[str, Table]:
         },
         "classic_table": {"": [run_plan.classic_number(plan.parameters), state]},
         "run": {"": run_plan.time_numbers(plan, flops, config.mfu, config.price_per_hour)},
+        **({"scaling_model": {"": scaling}} if scaling else {}),
     }
 
 

@@ -1,7 +1,5 @@
 """What can be said about the size of an update before anything runs. Imports no torch."""
 
-from dataclasses import dataclass
-
 from recipe.config.settings import Config
 from recipe.format import Number
 from recipe.plan.batch_fits import (
@@ -12,30 +10,20 @@ from recipe.plan.batch_fits import (
     RunSize,
     models_of_the_fits,
 )
-from recipe.plan.devices import Device
-from recipe.plan.memory import parameter_count
+from recipe.plan.devices import Machine
+from recipe.plan.memory import parameter_count, ranks_of_host
 from recipe.plan.run_plan import RunPlan
+from recipe.plan.scaling import exposed_reduction
 from recipe.plan.schedule import beta2_of
 
 OVERHEAD = 0.02  # of an update's time, for what it does once
 MEMORY_SHARE = 0.9  # of the bandwidth in the data sheet: an assumption
-LINK_SHARE = 0.8  # likewise; of an H100's 450 GB/s copies reach 376 to 380 (github.com/NVIDIA/nccl/issues/1264)
-NODE_RANKS = 8  # that NVLink connects
 # How often a step reads or writes a value of each parameter: parameter, gradient and two moments read, all but the gradient
 # written; the norm reads the gradient, and clipping reads and writes it.
 _ACCESSES = {"adamw": 7 + 3, "muon": 7 + 3, "sgd": 3 + 3}  # Muon: at most, its matrices have one moment
 # FLOPs of Muon's step for a block of width d, over d^3: of five iterations for four matrices of d x d, 2 + 2 + 2 each, and for
 # two of d x 4 d, 8 + 2 + 8 each. Every rank does all of it.
 _NEWTON_SCHULZ = 5 * (4 * 6 + 2 * 18)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the plan's flags say of the devices."""
-
-    device: Device | None
-    flops_per_second: float | None  # of a device, at the share that the model uses
-    link_bytes_per_second: float | None  # between ranks, in one direction, as measured
 
 
 def batch_numbers(config: Config, plan: RunPlan, machine: Machine) -> list[Number]:
@@ -72,15 +60,10 @@ def floor_number(config: Config, plan: RunPlan, machine: Machine) -> Number:
         step += _NEWTON_SCHULZ * config.model.n_layer * config.model.n_embd**3 / machine.flops_per_second
     text, exposed = f"the optimizer's {1000 * step:.3g} ms take", 0.0
     if ranks > 1:
-        link = machine.link_bytes_per_second
-        if link is None and ranks <= NODE_RANKS and device.link_bytes_per_second:
-            link = LINK_SHARE * device.link_bytes_per_second
-        if link is None:
+        links = machine.links(ranks, ranks_of_host(ranks))
+        if links is None:
             return unknown(": give --link_gb_per_second, the bandwidth between ranks")
-        reduction = 2 * (ranks - 1) / ranks * value_bytes * plan.parameters / link
-        # DDP sends buckets during the last backward, which is two thirds of a micro-batch's time.
-        hidden = 2 / 3 * plan.update.largest_micro_batch * plan.update.sequence_length / tokens_per_second
-        exposed = max(0.0, reduction - hidden)
+        exposed = exposed_reduction(config, plan.update, plan.update.sequence_length / tokens_per_second, links)
         text = f"the optimizer's {1000 * step:.3g} ms and the reduction's {1000 * exposed:.3g} ms behind backward take"
     floor = (step + exposed) / OVERHEAD * tokens_per_second * ranks
     below = "; this run is below" if plan.update.tokens_per_update < floor else ""

@@ -46,10 +46,11 @@ class UpdatePlan:
             advice = (
                 f"batch.lanes among {enough}"
                 if enough
-                else f"at most {blocks:,} ranks, or {self.setting} of {self.world_size * length:,} or more"
+                else f"at most {blocks:,} ranks, a block each, with batch.lanes = {blocks}; or {self.setting} = "
+                f"{self.world_size * length:,} or a multiple, with batch.lanes = {self.world_size}"
             )
             raise RecipeError(
-                f"{self.world_size} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "
+                f"{self.world_size:,} ranks cannot share batch.lanes = {lanes}, each needs one at least: choose {advice} "
                 "(lanes decide the order of the data, so choose them once for all runs that should agree)"
             )
 
@@ -83,6 +84,11 @@ class UpdatePlan:
         return self.lanes // self.world_size * self.blocks_per_lane
 
     @property
+    def busy_share(self) -> float:
+        """Of the ranks' time, as all wait for those with most blocks: at the end (DDP), or in every micro-batch (sharding)."""
+        return self.blocks_per_update / (self.world_size * self.largest_share)
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per update, the same number on every rank: ceil(largest share / micro_batch_size)."""
         return -(-self.largest_share // self.micro_batch_size)
@@ -101,10 +107,12 @@ class UpdatePlan:
     def micro_batches(self, rank: int) -> list[range]:
         """The blocks of each micro-batch of `rank`: `gradient_accumulation_steps` ranges, whose sizes differ by at most one.
 
-        If a rank has fewer blocks than steps, some ranges are empty: those micro-batches are one fully masked row.
+        The larger come first, on all ranks in the same steps: with sharding each step takes as long as its largest.
+        If a rank has fewer blocks than steps, the last ranges are empty: those micro-batches are one fully masked row.
         """
         share, steps = self.blocks_of_rank(rank), self.gradient_accumulation_steps
-        bounds = [share.start + len(share) * step // steps for step in range(steps + 1)]
+        size, larger = divmod(len(share), steps)
+        bounds = [share.start + step * size + min(step, larger) for step in range(steps + 1)]
         return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     @property

@@ -13,12 +13,12 @@ from recipe.config.settings import Config, ModelConfig
 from recipe.errors import RecipeError
 from recipe.format import size_text
 from recipe.plan.budget import UpdatePlan
+from recipe.plan.devices import RANKS_OF_A_HOST
 from recipe.plan.phases import make_phases
 
 # Of a device's memory: the rest is for the CUDA context, cuBLAS, NCCL and what the caching allocator cannot give out again. An
 # assumption, not measured.
 USABLE_SHARE = 0.92
-RANKS_OF_A_HOST = 8  # as GPU servers have
 # What the feed-forward layer keeps, in values per token and width: 8 for a function in one kernel of its input.
 _FEED_FORWARD_VALUES = {"relu": 4, "gelu_new": 20}  # relu needs its output alone; gelu_new keeps three steps on the way
 
@@ -47,14 +47,15 @@ def parameter_count(model: ModelConfig, n_positions: int) -> int:
 
 
 def ranks_with_parts(config: Config, world_size: int) -> int:
-    """Over how many ranks, from 0, parameters, gradients and optimizer are cut; 1 if they are not.
-
-    Hybrid: those of a host, which the launcher has told in LOCAL_WORLD_SIZE; without one RANKS_OF_A_HOST at most.
-    """
+    """Over how many ranks, from 0, parameters, gradients and optimizer are cut; 1 if they are not."""
     if config.performance.sharding == "none":
         return 1
-    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", min(RANKS_OF_A_HOST, world_size)))
-    return world_size if config.performance.sharding == "full" else of_host
+    return world_size if config.performance.sharding == "full" else ranks_of_host(world_size)
+
+
+def ranks_of_host(world_size: int) -> int:
+    """Ranks of each host: what the launcher has told in LOCAL_WORLD_SIZE; without one RANKS_OF_A_HOST at most."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", min(RANKS_OF_A_HOST, world_size)))
 
 
 @dataclass(frozen=True)

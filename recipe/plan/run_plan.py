@@ -240,13 +240,12 @@ def time_numbers(plan: RunPlan, flops: float | None, mfu: float, price_per_hour:
         text = "give --flops, or a --device whose peak in this precision is known"
         return [work, Number("hours", None, "hours", text)]
     update, ranks = plan.update, plan.update.world_size
-    balance = update.blocks_per_update / (update.largest_share * ranks)  # the others wait for the largest share
-    speed = mfu * flops * ranks * balance / plan.flops_per_token
+    speed = mfu * flops * ranks * update.busy_share / plan.flops_per_token
     tokens = plan.tokens_after(plan.planned_updates)
     hours = tokens / speed / 3600
     cost = None if price_per_hour is None else hours * ranks * price_per_hour
     rate = f"{mfu:g} MFU (assumed) x {flops / 1e12:,.3g} TFLOP/s x {ranks} / {plan.flops_per_token / 1e9:,.3g} GFLOP per token"
-    wait = f" x {percent(balance)}, as ranks wait for the largest share" if balance < 1 else ""
+    wait = f" x {percent(update.busy_share)}, as ranks wait for the largest share" if update.busy_share < 1 else ""
     price = "give --price_per_hour" if cost is None else f"{hours * ranks:,.2f} x {price_per_hour:,.2f} = {{}}"
     return [
         work,

@@ -124,7 +124,8 @@ def test_floor_of_several_gpus_has_what_backward_does_not_hide() -> None:
     node = batch("gpt2-1.3b", *GPU, "--world_size", "8")["floor"]
     assert node["value"] == pytest.approx(8 * one), "NVLink is faster than backward"
     more = ["--world_size", "16"]
-    assert "--link_gb_per_second" in batch("gpt2-1.3b", *GPU, *more)["floor"]["derivation"]
+    hosts = batch("gpt2-1.3b", *GPU, *more)["floor"]["value"]
+    assert hosts == pytest.approx(16 * one), "so are eight network adapters in each host"
     slow = batch("gpt2-1.3b", *GPU, *more, "--link_gb_per_second", "50")["floor"]
     speed = 0.4 * 989e12 / 9_077_710_848
     exposed = 2 * 15 / 16 * 4 * 1_315_819_520 / 50e9 - 2 / 3 * 8192 / speed
@@ -132,6 +133,7 @@ def test_floor_of_several_gpus_has_what_backward_does_not_hide() -> None:
     assert slow["derivation"].endswith("; this run is below")
     pcie = batch("gpt2-1.3b", "--device", "l40s", "--memory_gb", "80", "--world_size", "2")["floor"]
     assert pcie["value"] is None, "it has no NVLink"
+    assert "--link_gb_per_second" in pcie["derivation"]
 
 
 @pytest.mark.parametrize(
