@@ -31,9 +31,9 @@ class PlanConfig(Config):
     """h100, a100, ..., cpu: its memory and its peak; help: list them. Null: no limit and no time."""
     memory_gb: Annotated[float | None, Above(0), AtMost(10**9)] = None
     """Memory of a device, 10^9 bytes. Null: that of the device; for cpu, a rank's share of this machine's."""
-    mfu: Annotated[float, Above(0), AtMost(1, "a share of the peak; 0.4 is 40 %")] = 0.4
+    mfu: Annotated[float, AtLeast(1e-4), AtMost(1, "a share of the peak; 0.4 is 40 %")] = 0.4
     """Share of the peak that the model's own arithmetic uses: an assumption until the run's ledger has it."""
-    flops: Annotated[float | None, Above(0), AtMost(10**24)] = None
+    flops: Annotated[float | None, AtLeast(10**6), AtMost(10**24)] = None
     """Peak FLOP/s of a device. Null: that of the device in bf16."""
     link_gb_per_second: Annotated[float | None, Above(0), AtMost(10**6)] = None
     """Bandwidth between ranks in one direction, 10^9 bytes a second: nccl-tests' bus bandwidth of all ranks. Null: 0.8 of

@@ -246,7 +246,7 @@ print(dict(counters["stats"]), dict(counters["inductor"]), file=sys.stderr)
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_run_and_finds_its_code_again(tmp_path: Path) -> None:
-    """On one rank, a second time, and on two, where DDP, checkpointed blocks and a masked row come together."""
+    """On one rank, a second time, and on two, where DDP or FSDP2, checkpointed blocks and a masked row come together."""
     write_texts(tmp_path / "texts")
 
     def arguments(name: str, *more: str) -> list[str]:
@@ -268,6 +268,7 @@ def test_a_compiled_run_is_the_same_run_and_finds_its_code_again(tmp_path: Path)
     assert "'fxgraph_cache_hit': 4" in outputs[1]
     assert "fxgraph_cache_miss" not in outputs[1]
     run_ranks(2, [SCRIPT, *arguments("two", *compiled)], **cached)
+    run_ranks(2, [SCRIPT, *arguments("cut", *compiled, "--performance.sharding", "full")], **cached)
     eager_losses = [entry["loss"] for entry in read_ledger(tmp_path / "eager")]
-    for name in ("cold", "warm", "two"):
+    for name in ("cold", "warm", "two", "cut"):
         assert [entry["loss"] for entry in read_ledger(tmp_path / name)] == pytest.approx(eager_losses, rel=1e-5), name

@@ -217,7 +217,8 @@ def test_a_cpu_has_this_machines_memory_and_no_peak() -> None:
     [
         (["--device", "h1000"], ["h1000", "h100", "a100-40gb", "cpu", "--memory_gb"]),
         (["--mfu", "40"], ["mfu = 40.0", "at most 1", "0.4 is 40 %"]),
-        (["--mfu", "0"], ["mfu = 0", "greater than 0"]),
+        (["--mfu", "0"], ["mfu = 0", "at least 0.0001"]),
+        (["--flops", "1e-300"], ["flops = 1e-300", "at least 1,000,000"]),
         (["--world_size", "0"], ["world_size = 0", "at least 1"]),
         (
             ["--memory_gb", "16"],
