@@ -223,6 +223,21 @@ def tensors_of(run_directory: Path) -> dict[str, Any]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
+def tiny_run(directory: Path, *more: str) -> list[str]:
+    """Arguments of a tiny run in `directory`, of the texts beside it (`write_texts`)."""
+    texts = ["--data.text_files", f"{directory.parent}/texts/*.txt"]
+    cache = ["--data.cache_directory", str(directory.parent / "cache")]
+    return [*TINY, "--run.directory", str(directory), *texts, *cache, *more]
+
+
+def assert_same_updates(found: Path, expected: Path, losses_within: float) -> None:
+    """The ledgers of two runs have the same blocks, and losses within a relative difference."""
+    of_found, of_expected = read_ledger(found), read_ledger(expected)
+    assert [line["blocks_sha256"] for line in of_found] == [line["blocks_sha256"] for line in of_expected]
+    losses = [line["loss"] for line in of_expected]
+    assert [line["loss"] for line in of_found] == pytest.approx(losses, rel=losses_within)
+
+
 def assert_same_run(whole: Path, other: Path) -> None:
     """Bit for bit: the ledger except times, weights, optimizer state, the finished model, and what the summary says of it."""
 

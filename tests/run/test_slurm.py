@@ -10,7 +10,7 @@ import pytest
 
 from recipe.checkpoint.verify import why_invalid
 from recipe.run.directory import list_checkpoints
-from tests.helpers import ROOT, SCRIPT, TINY, assert_same_run, read_events, read_ledger, run_ranks, write_texts
+from tests.helpers import ROOT, SCRIPT, assert_same_run, read_events, read_ledger, run_ranks, tiny_run, write_texts
 from tests.support.slurm import Slurm, slurm
 
 pytestmark = pytest.mark.slow
@@ -33,9 +33,8 @@ def whole(cluster: Slurm) -> Path:
 
 
 def arguments(cluster: Slurm, name: str, updates: int = UPDATES) -> list[str]:
-    own = ["--run.directory", str(cluster.root / name), "--data.text_files", f"{cluster.root}/texts/*.txt"]
-    own += ["--data.cache_directory", str(cluster.root / "cache"), "--schedule.total_tokens", str(1536 * updates)]
-    return [*TINY, *own, "--checkpoint.every_tokens", str(1536 * 20), "--evaluation.sample_tokens", "null"]
+    more = ["--checkpoint.every_tokens", str(1536 * 20), "--evaluation.sample_tokens", "null"]
+    return tiny_run(cluster.root / name, "--schedule.total_tokens", str(1536 * updates), *more)
 
 
 def submit(cluster: Slurm, name: str, *options: str, updates: int = UPDATES) -> str:

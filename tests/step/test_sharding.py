@@ -17,13 +17,14 @@ from recipe.run.directory import list_checkpoints
 from tests.helpers import (
     FAULTY,
     SCRIPT,
-    TINY,
+    assert_same_updates,
     end_of,
     expect_error,
     read_events,
     read_ledger,
     run_ranks,
     start_ranks,
+    tiny_run,
     train,
     wait_for,
     write_texts,
@@ -56,18 +57,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(directory: Path, *more: str) -> list[str]:
-    return [
-        *TINY,
-        *[
-            "--run.directory",
-            str(directory),
-            "--data.text_files",
-            f"{directory.parent}/texts/*.txt",
-            "--run.max_updates",
-            "20",
-        ],
-        *["--data.cache_directory", str(directory.parent / "cache"), "--batch.micro_batch_size", "3", *more],
-    ]
+    return tiny_run(directory, "--run.max_updates", "20", "--batch.micro_batch_size", "3", *more)
 
 
 @pytest.mark.slow
@@ -89,8 +79,7 @@ def test_a_run_moves_between_fsdp_ddp_and_one_rank(texts: Path, optimizer: str) 
         run_ranks(ranks, [SCRIPT, *arguments(moved, *same, "--run.max_updates", str(updates), *more)], **hosts)
     found, expected = read_ledger(moved), read_ledger(whole)
     assert [line["world_size"] for line in found] == [4] * 10 + [2] * 4 + [1] * 3 + [3] * 3
-    assert [line["blocks_sha256"] for line in found] == [line["blocks_sha256"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    assert_same_updates(moved, whole, 1e-5)
     assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in expected], rel=1e-4)
 
 
@@ -109,9 +98,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(texts: Path, rank: i
     run_ranks(2, [SCRIPT, *arguments(directory, *FULL, "--run.max_updates", str(done + 2))])
     plain = texts / f"plain-{rank}"
     run_ranks(1, [SCRIPT, *arguments(plain, "--run.max_updates", str(done + 2))])
-    found, expected = read_ledger(directory), read_ledger(plain)
-    assert [line["blocks_sha256"] for line in found] == [line["blocks_sha256"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    assert_same_updates(directory, plain, 1e-4)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("optimizer.name", "muon"), ("optimizer.state", "bf16")])
@@ -147,10 +134,8 @@ def test_out_of_memory_ends_the_ranks_and_the_next_start_takes_smaller_micro_bat
     assert "micro-batches of 1 blocks: an earlier start ran out of memory with larger ones" in output
     plain = texts / f"memory-plain-{where}"
     run_ranks(1, [SCRIPT, *arguments(plain)])
-    found, expected = read_ledger(directory), read_ledger(plain)
-    assert [line["micro_batch_size"] for line in found] == [3] * 5 + [1] * 15
-    assert [line["blocks_sha256"] for line in found] == [line["blocks_sha256"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    assert [line["micro_batch_size"] for line in read_ledger(directory)] == [3] * 5 + [1] * 15
+    assert_same_updates(directory, plain, 1e-4)
 
 
 @pytest.mark.slow
@@ -185,6 +170,4 @@ def test_a_rank_that_is_killed_leaves_whole_checkpoints_and_no_rank_behind(texts
     run_ranks(3, [SCRIPT, *command])
     plain = texts / "killed-plain"
     run_ranks(1, [SCRIPT, *arguments(plain)])
-    found, expected = read_ledger(directory), read_ledger(plain)
-    assert [line["blocks_sha256"] for line in found] == [line["blocks_sha256"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    assert_same_updates(directory, plain, 1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import SCRIPT, TINY, read_events, read_ledger, run_ranks, write_texts
+from tests.helpers import SCRIPT, read_events, read_ledger, run_ranks, tiny_run, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +43,11 @@ def test_under_autocast_gradients_are_added_up_in_float32(found: dict[str, Any])
 def test_accelerates_example_launch_file_unties_nothing(tmp_path: Path) -> None:
     """`fsdp_cpu_ram_efficient_loading: true` there would: gradient norms 4e-4 apart from the first update on."""
     write_texts(tmp_path / "texts")
-    shared = ["--data.text_files", f"{tmp_path}/texts/*.txt", "--data.cache_directory", str(tmp_path / "cache")]
-
-    def command(name: str) -> list[str]:
-        return [SCRIPT, *TINY, *shared, "--run.directory", str(tmp_path / name), "--run.max_updates", "3"]
-
+    three = ["--run.max_updates", "3"]
     launch_file = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    run_ranks(1, command("plain"))
-    run_ranks(2, command("sharded"), **launch_file, FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+    launch_file["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    run_ranks(1, [SCRIPT, *tiny_run(tmp_path / "plain", *three)])
+    run_ranks(2, [SCRIPT, *tiny_run(tmp_path / "sharded", *three)], **launch_file)
     (start,) = read_events(tmp_path / "sharded", "start")
     assert start["world_size"] == 2
     plain, sharded = read_ledger(tmp_path / "plain"), read_ledger(tmp_path / "sharded")
