@@ -35,7 +35,9 @@ class MicroBatches:
     def __init__(self, run: Run, model: Any) -> None:
         self.run, self.model = run, model
         self._on_trial = UPDATES_ON_TRIAL
-        if run.is_sharded:  # nothing is tried, since every forward is a collective; hooks do not see parameters that are cut
+        if (
+            run.is_sharded
+        ):  # nothing is tried, since every forward is a collective; hooks do not see parameters that are cut
             if limit := run.on_main(lambda: known_limit(run)):
                 run.console.say(f"micro-batches of {limit} blocks: an earlier start ran out of memory with larger ones")
                 run.plan = run.plan.with_micro_batch_size(limit)
