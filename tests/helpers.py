@@ -177,6 +177,22 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError(f"{words!r} was never printed: {process.communicate()}")
 
 
+def launch_file_for_a_cpu(name: str, directory: Path) -> Path:
+    """One of accelerate_configs for several GPUs, with two ranks on a CPU for the eight GPUs of a machine."""
+    file = (ROOT / f"accelerate_configs/{name}.yaml").read_text("utf-8")
+    changes = {
+        "use_cpu: false\ngpu_ids: all": "use_cpu: true",
+        "processes: 8": "processes: 2",
+        "processes: 16": "processes: 4",
+        "shard_size: 8": "shard_size: 2",
+    }
+    for old, new in changes.items():
+        file = file.replace(old, new)
+    path = directory / f"{name}.yaml"
+    path.write_text(file, encoding="utf-8")
+    return path
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens at."""
     with socket.socket() as probe:

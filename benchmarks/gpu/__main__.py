@@ -51,9 +51,8 @@ EAGER = [  # the most telling first
     *(Row(f"micro-batch {n}", {"batch.micro_batch_size": n}, on_best=False) for n in (8, 16, 2, 32)),
     *(Row(f"attention {name}", attention=name, is_candidate=False) for name in ("cudnn", "flash", "mem_efficient")),
 ]
-SHARDED = {"performance.sharding": "full", "log.noise_scale_every": None}  # hooks do not see parameters that are cut
 COMPILED = [
-    Row("sharded over one", SHARDED, is_candidate=False),
+    Row("sharded over one", {"performance.sharding": "full"}, is_candidate=False),
     Row("compiled", COMPILE),
     Row("activation checkpointing", CHECKPOINTED),
     Row("bf16 state", {"optimizer.state": "bf16"}, is_candidate=False),

@@ -5,6 +5,7 @@ and gather; DDP has no part. Every micro-batch's gradient is reduced to the rank
 leaves nothing behind. Every forward is a collective: all ranks run the same number of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,21 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         own, part = local(tensor), rows_of(tensor)
         own.copy_(values[part[0] : part[0] + len(own)] if part else values)
+
+
+def hook_gradients(model: nn.Module, see: Callable[[Tensor], None]) -> None:
+    """Let `see` have every parameter's gradient in each backward, before it is added to others; whole, also if it is cut.
+
+    Collective if the model is cut: the hooks are on what backward sees, which a unit keeps from one gathering to the next.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)] if is_sharded(model) else [model]
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.unshard()
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # of a unit inside this one
+                parameter.register_hook(see)
+        reshard(module)
 
 
 def reshard(model: nn.Module) -> None:

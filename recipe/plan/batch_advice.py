@@ -29,8 +29,7 @@ _NEWTON_SCHULZ = 5 * (4 * 6 + 2 * 18)
 def batch_numbers(config: Config, plan: RunPlan, machine: Machine) -> list[Number]:
     """This update, the least that suits the devices, what others found best, and what a smaller one would do."""
     tokens = plan.update.tokens_per_update
-    inner = parameter_count(config.model, n_positions=0) - config.model.vocab_size * config.model.n_embd
-    size = RunSize(plan.parameters, inner, plan.total_tokens)
+    size = run_size(config, plan)
     floor = floor_number(config, plan, machine)
     sizes = ", then ".join(f"{phase.update.tokens_per_update:,}" for phase in plan.reached_phases)
     return [
@@ -39,6 +38,12 @@ def batch_numbers(config: Config, plan: RunPlan, machine: Machine) -> list[Numbe
         *_fit_numbers(size, config.optimizer.learning_rate),
         *_smaller_update(config, plan, floor.value),
     ]
+
+
+def run_size(config: Config, plan: RunPlan) -> RunSize:
+    """What published fits ask of a run."""
+    inner = parameter_count(config.model, n_positions=0) - config.model.vocab_size * config.model.n_embd
+    return RunSize(plan.parameters, inner, plan.total_tokens)
 
 
 def floor_number(config: Config, plan: RunPlan, machine: Machine) -> Number:

@@ -28,7 +28,7 @@ class RunSize:
 
 @dataclass(frozen=True)
 class Fit:
-    """A published fit: `value(size)` is tokens per update, or a peak learning rate."""
+    """A published fit: `value(size)` is tokens per update, a peak learning rate, or a share of the run."""
 
     source: str  # author and year
     citation: str
@@ -62,6 +62,8 @@ def short(number: float) -> str:
     return f"{number:g}"
 
 
+_BERGSMA = "arXiv:2505.13738"
+_BERGSMA_RANGE = {"parameters": (111e6, 3.3e9), "tokens_per_parameter": (20.0, 1280.0)}
 _BI = "arXiv:2401.02954"
 _BI_RANGE = {"flops": (1e17, 2e19)}  # tried at 1e20 too; everything within 0.25 % of the best loss counts as best
 _LI = "arXiv:2503.04715"
@@ -72,10 +74,10 @@ BEST_TOKENS_PER_UPDATE = (
     Fit("Li 2025", _LI, "0.58 D^0.571", lambda run: 0.58 * run.tokens**0.571, _LI_RANGE),
     Fit(
         "Bergsma 2025",
-        "arXiv:2505.13738",
+        _BERGSMA,
         "2,048 x 0.0306 D^0.383",
         lambda run: 2048 * 0.0306 * run.tokens**0.383,
-        {"parameters": (111e6, 3.3e9), "tokens_per_parameter": (20, 1280)},
+        _BERGSMA_RANGE,
         is_verified=False,
     ),
     Fit("Bi 2024", _BI, "0.2920 (6 N D)^0.3271", lambda run: 0.2920 * run.flops**0.3271, _BI_RANGE),
@@ -111,6 +113,15 @@ BEST_LEARNING_RATE = (
         lambda run: 0.0047 * (run.parameters / 108e6) ** (-1 / 3),
         _PORIAN_RANGE,
     ),
+)
+# Of the run, over which AdamW's weight decay averages where that is best; in muP.
+BEST_AVERAGING_SHARE = Fit(
+    "Bergsma 2025",
+    _BERGSMA,
+    "1.084 (D / N)^-0.527",
+    lambda run: 1.084 * run.tokens_per_parameter**-0.527,
+    _BERGSMA_RANGE,
+    is_verified=False,
 )
 # The tests behind "smaller updates are as good per token if beta2 keeps its memory" (Marek et al., 2025, arXiv:2507.07101): a
 # model of 30 M parameters with everything tuned, 124 M with its rate tuned, 1.3 B against an untuned baseline.

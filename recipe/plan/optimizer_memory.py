@@ -2,6 +2,8 @@
 
 from recipe.config.settings import Config
 from recipe.format import Number, short_count
+from recipe.plan.batch_advice import run_size
+from recipe.plan.batch_fits import BEST_AVERAGING_SHARE
 from recipe.plan.run_plan import RunPlan
 from recipe.plan.schedule import half_life
 
@@ -28,7 +30,9 @@ def optimizer_numbers(config: Config, plan: RunPlan) -> list[Number]:
     if rate * decay > _SMALLEST_DECAY:
         updates = [1 / (rate * phase.rate_factor * decay) for phase in phases]
         shares = [n * p.update.tokens_per_update / plan.total_tokens for n, p in zip(updates, phases, strict=True)]
-        text = f"{{}} of the run: 1 / ({rate:g} x {decay:g}) = {short_count(updates[0])} updates{_then(shares, ',.3g')}"
+        size, fit = run_size(config, plan), BEST_AVERAGING_SHARE
+        best = f"; best in muP {fit.value(size):.2g}: {fit.source}, {fit.origin(size)}"
+        text = f"{{}} of the run: 1 / ({rate:g} x {decay:g}) = {short_count(updates[0])} updates{_then(shares, ',.3g')}{best}"
         numbers.append(Number("weight_decay_averages_over", shares[0], "runs", text))
     return numbers
 

@@ -36,8 +36,8 @@ def check_launch() -> None:
         if "WORLD_SIZE" not in environment and tasks.isdigit() and int(tasks) > 1:
             starter = "srun" if "SLURM" in name else "mpirun"
             raise RecipeError(
-                f"{name} = {tasks}: {starter} has started {tasks} processes, and each would train alone: let it start one on "
-                "each machine, which runs accelerate launch or torchrun",
+                f"{name} = {tasks}: {starter} has started {tasks} processes, and each would train alone: give each its RANK "
+                "and WORLD_SIZE, as slurm/train.sbatch does, or let it start accelerate launch or torchrun on each machine",
                 on_this_rank_only=True,
             )
     given = [name for name in _GROUP if name in environment]
@@ -131,6 +131,12 @@ def ignored_settings(precision: str) -> list[str]:
             ("FSDP_ACTIVATION_CHECKPOINTING", ("false",), "performance.activation_checkpointing"),
             ("FSDP_AUTO_WRAP_POLICY", ("transformer_based_wrap",), "the recipe, a unit for each block,"),
             ("FSDP_RESHARD_AFTER_FORWARD", ("true", "full_shard"), "the recipe, which reshards,"),
+            (
+                "FSDP_CPU_RAM_EFFICIENT_LOADING",
+                ("false",),
+                "the recipe, by which every rank makes the whole model first,",
+            ),
+            ("FSDP_STATE_DICT_TYPE", ("sharded_state_dict",), "the recipe, each of whose ranks writes its part,"),
         )
         given += [(name, os.environ.get(name, fine[0]), fine, setting) for name, fine, setting in deciders_of_fsdp]
     return [

@@ -64,7 +64,9 @@ class Watch:
             self._store.wait(["recipe/all"], limit)
         except (RuntimeError, ValueError) as error:
             what = self._what_is_wrong(f"{host}:{port}")
-            raise RecipeError(f"{what}: {self._advice(error)}", on_this_rank_only=True) from error
+            # As a host that is lost: again, perhaps when the last one is up, may be better
+            advice = self._advice(error)
+            raise RecipeError(f"{what}: {advice}", on_this_rank_only=True, exit_code=LOST_EXIT_CODE) from error
         if self.of_host < self.ranks:
             self._store.set_timeout(timedelta(seconds=LOST_SECONDS))
             threading._register_atexit(self._leave)  # type: ignore[attr-defined]  # before `run_command` leaves

@@ -35,15 +35,13 @@ class MicroBatches:
     def __init__(self, run: Run, model: Any) -> None:
         self.run, self.model = run, model
         self._on_trial = UPDATES_ON_TRIAL
-        if (
-            run.is_sharded
-        ):  # nothing is tried, since every forward is a collective; hooks do not see parameters that are cut
+        if every := run.config.log.noise_scale_every:
+            run.noise = GradientNoise(model, every)
+        if run.is_sharded:  # every forward is a collective, so nothing is tried
             if limit := run.on_main(lambda: known_limit(run)):
                 run.console.say(f"micro-batches of {limit} blocks: an earlier start ran out of memory with larger ones")
                 run.plan = run.plan.with_micro_batch_size(limit)
             return
-        if every := run.config.log.noise_scale_every:
-            run.noise = GradientNoise(model, every)
         warm_up_ddp(run, model)
         if run.config.batch.micro_batch_size == "auto":
             probe_micro_batch(run, model)

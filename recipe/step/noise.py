@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.data.blocks import IGNORED_TARGET, MicroBatch
+from recipe.model.sharding import hook_gradients
 from recipe.plan.budget import UpdatePlan
 from recipe.run.noise_scale import GroupSums
 
@@ -30,8 +31,7 @@ class GradientNoise:
         self.sums: Tensor | None = None
         # Of the open group: squared norms of matrices, and vectors, most of the gradients but small, to take together
         self._open: tuple[list[Tensor], list[Tensor]] | None = None
-        for parameter in model.parameters():
-            parameter.register_hook(self._see)
+        hook_gradients(model, self._see)
 
     def steps(self, plan: UpdatePlan, rank: int) -> tuple[list[int], int]:
         """Which of a rank's micro-batches to measure in the open update, from 1, and the one that is measured alone too.

@@ -147,7 +147,7 @@ def test_floor_of_several_gpus_has_what_backward_does_not_hide() -> None:
 def test_a_floor_that_is_not_known_is_no_number(arguments: list[str], why: str) -> None:
     floor = batch("gpt2-124m", *arguments)["floor"]
     assert (floor["value"], floor["derivation"]) == (None, why)
-    assert batch("gpt2-124m", *arguments)["smaller_update"]["value"] == 262_144, "half, since where it ends is unknown"
+    assert batch("gpt2-124m", *arguments)["smaller_update"]["value"] == 131_072, "half, since where it ends is unknown"
 
 
 def test_a_smaller_update_keeps_beta2_s_memory_in_tokens_and_stays_above_the_floor() -> None:

@@ -126,12 +126,13 @@ def test_json_has_units_and_derivations_and_null_for_what_is_not_known() -> None
 
 
 def test_the_plan_has_the_memory_of_the_optimizer_in_tokens() -> None:
-    """0.9^n = 1/2 after 6.58 updates and 0.95^n after 13.5; 1 / (2e-4 x 0.1) = 50,000 updates of 50,195."""
+    """0.9^n = 1/2 after 6.58 updates and 0.95^n after 13.5; 1 / (4.5e-4 x 0.1) = 22,222 updates of 50,195."""
     found = values(*LARGE)["optimizer_memory"]
     assert found["beta1_half_life"] == pytest.approx(524_288 * math.log(2) / -math.log(0.9), abs=1)
     assert found["beta2_half_life"] == pytest.approx(524_288 * math.log(2) / -math.log(0.95), abs=1)
-    assert found["weight_decay_averages_over"] == pytest.approx(50_000 / 50_195)
-    assert table(*LARGE)["weight decay averages over"] == "0.996 of the run: 1 / (0.0002 x 0.1) = 50,000 updates"
+    assert found["weight_decay_averages_over"] == pytest.approx(1 / (4.5e-4 * 0.1) / 50_195)
+    shown = table(*LARGE)["weight decay averages over"]
+    assert shown.startswith("0.443 of the run: 1 / (0.00045 x 0.1) = 22,222 updates; best in muP 0.22: Bergsma 2025, ")
     assert (
         values(*LARGE, "--optimizer.beta2_half_life_tokens", "10000000")["optimizer_memory"]["beta2_half_life"] == 10**7
     )
@@ -159,7 +160,7 @@ def test_the_plan_has_every_phase_of_the_budget() -> None:
     memory = {name: lines[name] for name in ("beta1 half life", "beta2 half life", "weight decay averages over")}
     assert memory["beta1 half life"].endswith("; then 53,894, 107,787")
     assert "then" not in memory["beta2 half life"], "it stays"
-    assert memory["weight decay averages over"].endswith("; then 11.8, 16.7")
+    assert "; then 11.8, 16.7; best in muP" in memory["weight decay averages over"]
 
 
 def test_the_plan_has_tokens_and_passes_of_each_source(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ A host is here a process with a current directory of its own, in which the paths
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import sys
@@ -13,20 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from recipe.data.tokenizer import train_tokenizer
 from tests.helpers import ROOT, SCRIPT, TINY, end_of, free_port, read_ledger, start, write_texts
 
 HOST = platform.node()
 
 
-def train_on_hosts(hosts: Sequence[Path], arguments: Sequence[Sequence[str]]) -> tuple[list[int], str]:
-    """(exit codes, all on stderr) of a training on one rank of each of these hosts."""
+def train_on_hosts(
+    hosts: Sequence[Path], arguments: Sequence[Sequence[str]], scripts: Sequence[str] = (str(ROOT / SCRIPT),) * 2
+) -> tuple[list[int], str]:
+    """(exit codes, all on stderr) of a training on one rank of each of these hosts, each by a script of its own."""
     port, processes = str(free_port()), []
     for rank, (host, own) in enumerate(zip(hosts, arguments, strict=True)):
         group = {"RANK": str(rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [
             sys.executable,
-            str(ROOT / SCRIPT),
+            scripts[rank],
             *TINY,
             "--data.text_files",
             "texts/*.txt",
@@ -81,6 +85,40 @@ def test_other_text(hosts: list[Path], change: str) -> None:
         changed.unlink()
         words = ["the text on rank 1", "texts/003.txt", "No such file", "on rank 0"]
     codes, errors = train_on_hosts(hosts, [[], []])
+    assert_refused(codes, errors, words)
+
+
+@pytest.mark.slow
+def test_another_tokenizer_with_the_same_vocabulary(hosts: list[Path]) -> None:
+    train_tokenizer([path.read_text("utf-8") for path in hosts[0].glob("texts/*")], 384).save_pretrained(
+        hosts[0] / "tokenizer"
+    )
+    shutil.copytree(hosts[0] / "tokenizer", hosts[1] / "tokenizer")
+    file = hosts[1] / "tokenizer/tokenizer.json"
+    changed = json.loads(file.read_text("utf-8")) | {"normalizer": {"type": "Lowercase"}}
+    file.write_text(json.dumps(changed), encoding="utf-8")
+    codes, errors = train_on_hosts(hosts, [["--data.tokenizer", "tokenizer"]] * 2)
+    assert_refused(codes, errors, ["the tokenizer on rank 1", "has to be the same on all hosts"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("import platform; platform.python_version = lambda: '3.0.1'", ["python on rank 1", ": 3.0.1; on rank 0"]),
+        (
+            "import recipe.run.environment as e; e._recipe_commit = lambda: 'another'",
+            ["recipe_commit on rank 1", ": another; on rank 0"],
+        ),
+    ],
+)
+def test_another_installation(hosts: list[Path], fault: str, words: list[str]) -> None:
+    (hosts[1] / "other.py").write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{fault}\n"
+        f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    codes, errors = train_on_hosts(hosts, [[], []], [str(ROOT / SCRIPT), "other.py"])
     assert_refused(codes, errors, words)
 
 

@@ -44,7 +44,7 @@ def test_gradient_equals_one_big_batch(world_size: int, sharding: str, tmp_path:
     found = json.loads(result.read_text(encoding="utf-8"))
     assert found.pop("world_size") == world_size
     for case, by_way in found.items():
-        assert len(by_way) == 24
+        assert len(by_way) == 48
         for way, difference in by_way.items():
             assert difference < BOUND[case.split(",")[0]], f"{case}, {way}: {difference}"
 
@@ -64,7 +64,7 @@ def arguments(directory: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_moves_between_fsdp_ddp_and_one_rank(texts: Path, optimizer: str) -> None:
     whole, moved = texts / f"whole-{optimizer}", texts / f"moved-{optimizer}"
-    same = ["--optimizer.name", optimizer]
+    same = ["--optimizer.name", optimizer, "--data.validation_one_in", "12", "--evaluation.every_tokens", "3072"]
     done = train(*arguments(whole, *same))
     assert done.returncode == 0, done.stderr
     legs: list[tuple[int, int, Sequence[str]]] = [
@@ -80,6 +80,10 @@ def test_a_run_moves_between_fsdp_ddp_and_one_rank(texts: Path, optimizer: str) 
     found, expected = read_ledger(moved), read_ledger(whole)
     assert [line["world_size"] for line in found] == [4] * 10 + [2] * 4 + [1] * 3 + [3] * 3
     assert_same_updates(moved, whole, 1e-5)
+    held_out = [line["validation/held_out/loss"] for line in expected if "validation/held_out/loss" in line]
+    assert len(held_out) == 10
+    of_moved = [line["validation/held_out/loss"] for line in found if "validation/held_out/loss" in line]
+    assert of_moved == pytest.approx(held_out, rel=1e-5)
     assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in expected], rel=1e-4)
 
 

@@ -13,11 +13,12 @@ from tests.helpers import SCRIPT, read_events, read_ledger, run_ranks, tiny_run,
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks of `tests.support.sharding_traps` found."""
+@pytest.fixture(scope="module", params=["full", "hybrid"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks, or two hosts of two, of `tests.support.sharding_traps` found."""
     result = tmp_path_factory.mktemp("traps") / "found.json"
-    run_ranks(2, ["-m", "tests.support.sharding_traps", str(result)])
+    ranks, hosts = (2, {}) if request.param == "full" else (4, {"LOCAL_WORLD_SIZE": "2"})
+    run_ranks(ranks, ["-m", "tests.support.sharding_traps", str(result), request.param], **hosts)
     values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return values
 
@@ -47,7 +48,8 @@ def test_accelerates_example_launch_file_unties_nothing(tmp_path: Path) -> None:
     launch_file = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     launch_file["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     run_ranks(1, [SCRIPT, *tiny_run(tmp_path / "plain", *three)])
-    run_ranks(2, [SCRIPT, *tiny_run(tmp_path / "sharded", *three)], **launch_file)
+    output = run_ranks(2, [SCRIPT, *tiny_run(tmp_path / "sharded", *three)], **launch_file)
+    assert "FSDP_CPU_RAM_EFFICIENT_LOADING = true, from accelerate's configuration, has no effect here" in output
     (start,) = read_events(tmp_path / "sharded", "start")
     assert start["world_size"] == 2
     plain, sharded = read_ledger(tmp_path / "plain"), read_ledger(tmp_path / "sharded")

@@ -167,16 +167,13 @@ def differences(
             for path in PATHS:
                 run = run_of(accelerator, plan, path, sharding=sharding)
                 known = None if masked else plan.tokens_per_update
-                if not run.is_sharded:
-                    run.noise, noise.update = noise, size
+                run.noise, noise.update = noise, size
                 loss, targets = accumulate_gradient(run, model, micro_batches, known)
                 assert int(targets) == int((~mask).sum())
                 apart = relative(flat_gradient(model), expected)
                 results[f"{count} blocks, micro-batch {size}, {path}"] = max(
                     apart, abs(loss.item() / expected_loss - 1)
                 )
-                if run.is_sharded:
-                    continue
                 assert noise.sums is not None
                 wanted = group_sums(noise, plan, gradients, (~mask).sum(dim=1))
                 results[f"{count} blocks, micro-batch {size}, {path}, noise"] = float(

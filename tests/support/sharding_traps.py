@@ -1,5 +1,5 @@
 """What goes wrong without a word when FSDP2 shards a model, looked for on the ranks of a launch:
-`python -m tests.support.sharding_traps RESULT.json`. Every rank has to be started; rank 0 writes what it found.
+`python -m tests.support.sharding_traps RESULT.json full|hybrid`. Every rank has to be started; rank 0 writes what it found.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BLOCKS, MICRO_BATCH = 32, 4
 def sharded(accelerator: Any, dtype: torch.dtype = torch.float64) -> tuple[Run, Any, list[Any]]:
     """A run, its model, and this rank's micro-batches."""
     plan = UpdatePlan(BLOCKS * LENGTH, LENGTH, 16, accelerator.num_processes, MICRO_BATCH)
-    run = run_of(accelerator, plan, sharding="full")
+    run = run_of(accelerator, plan, sharding="hybrid" if sys.argv[2] == "hybrid" else "full")
     run.stop.connect(accelerator.num_processes)
     model = prepare_model(run, make_model(dtype))
     batches = micro_batches_of(plan, run.rank, make_blocks(BLOCKS), make_mask(BLOCKS, masked=False))

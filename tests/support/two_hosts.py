@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import pytest
 
-from tests.helpers import ROOT, environment, skip_if_quick
+from tests.helpers import ACCELERATE, ROOT, environment, skip_if_quick
 
 ADDRESSES = ("10.73.0.1", "10.73.0.2")
 LINK = "cable0"  # on both
@@ -59,6 +60,12 @@ class TwoHosts:
             "2",
         ]
         return self.start(host, [sys.executable, *launch, *meeting, *arguments], **more)
+
+    def accelerate(self, host: int, file: Path, *arguments: str) -> subprocess.Popen[str]:
+        """What a launch file says, on a host."""
+        meeting = ["--main_process_ip", ADDRESSES[0], "--main_process_port", "29507"]
+        launch = [ACCELERATE, "launch", "--config_file", str(file), "--machine_rank", str(host), *meeting]
+        return self.start(host, [*launch, *arguments])
 
     def ranks(self, host: int, *arguments: str, **more: str) -> list[subprocess.Popen[str]]:
         """Two ranks on a host without a launcher, as srun starts them."""
