@@ -12,7 +12,7 @@ from typing import Any
 from recipe.data.prepare_file import UNFINISHED, Preparation, prepare_file
 from recipe.errors import RecipeError
 
-TELL_SECONDS = 2.0
+TELL_SECONDS = 1.0
 
 
 class PrepareFiles:
@@ -46,7 +46,7 @@ def note_of(preparation: Preparation, rank: int) -> Path:
 def _telling(path: Path) -> Iterator[Callable[..., None]]:
     """Yields what takes a report. A thread writes the last one every so often, so that no two notes are the same."""
     said: dict[str, Any] = {"report": None, "error": None, "exit_code": 0, "beats": 0}
-    over, parent = threading.Event(), os.getppid()
+    over = threading.Event()
 
     def write() -> None:
         said["beats"] += 1
@@ -56,8 +56,6 @@ def _telling(path: Path) -> Iterator[Callable[..., None]]:
     def keep_writing() -> None:
         while not over.wait(TELL_SECONDS):
             write()
-            if os.getppid() != parent:  # of an actor of Ray's that was killed; another one may take its files
-                os._exit(1)
 
     def tell(*report: Any) -> None:
         said["report"] = report

@@ -123,6 +123,19 @@ def test_an_engine_that_cannot_be_used_is_one_line_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_nothing_of_an_engine_is_imported_without_one(corpus: Path, tmp_path: Path) -> None:
+    for name in ("datatrove", "ray"):
+        pytest.importorskip(name, reason=INSTALL)
+    script = (
+        "import sys; from recipe.commands.prepare import main; main(); print({'datatrove', 'ray'} & {*sys.modules})"
+    )
+    flags = prepare_command(corpus, tmp_path / "out", "--processes", "2", text="little.jsonl")[4:]
+    done = run([sys.executable, "-c", script, *flags])
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr
+    assert_same(corpus, tmp_path / "out", "little")
+
+
 # ---- datatrove ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,34 +169,50 @@ def ray_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str
         pytest.importorskip(name, reason=INSTALL)
     directory = tmp_path_factory.mktemp("r")  # sockets there have names of 107 bytes at most
     variables = {"RAY_TMPDIR": str(directory), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    yield variables
-    left = processes_with("ray", RAY_TMPDIR=str(directory))
-    _, alive = psutil.wait_procs(left, timeout=60)
-    for process in alive:
-        process.kill()
-    assert not alive
+    try:
+        yield variables
+        wait_until(lambda: not processes_with("ray", RAY_TMPDIR=str(directory)), 60)
+    finally:
+        for process in processes_with("ray", RAY_TMPDIR=str(directory)):
+            process.kill()
 
 
-@pytest.mark.slow
-def test_a_ray_cluster_writes_the_same_files(corpus: Path, tmp_path: Path, ray_variables: dict[str, str]) -> None:
-    """One, two and three tasks of a cluster that is there, and stays."""
+@pytest.fixture
+def ray_cluster(ray_variables: dict[str, str]) -> Iterator[dict[str, str]]:
+    """`ray_variables` of a cluster that is there, and stays."""
     head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "3"]
     more = ["--port", "0", "--include-dashboard", "false"]
     process = start([*head, *more], fork=False, stderr=subprocess.STDOUT, **ray_variables)
     assert process.stdout is not None
     try:
         address = next(line for line in process.stdout if "--address=" in line).partition("--address=")[2].strip(" '\n")
-        for tasks in (1, 2, 3):
-            out = tmp_path / f"out{tasks}"
-            flags = ["--executor", "ray", "--processes", str(tasks)]
-            done = run(prepare_command(corpus, out, *flags, text="little.jsonl"), RAY_ADDRESS=address, **ray_variables)
-            assert (done.returncode, done.stderr) == (0, "")
-            assert f"{tasks} tasks are given to ray" in done.stdout
-            assert_same(corpus, out, "little")
-            assert process.poll() is None
+        yield {**ray_variables, "RAY_ADDRESS": address}
+        assert process.poll() is None
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_writes_the_same_files(corpus: Path, tmp_path: Path, ray_cluster: dict[str, str]) -> None:
+    for tasks in (1, 2, 3):
+        flags = ["--executor", "ray", "--processes", str(tasks)]
+        done = run(prepare_command(corpus, tmp_path / f"out{tasks}", *flags, text="little.jsonl"), **ray_cluster)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{tasks} tasks are given to ray" in done.stdout
+        assert_same(corpus, tmp_path / f"out{tasks}", "little")
+
+
+@pytest.mark.slow
+def test_tasks_of_a_ray_cluster_end_with_the_command(corpus: Path, tmp_path: Path, ray_cluster: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    words = prepare_command(corpus, out, "--executor", "ray", "--processes", "2")
+    process = start(words, fork=False, **ray_cluster)
+    wait_until(lambda: done_files(out))
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not processes_with("ray::RankWorker", RAY_TMPDIR=ray_cluster["RAY_TMPDIR"]), 30)
+    assert_goes_on(corpus, out, lambda: run(words, **ray_cluster))
 
 
 @pytest.mark.slow
@@ -214,8 +243,8 @@ def test_another_actor_of_ray_takes_the_files_of_one_that_is_killed(
     wait_until(lambda: done_files(out))
     task = task_on_ray(ray_variables)
     task.parent().kill()
-    _, alive = psutil.wait_procs([task], timeout=3)
-    assert not alive, "it would write the same file as the task of the other actor"
+    # Ray ends it, which would write the same file as its successor. A zombie has no parent that asks for its exit code.
+    wait_until(lambda: not task.is_running() or task.status() == psutil.STATUS_ZOMBIE, 3)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     assert_same(corpus, out)
@@ -290,6 +319,24 @@ def test_a_task_of_slurm_that_is_killed_is_noticed(cluster: Slurm, corpus: Path,
     assert "was killed, or has ended before its files were done" in line
     assert cluster.run("squeue", "--noheader") == "", "the other task has been cancelled"
     assert_goes_on(corpus, out, lambda: end(submit(cluster, words)))
+
+
+@pytest.mark.slow
+def test_a_task_that_slurm_has_queued_again_is_waited_for(cluster: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """Longer than one that gives no sign."""
+    out = tmp_path / "out"
+    process = submit(cluster, prepare_command(corpus, out), 1)
+    wait_until(lambda: done_files(out))
+    job = cluster.run("squeue", "--noheader", "--format=%A").strip()
+    cluster.run("scontrol", "requeue", job)
+    wait_until(lambda: not processes_with("launch_pickled_pipeline", str(out)))
+    time.sleep(SILENT_SECONDS + 5)
+    assert process.poll() is None
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    done = end(process)
+    assert done.returncode == 0, done.stdout
+    assert "1 pending" in done.stdout
+    assert_same(corpus, out)
 
 
 @pytest.mark.slow
