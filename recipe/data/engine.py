@@ -95,12 +95,12 @@ class Engine:
             return
         count, directory = min(len(numbers), self.tasks or MOST_TASKS), directory_of_tasks(preparation)
         remove(directory)
-        directory.mkdir()
+        directory.mkdir(0o700)  # what tasks are given may hold the passwords of addresses
         name = f"prepare-{blake2b(os.fsencode(directory.resolve()), digest_size=6).hexdigest()}"
         jobs = JobArray(name, self.say) if self.executor == "slurm" else None
         sbatch = {**self._arguments, "job-name": name} if jobs else {}
         with _executor(PrepareFiles(preparation, numbers), count, directory, sbatch) as process:
-            self.say(f"{count} tasks are given to {self.executor}; their logs are in {directory}")
+            self.say(f"tasks on {self.executor}: {count}, with logs in {directory}")
             tasks = {rank: _Task([*numbers[rank::count]], time.monotonic()) for rank in range(count)}
             while tasks:
                 time.sleep(TELL_SECONDS)

@@ -199,7 +199,7 @@ def test_a_ray_cluster_writes_the_same_files(corpus: Path, tmp_path: Path, ray_c
         flags = ["--executor", "ray", "--processes", str(tasks)]
         done = run(prepare_command(corpus, tmp_path / f"out{tasks}", *flags, text="little.jsonl"), **ray_cluster)
         assert (done.returncode, done.stderr) == (0, "")
-        assert f"{tasks} tasks are given to ray" in done.stdout
+        assert f"tasks on ray: {tasks}, " in done.stdout
         assert_same(corpus, tmp_path / f"out{tasks}", "little")
 
 
@@ -299,7 +299,7 @@ def end(process: subprocess.Popen[str], seconds: float = 240) -> subprocess.Comp
 def test_a_slurm_cluster_writes_the_same_files(tasks: int, cluster: Slurm, corpus: Path, tmp_path: Path) -> None:
     done = end(submit(cluster, prepare_command(corpus, tmp_path / "out", text="little.jsonl"), tasks))
     assert done.returncode == 0, done.stdout
-    assert f"{tasks} tasks are given to slurm" in done.stdout
+    assert f"tasks on slurm: {tasks}, " in done.stdout
     assert f"{tasks} running" in done.stdout
     assert "rror" not in done.stdout
     assert_same(corpus, tmp_path / "out", "little")
@@ -318,6 +318,7 @@ def test_a_task_of_slurm_that_is_killed_is_noticed(cluster: Slurm, corpus: Path,
     assert line.startswith("error: task ")
     assert "was killed, or has ended before its files were done" in line
     assert cluster.run("squeue", "--noheader") == "", "the other task has been cancelled"
+    assert (out / UNFINISHED / "tasks").stat().st_mode & 0o777 == 0o700
     assert_goes_on(corpus, out, lambda: end(submit(cluster, words)))
 
 
