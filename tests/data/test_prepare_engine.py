@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -163,18 +164,17 @@ def test_tasks_of_a_datatrove_pipeline_write_the_same_files(tasks: int, corpus: 
 
 
 @pytest.fixture
-def ray_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def ray_variables() -> Iterator[dict[str, str]]:
     """For a Ray whose files are in a directory of this test, and which is gone behind it."""
     for name in ("datatrove", "ray"):
         pytest.importorskip(name, reason=INSTALL)
-    directory = tmp_path_factory.mktemp("r")  # sockets there have names of 107 bytes at most
-    variables = {"RAY_TMPDIR": str(directory), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    try:
-        yield variables
-        wait_until(lambda: not processes_with("ray", RAY_TMPDIR=str(directory)), 60)
-    finally:
-        for process in processes_with("ray", RAY_TMPDIR=str(directory)):
-            process.kill()
+    with TemporaryDirectory(ignore_cleanup_errors=True) as directory:  # a short path: a socket's has 107 bytes at most
+        try:
+            yield {"RAY_TMPDIR": directory, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+            wait_until(lambda: not processes_with("ray", RAY_TMPDIR=directory), 60)
+        finally:
+            for process in processes_with("ray", RAY_TMPDIR=directory):
+                process.kill()
 
 
 @pytest.fixture
