@@ -21,7 +21,7 @@ from tests.helpers import TINY, train, write_texts  # noqa: E402
 
 # By a run of the suite on two cores, from the longest on: whoever begins last should not have the most to do.
 LONGEST_FIRST = (
-    *("benchmarks/test_benchmarks", "model/test_kernels"),  # of the slow ones
+    *("data/test_prepare_engine", "benchmarks/test_benchmarks", "model/test_kernels"),  # of the slow ones
     *("checkpoint/test_resume", "test_train", "hub/test_background", "report/test_report", "plan/test_run_plan"),
     *("data/test_data_faults", "step/test_stability", "step/test_update", "config/test_errors", "report/test_card"),
     *("plan/test_memory", "data/test_data", "data/test_prepare"),

@@ -27,8 +27,13 @@ class PrepareConfig(Config):
     """Directory of the files: a new one, or one that this command was stopped in."""
     format: Literal["parquet", "llmc"] = "parquet"
     """parquet: a column input_ids, a row per document. llmc: shards of llm.c, which has no place for documents' ends."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where the files are made: on this machine, or by datatrove on a Slurm or a Ray cluster that shares its directories."""
     processes: CountOrNull = None
-    """Processes that work at once, never what they write. Null: the processors that this one may use."""
+    """Processes that work at once, never what they write; on a cluster its tasks. Null: the processors that this process may
+    use, or a task for each file, 1,000 at most."""
+    sbatch: tuple[str, ...] = ()
+    """slurm: arguments of sbatch without their dashes, of which two are needed: partition=cpu time=4:00:00"""
     repo_id: str | None = None
     """Push what was made to the Hub, as the dataset repository `user/name`. Null: push nothing."""
     private: bool = True
@@ -47,16 +52,22 @@ def main() -> None:
     check_launch()
     stop = StopRequest()
     stop.listen()
-    stop.prepare("before all was prepared; the same command goes on from here")
+    tasks = "" if config.executor == "local" else ", and ends its tasks"
+    stop.prepare(f"before all was prepared{tasks}; the same command goes on from here")
 
+    from recipe.data.engine import Engine
     from recipe.data.prepare import Wanted, prepare
     from recipe.data.workers import available_processors
+
+    engine = None
+    if config.executor != "local":
+        engine = Engine(config.executor, config.processes, config.sbatch, _say)
 
     directory, push = Path(config.output), PushConfig(config.repo_id, config.private)
     if push.repo_id:
         _say(check_repository(push, "repo_id", "the files", "dataset"))
     processes = config.processes or available_processors()
-    manifest = prepare(Wanted(config, directory, config.format), processes, _say)
+    manifest = prepare(Wanted(config, directory, config.format), processes, _say, engine.do_all if engine else None)
     for part, words in (("training", "to train on"), ("held_out", "held out")):
         _say(f"{manifest[part]['documents']:,} documents, {manifest[part]['tokens']:,} tokens {words}")
     _say(f"train from {directory}:\n  {shlex.join(training_command(config, manifest, arguments))}")

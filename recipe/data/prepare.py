@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,9 @@ from recipe.errors import RecipeError
 from recipe.format import duration, short_count
 from recipe.run.directory import lock
 from recipe.run.files import new_directory, new_file, remove, remove_leftovers, sha256_of
+
+# Does files of a preparation, as `workers.do_all` does pieces of work.
+DoFiles = Callable[[Preparation, Sequence[int], Callable[..., None]], Iterator[tuple[int, Any]]]
 
 FORMAT = 1  # of the manifest
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0  # between lines of progress
@@ -58,8 +61,10 @@ class Wanted:
         return self.config.data.tokenizer or self.config.model.init_from
 
 
-def prepare(wanted: Wanted, processes: int, say: Say) -> dict[str, Any]:
+def prepare(wanted: Wanted, processes: int, say: Say, do_files: DoFiles | None = None) -> dict[str, Any]:
     """Write the one source of `config.data` as token ids, or what of it is not there yet. Returns the manifest.
+
+    `do_files` does them in place of processes of this machine.
 
     Raises:
         RecipeError: it cannot be read or written, holds no documents, or the directory is that of something else.
@@ -84,7 +89,8 @@ def prepare(wanted: Wanted, processes: int, say: Say) -> dict[str, Any]:
             for place in (directory, unfinished):
                 remove_leftovers(place)
             preparation = _open(wanted, files, tokenizer, say)
-            manifest = _finish(preparation, about, _prepare_files(preparation, processes, say))
+            do_files = do_files or partial(_do_files, processes)
+            manifest = _finish(preparation, about, _prepare_files(preparation, do_files, say))
             remove(unfinished)
             return manifest
     except OSError as error:
@@ -171,7 +177,7 @@ def _earlier(directory: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _prepare_files(preparation: Preparation, processes: int, say: Say) -> list[dict[str, Any]]:
+def _prepare_files(preparation: Preparation, do_files: DoFiles, say: Say) -> list[dict[str, Any]]:
     """What each of the files holds, in their order; those that are there already are kept."""
     results = [preparation.result(number) for number in range(preparation.files)]
     left = [number for number, result in enumerate(results) if result is None]
@@ -179,12 +185,18 @@ def _prepare_files(preparation: Preparation, processes: int, say: Say) -> list[d
     progress = Progress(shards, say)
     if len(left) < len(results):
         say(f"{len(results) - len(left)} of {len(results)} files are done already")
-    for number, result in do_all(partial(prepare_file, preparation), left, processes, progress.report):
+    for number, result in do_files(preparation, left, progress.report):
         results[number] = result
         progress.report(number, sum(result[part]["tokens"] for part in PARTS), shards[number])
     if left:
         progress.finish()
     return [result for result in results if result]
+
+
+def _do_files(
+    processes: int, preparation: Preparation, numbers: Sequence[int], report: Callable[..., None]
+) -> Iterator[tuple[int, Any]]:
+    return do_all(partial(prepare_file, preparation), numbers, processes, report)
 
 
 class Progress:
