@@ -339,13 +339,15 @@ def test_a_run_does_not_notice_what_the_server_does(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_shard_that_is_gone_stops_all_ranks_with_a_checkpoint_and_one_message(
-    texts: Path, undisturbed: Callable[[], tuple[list[str], int]], tmp_path: Path
+    sharding: str, texts: Path, undisturbed: Callable[[], tuple[list[str], int]], tmp_path: Path
 ) -> None:
     """Only rank 1 reads it. When it is back, the same command goes on."""
     expected, requests = undisturbed()
     with HttpServer(texts) as server:
-        command = [SCRIPT, *training(server, tmp_path, "jsonl", "--data.retry_seconds", "2")]
+        more = ["--data.retry_seconds", "2", "--performance.sharding", sharding]
+        command = [SCRIPT, *training(server, tmp_path, "jsonl", *more)]
         server.plan("005.jsonl", itertools.chain(itertools.repeat(None, requests - 3), for_ever("404")))
         exit_codes, _, errors = end_of(start_ranks(2, command, stderr=subprocess.PIPE))
         assert exit_codes == [DATA_EXIT_CODE] * 2, errors

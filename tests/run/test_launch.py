@@ -32,6 +32,7 @@ from tests.helpers import (
     free_port,
     launch_file_for_a_cpu,
     read_ledger,
+    run,
     start,
     train,
 )
@@ -146,6 +147,16 @@ def test_a_launch_of_another_sharding_is_refused(
         monkeypatch.setenv(name, value)
     config = Config(performance=PerformanceConfig(sharding=sharding))
     expect_error(words, lambda: with_sharding_of_launch(config))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="run.sh would set it up")
+def test_run_sh_trains_one_process_without_a_launcher(texts: Path, tmp_path: Path) -> None:
+    given = ["--run.directory", str(tmp_path / "run"), "--data.text_files", f"{texts}/*.txt", "--run.max_updates", "2"]
+    done = run(["bash", "run.sh", "benchmarks/plain.yaml", *TINY[2:], *given], TOPOLOGY="cpu")
+    assert done.returncode == 0, done.stderr
+    assert [line["world_size"] for line in read_ledger(tmp_path / "run")] == [1, 1]
+    assert (tmp_path / "run/final/model.safetensors").exists()
 
 
 @pytest.mark.slow

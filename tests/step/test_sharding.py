@@ -118,6 +118,15 @@ def test_what_needs_whole_matrices_is_refused(setting: str, value: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_micro_batch_that_the_plan_chooses_is_taken_without_a_trial(texts: Path) -> None:
+    few = ["--run.max_updates", "3"]
+    run_ranks(2, [SCRIPT, *arguments(texts / "auto", *FULL, "--batch.micro_batch_size", "auto", *few)])
+    run_ranks(1, [SCRIPT, *arguments(texts / "auto-plain", *few)])
+    assert_same_updates(texts / "auto", texts / "auto-plain", 1e-5)
+    assert read_ledger(texts / "auto")[0]["gradient_accumulation_steps"] == 1, "all of a rank's twelve blocks fit"
+
+
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_on_one_rank_leaves_none_waiting(texts: Path) -> None:
     directory = texts / "evaluation"
     more = [*FULL, "--data.validation_one_in", "12", "--evaluation.every_tokens", "4608"]
