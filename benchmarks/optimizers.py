@@ -20,15 +20,15 @@ SEEDS = (1, 2, 3)
 QUICK_TOKENS = 16_384
 # By name: what differs from `benchmarks/plain.yaml`, and target tokens of a run
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
-    "1.1 M": ({}, 983_040),
     "10 M": ({"model.n_layer": 8, "model.n_embd": 320, "model.n_head": 5}, 327_680),
+    "1.1 M": ({}, 983_040),
 }
 ONE_MICRO_BATCH = {"batch.micro_batch_size": 16, "log.noise_scale_every": None}  # takes less time
 RATES = {
-    ("1.1 M", "adamw"): (2.5e-3, 5e-3, 10e-3),
-    ("1.1 M", "muon"): (5e-3, 10e-3, 20e-3),
     ("10 M", "adamw"): (5e-4, 1e-3, 2e-3),
     ("10 M", "muon"): (2.5e-3, 5e-3, 10e-3),
+    ("1.1 M", "adamw"): (2.5e-3, 5e-3, 10e-3),
+    ("1.1 M", "muon"): (5e-3, 10e-3, 20e-3),
 }
 Kind = tuple[str, str]  # model and optimizer
 
