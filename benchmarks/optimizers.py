@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 ONE_MICRO_BATCH = {"batch.micro_batch_size": 16, "log.noise_scale_every": None}  # takes less time
 RATES = {
     ("10 M", "adamw"): (5e-4, 1e-3, 2e-3),
-    ("10 M", "muon"): (2.5e-3, 5e-3, 10e-3),
+    ("10 M", "muon"): (2.5e-3, 5e-3),
     ("1.1 M", "adamw"): (2.5e-3, 5e-3, 10e-3),
     ("1.1 M", "muon"): (5e-3, 10e-3, 20e-3),
 }
