@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.results import table, write_result
-from benchmarks.speedrun import PLAIN, QUICK
+from benchmarks.speedrun import ONE_MICRO_BATCH, PLAIN, QUICK
 from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training, trials_command_line
 from recipe.errors import run_command
 
@@ -23,7 +23,6 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "10 M": ({"model.n_layer": 8, "model.n_embd": 320, "model.n_head": 5}, 327_680),
     "1.1 M": ({}, 983_040),
 }
-ONE_MICRO_BATCH = {"batch.micro_batch_size": 16, "log.noise_scale_every": None}  # takes less time
 RATES = {
     ("10 M", "adamw"): (5e-4, 1e-3, 2e-3),
     ("10 M", "muon"): (2.5e-3, 5e-3),

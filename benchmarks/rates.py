@@ -12,31 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import table, write_result
-from benchmarks.speedrun import PLAIN
+from benchmarks.speedrun import ONE_MICRO_BATCH, PLAIN, QUICK
 from benchmarks.trials import Outcome, Trial, Trials, final_loss, nothing_but_training, trials_command_line
 from recipe.errors import run_command
 
 Settings = dict[str, Any]
 PARAMETERS = 350_000  # roughly: of the quickstart's model, 64 wide
-SHAPE: Settings = {
-    "model.n_embd": 64,
-    "model.n_head": 2,
-    "batch.micro_batch_size": 16,  # an update is one: nothing is measured of the gradients, and it takes less time
-    "log.noise_scale_every": None,
-}
+SHAPE: Settings = {"model.n_embd": 64, "model.n_head": 2}
 TOKENS_PER_PARAMETER = (2, 20)
 RATES = {2: (2e-3, 4e-3, 8e-3, 16e-3), 20: (1e-3, 2e-3, 4e-3, 8e-3)}
 WARMUP_UPDATES = 50  # 2 % of the short runs would be seven
 DECAY = 0.1  # that of the presets
 AVERAGING_SHARE = 0.22  # of the run, over which weight decay averages where Bergsma et al. (2025) found it best
-QUICK: Settings = {
-    "data.sequence_length": 64,
-    "model.n_layer": 1,
-    "model.n_embd": 32,
-    "model.n_head": 2,
-    "evaluation.tokens": 4096,
-    "schedule.warmup_tokens": 1024,
-}
 
 
 def tokens_of(per_parameter: int, is_quick: bool) -> int:
@@ -49,8 +36,8 @@ def trial(per_parameter: int, rate: float, decay: float = DECAY, is_quick: bool 
     """A run at a peak rate, with a warm-up and a cosine to a tenth."""
     tokens, warmup = tokens_of(per_parameter, is_quick), WARMUP_UPDATES * int(PLAIN["batch.tokens_per_update"])
     own = {"optimizer.learning_rate": rate, "optimizer.weight_decay": decay, "schedule.warmup_tokens": warmup}
-    settings = {**PLAIN, **SHAPE, **own, **nothing_but_training(tokens), "run.seed": 1, **(QUICK if is_quick else {})}
-    return Trial(f"{per_parameter}-{rate:g}-{decay:g}", settings)
+    settings = {**PLAIN, **ONE_MICRO_BATCH, **SHAPE, **own, **nothing_but_training(tokens), "run.seed": 1}
+    return Trial(f"{per_parameter}-{rate:g}-{decay:g}", {**settings, **(QUICK if is_quick else {})})
 
 
 def rate_trials(is_quick: bool) -> dict[int, list[Trial]]:

@@ -59,15 +59,15 @@ def main() -> None:
     from recipe.data.prepare import Wanted, prepare
     from recipe.data.workers import available_processors
 
-    engine = None
+    do_files = None
     if config.executor != "local":
-        engine = Engine(config.executor, config.processes, config.sbatch, _say)
+        do_files = Engine(config.executor, config.processes, config.sbatch, _say).do_all
 
     directory, push = Path(config.output), PushConfig(config.repo_id, config.private)
     if push.repo_id:
         _say(check_repository(push, "repo_id", "the files", "dataset"))
     processes = config.processes or available_processors()
-    manifest = prepare(Wanted(config, directory, config.format), processes, _say, engine.do_all if engine else None)
+    manifest = prepare(Wanted(config, directory, config.format), processes, _say, do_files)
     for part, words in (("training", "to train on"), ("held_out", "held out")):
         _say(f"{manifest[part]['documents']:,} documents, {manifest[part]['tokens']:,} tokens {words}")
     _say(f"train from {directory}:\n  {shlex.join(training_command(config, manifest, arguments))}")

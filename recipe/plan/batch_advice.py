@@ -11,7 +11,7 @@ from recipe.plan.batch_fits import (
     models_of_the_fits,
 )
 from recipe.plan.devices import Machine
-from recipe.plan.memory import parameter_count, ranks_of_host
+from recipe.plan.memory import parameter_count, ranks_of_host, state_bytes
 from recipe.plan.run_plan import RunPlan
 from recipe.plan.scaling import exposed_reduction
 from recipe.plan.schedule import beta2_of
@@ -58,8 +58,7 @@ def floor_number(config: Config, plan: RunPlan, machine: Machine) -> Number:
     if machine.flops_per_second is None:
         return unknown(": give --flops")
     tokens_per_second = machine.flops_per_second / plan.flops_per_token  # of a rank
-    value_bytes = 2 if config.optimizer.state == "bf16" else 4
-    accesses = _ACCESSES[config.optimizer.name] * value_bytes * plan.parameters
+    accesses = _ACCESSES[config.optimizer.name] * state_bytes(config)[0]
     step = accesses / (MEMORY_SHARE * device.memory_bytes_per_second)
     if config.optimizer.name == "muon":
         step += _NEWTON_SCHULZ * config.model.n_layer * config.model.n_embd**3 / machine.flops_per_second

@@ -12,7 +12,7 @@ from recipe.errors import RecipeError
 from recipe.format import Number
 from recipe.plan.budget import UpdatePlan
 from recipe.plan.devices import LINK_SHARE, Links, Machine
-from recipe.plan.memory import largest_micro_batch, parameter_count, ranks_of_host
+from recipe.plan.memory import largest_micro_batch, ranks_of_host, state_bytes
 from recipe.plan.run_plan import RunPlan, planned_precision
 
 WAYS: dict[str, Sharding] = {"DDP": "none", "full": "full", "hybrid": "hybrid"}
@@ -107,7 +107,8 @@ def update_seconds(config: Config, update: UpdatePlan, block_seconds: float, lin
         return sum(seconds) + exposed_reduction(config, update, block_seconds, links)
     parts = ranks if sharding == "full" else ranks_of_host(ranks)
     link = links.of_all if sharding == "full" else links.in_host
-    parameters, outside = _bytes(config), _bytes(replace(config, model=replace(config.model, n_layer=0)))
+    without_blocks = replace(config, model=replace(config.model, n_layer=0))
+    parameters, outside = state_bytes(config)[0], state_bytes(without_blocks)[0]
     forward = _ring_seconds(parameters, parts, link)
     backward = _ring_seconds(parameters - outside, parts, link) + _ring_seconds(parameters, parts, link)
     # Each rank of a host reduces its own part, over one of as many adapters
@@ -121,13 +122,8 @@ def update_seconds(config: Config, update: UpdatePlan, block_seconds: float, lin
 def exposed_reduction(config: Config, update: UpdatePlan, block_seconds: float, links: Links) -> float:
     """Seconds of DDP's all-reduce that the backward of the last micro-batch, of a rank with a largest share, does not hide."""
     last = block_seconds * (update.largest_share // update.gradient_accumulation_steps)
-    reduction = 2 * _ring_seconds(_bytes(config), update.world_size, links.of_all)
+    reduction = 2 * _ring_seconds(state_bytes(config)[1], update.world_size, links.of_all)
     return max(0.0, reduction - (1 - FORWARD_SHARE) * last)
-
-
-def _bytes(config: Config) -> int:
-    """Of all parameters, or of their gradients."""
-    return parameter_count(config.model, config.n_positions) * (2 if config.optimizer.state == "bf16" else 4)
 
 
 def _ring_seconds(whole_bytes: float, ranks: int, link: float) -> float:

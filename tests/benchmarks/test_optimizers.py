@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.optimizers import RATES, report, trial
-from tests.helpers import run
+from tests.support.quick_benchmark import quick_benchmark
 
 
 def test_runs_of_a_model_differ_in_optimizer_rate_and_seed_alone() -> None:
@@ -34,9 +33,6 @@ def test_the_table_has_the_best_rate_s_seeds_and_says_when_it_is_at_the_edge() -
 
 @pytest.mark.slow
 def test_it_runs_and_writes_its_table(tmp_path: Path) -> None:
-    options = ["--quick", "--at_once", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    done = run([sys.executable, "-m", "benchmarks.optimizers", *options], timeout=600)
-    assert done.returncode == 0, done.stderr
-    (page,) = (tmp_path / "out").glob("*-optimizers.md")
-    assert page.read_text(encoding="utf-8").count("| 10 M |") == 2
-    assert len(list((tmp_path / "runs").glob("*.json"))) == sum(map(len, RATES.values())) + 2 * len(RATES)
+    _, page, outcomes = quick_benchmark("optimizers", tmp_path)
+    assert page.count("| 10 M |") == 2
+    assert len(outcomes) == sum(map(len, RATES.values())) + 2 * len(RATES)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.rates import RATES, best_rate, decay_of, rate_trials, report, tokens_of, trial
-from tests.helpers import run
+from tests.support.quick_benchmark import quick_benchmark
 
 
 def test_the_best_rate_is_the_minimum_of_a_parabola() -> None:
@@ -42,8 +41,5 @@ def test_the_report_has_the_exponent_and_says_which_best_is_at_the_edge() -> Non
 
 @pytest.mark.slow
 def test_it_runs_and_writes_its_table(tmp_path: Path) -> None:
-    options = ["--quick", "--at_once", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    done = run([sys.executable, "-m", "benchmarks.rates", *options], timeout=600)
-    assert done.returncode == 0, done.stderr
-    (page,) = (tmp_path / "out").glob("*-rates.md")
-    assert "| tokens per parameter |" in page.read_text(encoding="utf-8")
+    _, page, _ = quick_benchmark("rates", tmp_path)
+    assert "| tokens per parameter |" in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from benchmarks.speedrun import INGREDIENTS, PLAIN, SEEDS, TOKENS, report, trials
 from recipe.config.command_line import load_config
 from recipe.config.settings import flat_settings
-from tests.helpers import run
+from tests.support.quick_benchmark import quick_benchmark
 
 
 def test_each_run_has_one_ingredient_more_than_another() -> None:
@@ -75,22 +74,7 @@ def test_the_table_has_what_each_gives_alone_and_adds_together() -> None:
 
 @pytest.mark.slow
 def test_it_runs_and_writes_its_table(tmp_path: Path) -> None:
-    runs, out = tmp_path / "runs", tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speedrun",
-        "--quick",
-        "--at_once",
-        "2",
-        "--runs",
-        str(runs),
-        "--out",
-        str(out),
-    ]
-    done = run(command, timeout=600)
-    assert done.returncode == 0, done.stderr
+    printed, page, outcomes = quick_benchmark("speedrun", tmp_path)
     count = sum(len(of) for of in trials(is_quick=True).values())
-    assert len(re.findall(r"^speedrun \d+/\d+: ", done.stdout, re.MULTILINE)) == count == len(list(runs.glob("*.json")))
-    (page,) = out.glob("*-speedrun.md")
-    assert "| plain |" in page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^speedrun \d+/\d+: ", printed, re.MULTILINE)) == count == len(outcomes)
+    assert "| plain |" in page

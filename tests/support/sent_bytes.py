@@ -12,21 +12,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipe.config.command_line import load_config
-from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.errors import run_command
-from recipe.model.gpt2 import build_gpt2
-from recipe.model.optimizer import build_optimizer
-from recipe.model.sharding import prepare_model
-from recipe.step.update import run_update
-from tests.support.gradients import make_accelerator
-from tests.support.runs import make_run
+from tests.support.sharded_training import sharded_training
 
 KINDS = {
     "_allgather_base_": "gathered",
@@ -53,20 +46,12 @@ class SentBytes(TorchDispatchMode):
 
 
 def main() -> None:
-    config = load_config(sys.argv[2:])
-    accelerator = make_accelerator()
-    run = make_run(config, accelerator)
-    run.stop.connect(accelerator.num_processes)
-    plan, vocabulary = run.plan.update, config.model.vocab_size - 47
-    model = prepare_model(run, build_gpt2(config, vocabulary, 0)).train()
-    optimizer = accelerator.prepare(build_optimizer(model, config.optimizer))
-    blocks = np.random.randint(vocabulary, size=(len(plan.blocks_of_rank(run.rank)), plan.sequence_length + 1))
-    micro_batches = split_into_micro_batches(to_tensors(blocks, run.device, model.document_start), plan, run.rank)
+    run, _, _, update = sharded_training(load_config(sys.argv[2:]))
     with SentBytes() as tracker:
-        run_update(run, model, optimizer, micro_batches)
+        update()
     if run.is_main:
         Path(sys.argv[1]).write_text(json.dumps(tracker.sums), encoding="utf-8")
-    accelerator.end_training()
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -12,21 +12,15 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipe.config.command_line import load_config
-from recipe.data.blocks import split_into_micro_batches, to_tensors
 from recipe.errors import run_command
-from recipe.model.gpt2 import build_gpt2
-from recipe.model.optimizer import build_optimizer
-from recipe.model.sharding import local, prepare_model
-from recipe.step.update import run_update
-from tests.support.gradients import make_accelerator
-from tests.support.runs import make_run
+from recipe.model.sharding import local
+from tests.support.sharded_training import sharded_training
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,28 +47,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 def main() -> None:
-    config = load_config(sys.argv[2:])
-    accelerator = make_accelerator()
-    run = make_run(config, accelerator)
-    run.stop.connect(accelerator.num_processes)
-    plan, vocabulary = run.plan.update, config.model.vocab_size - 47
-    model = prepare_model(run, build_gpt2(config, vocabulary, 0)).train()
-    optimizer = accelerator.prepare(build_optimizer(model, config.optimizer))
-
-    def update() -> None:
-        blocks = np.random.randint(vocabulary, size=(len(plan.blocks_of_rank(run.rank)), plan.sequence_length + 1))
-        batch = to_tensors(blocks, run.device, model.document_start)
-        run_update(run, model, optimizer, split_into_micro_batches(batch, plan, run.rank))
-
+    run, model, optimizer, update = sharded_training(load_config(sys.argv[2:]))
     update()  # after which the optimizer has its state
     with LiveBytes(
         list(model.parameters()), [list(of.values()) for of in optimizer.optimizer.state.values()]
     ) as tracker:
         update()
-    largest = int(accelerator.gather(torch.tensor([tracker.peak])).max())
+    largest = int(run.accelerator.gather(torch.tensor([tracker.peak])).max())
     if run.is_main:
         Path(sys.argv[1]).write_text(str(largest), encoding="utf-8")
-    accelerator.end_training()
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
