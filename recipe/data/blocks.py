@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -137,14 +138,14 @@ class UpdateReader:
 
     def _read(self) -> None:
         device, plan = self.run.device, self.run.plan
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread: pinned memory would else open the first GPU too
         try:
-            for update in range(self.done + 1, plan.planned_updates + 1):
-                if self._closed.is_set():
-                    break
-                blocks = next_update(self.lanes, plan.update_at(update).blocks_per_lane, device)
-                self._put(replace(blocks, update=update))
+            # Of this thread: pinned memory would else open the first GPU too. One without a number is the first.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                for update in range(self.done + 1, plan.planned_updates + 1):
+                    if self._closed.is_set():
+                        break
+                    blocks = next_update(self.lanes, plan.update_at(update).blocks_per_lane, device)
+                    self._put(replace(blocks, update=update))
         except BaseException as error:
             self._put(error)
 

@@ -57,7 +57,8 @@ class _SummedTokenLoss(torch.autograd.Function):
             logits -= logits.amax(1, keepdim=True)
             of_targets = logits.gather(1, index)
             total = logits.exp_().sum(1, keepdim=True)
-            loss += (total.log() - of_targets).masked_fill(is_masked, 0).sum()
+            # Not in place: compiled by torch 2.11, no gradient would pass such an output.
+            loss = loss + (total.log() - of_targets).masked_fill(is_masked, 0).sum()
             if needs_gradient:
                 logits /= total.masked_fill(is_masked, float("inf"))  # softmax, or 0 if masked
                 if torch.compiler.is_compiling():  # in one pass, where scatter_ would copy
