@@ -49,7 +49,7 @@ def profile_update(action: Callable[[], Any], device: torch.device) -> dict[str,
     is_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     started = time.perf_counter()
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         action()
         if is_cuda:
             torch.cuda.synchronize(device)

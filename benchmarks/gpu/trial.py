@@ -112,7 +112,8 @@ class Trial(Training):
         fingerprint, first_norm = self.fingerprint(), self.step()
         one_seconds = self._timed(partial(self.accumulate, 1))
         self._timed(self.step)
-        count = max(1, min(steps, round(seconds / REPEATS / one_seconds)))
+        # Two at least, if an update has them: the gradient of the first is there in the second, as in a training.
+        count = min(steps, max(2, round(seconds / REPEATS / one_seconds)))
         micro_batch_seconds, step_seconds = [], []
         for _ in range(REPEATS):
             micro_batch_seconds.append(self._timed(partial(self.accumulate, count)) / count)

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 
 import recipe.model.attention
 import recipe.model.gpt2
-from benchmarks.gpu.__main__ import COMPILED, EAGER, PADDING, PARITY, PRESET, VOCABULARY, Benchmark, differences
+from benchmarks.gpu.__main__ import FIRST, LATER, PADDING, PARITY, PRESET, VOCABULARY, Benchmark, differences
 from benchmarks.gpu.profile import covered, kind_of, summarize
 from benchmarks.gpu.trial import Row, Trial
 from benchmarks.training import read_preset, with_settings
@@ -68,7 +68,7 @@ def test_dry_run_measures_every_row_without_datasets_or_jsonargparse(tmp_path: P
     assert done.returncode == 0, done.stderr
     assert not {"datasets", "jsonargparse", "pyarrow"} & set(values["machine"]["versions"])
     rows = {row["name"]: row for row in values["rows"]}
-    assert list(rows) == [row.name for row in (*EAGER, *COMPILED)]
+    assert list(rows) == [row.name for row in (*FIRST, *LATER)]
     unmeasured = {name: row["reason"] for name, row in rows.items() if row["status"] != "measured"}
     cannot = dict.fromkeys(("attention cudnn", "attention mem_efficient"), "needs CUDA")
     if importlib.util.find_spec("torchao") is None:
@@ -106,7 +106,7 @@ def test_dry_run_measures_every_row_without_datasets_or_jsonargparse(tmp_path: P
 def test_without_time_everything_is_skipped_and_said(tmp_path: Path) -> None:
     done, values = gpu_sh(tmp_path, "--minutes", "0")
     assert done.returncode == 0, done.stderr
-    assert [row["name"] for row in values["rows"]] == [row.name for row in (*EAGER, *COMPILED)]
+    assert [row["name"] for row in values["rows"]] == [row.name for row in (*FIRST, *LATER)]
     outcomes = [row["status"] for row in values["rows"]]
     outcomes += [values[part]["status"] for part in ("limits", "parity", "best")]
     assert set(outcomes) == {"skipped", "unavailable"}
@@ -231,7 +231,7 @@ def test_preset_is_read_as_the_command_line_reads_it() -> None:
     changed = with_settings(preset, {"performance.compile": True, "batch.micro_batch_size": 8})
     assert differences(changed, preset) == {"performance.compile": True, "batch.micro_batch_size": 8}
     assert differences(preset, preset) == {}
-    assert all(with_settings(preset, row.settings) for row in (*EAGER, *COMPILED))  # names and values that there are
+    assert all(with_settings(preset, row.settings) for row in (*FIRST, *LATER))  # names and values that there are
     assert preset.model.vocab_size >= VOCABULARY
 
 
