@@ -115,7 +115,7 @@ def _ours(job: Job, source: str) -> Iterator[Batch]:
 
 def _held(lane: Any) -> int:
     """Tokens of a lane that are read and not given."""
-    in_window = (len(lane._window_order) - lane._position.block) * lane.sequence_length if lane.is_ready else 0
+    in_window = (len(lane._window_order) - lane._block) * lane.sequence_length if lane.is_ready else 0
     return int(in_window + lane._tokens._available)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recipe.data.files import File, name_of
-from recipe.data.formats import READ_IDS, BadRow, Ids, NotInRow, Reading, ids_of_row, no_column
+from recipe.data.formats import READ_IDS, BadRow, Ids, NotInRow, Reading, ids_of_row, is_one_of, no_column
 from recipe.errors import RecipeError
 
 VOCABULARY_KEY = b"recipe.vocabulary_sha256"  # of a file's metadata: see `recipe.data.tokenizer.vocabulary_hash`
@@ -73,16 +73,17 @@ def _texts_of(column: Any, reading: Reading) -> Iterator[str | NotInRow]:
 def _ids_of(column: Any, reading: Reading) -> Iterator[Ids | NotInRow]:
     ids = reading.ids
     assert ids is not None
-    ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False))
+    lengths = pc.list_value_length(column)
+    ends = np.cumsum((pc.fill_null(lengths, 0) if lengths.null_count else lengths).to_numpy(zero_copy_only=False))
     starts = np.concatenate([[0], ends[:-1]])
     values = column.flatten()
     is_null = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
     tokens = (values if is_null is None else pc.fill_null(values, 0)).to_numpy(zero_copy_only=False)
     if is_null is None and (not len(tokens) or (tokens.min() >= 0 and tokens.max() < ids.vocabulary)):
         if len(tokens) and not ids.are_packed:  # as `strip_ends`, of all at once
-            is_delimiter = np.isin(tokens[ends - 1], ids.delimiters)
-            ends = ends - (is_delimiter & (starts < ends))
-            starts = starts + (np.isin(tokens[np.minimum(starts, len(tokens) - 1)], ids.delimiters) & (starts < ends))
+            ends = ends - (is_one_of(tokens[ends - 1], ids.delimiters) & (starts < ends))
+            opening = tokens[np.minimum(starts, len(tokens) - 1)]
+            starts = starts + (is_one_of(opening, ids.delimiters) & (starts < ends))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             yield tokens[start:end]
         return

@@ -227,3 +227,8 @@ def strip_ends(ids: Ids, delimiters: Sequence[int]) -> Ids:
     if len(ids) and ids[-1] in delimiters:
         ids = ids[:-1]
     return ids[1:] if len(ids) and ids[0] in delimiters else ids
+
+
+def is_one_of(ids: Ids, few: Sequence[int]) -> np.ndarray:
+    """As `np.isin`, ten times as fast for one or two: bool [tokens]."""
+    return np.logical_or.reduce([ids == one for one in few])

@@ -13,7 +13,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,28 +111,32 @@ class Lane:
     @property
     def passes(self) -> list[int]:
         """Of each source, complete passes over the lane's documents, up to the end of the window in use."""
-        position = self._position if self._window is None else self._tokens.position()
-        return [stream.epoch for stream in position.streams]
+        streams = self._position.streams if self._window is None else self._tokens.streams
+        return [stream.epoch for stream in streams]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON value from which `load_state_dict` continues with exactly the next block."""
-        position = self._position
+        return {**self._state_of_window, "block": self._block}
+
+    def _set_position(self, position: Position) -> None:
+        """Where the next window starts, and stays while it is in use; `_block` counts the blocks that have been given."""
         streams = [stream._asdict() for stream in position.streams]
-        return {**vars(position), "streams": streams, "source_tokens": [*position.source_tokens]}
+        self._position, self._block = position, position.block
+        self._state_of_window = {**vars(position), "streams": streams, "source_tokens": [*position.source_tokens]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
         self._begin(Position.of(state))
 
     def _begin(self, position: Position) -> None:
-        self._position = position
+        self._set_position(position)
         weights = position.weights or [stream.source.weight for stream in self.streams]
         total = math.fsum(weights)  # the same in every version of Python
         self._shares = [weight / total for weight in weights]
         self._tokens = _TokenStream(self._read_documents(position), position, self._ends, self._dtype)
         self._window: np.ndarray | None = None  # [blocks of the window x sequence_length + 1]
         self._window_order: list[int] = []  # the numbers of its blocks, permuted
-        self._window_sources = np.zeros((0, 0), dtype=np.int64)  # [blocks of the window, sources], targets from each
+        self._window_sources: np.ndarray | None = None  # [blocks of the window, sources], targets from each, if several
 
     def next_blocks(self, count: int) -> np.ndarray:
         """The next `count` blocks: int32 [count, sequence_length + 1]; packed, a block's last token is its neighbour's first.
@@ -144,30 +147,32 @@ class Lane:
         self._read_ahead()
         length, given = self.sequence_length, 0
         blocks = np.empty((count, length + 1), dtype=np.int32)
-        self.source_tokens = np.zeros(len(self.streams), dtype=np.int64)
+        of_sources = []
         while given < count:
             if self._window is None:
                 self._window = self._read_window()
-            first = self._position.block
-            alike, is_skipped = self._stretch(self._blocks_before_window() + first)
-            numbers = self._window_order[first:][: alike if is_skipped else min(alike, count - given)]
+            first = self._block
+            alike, is_skipped = self._stretch(first)
+            numbers = self._window_order[first : first + (alike if is_skipped else min(alike, count - given))]
             if not is_skipped:
                 for row, number in enumerate(numbers, start=given):
                     blocks[row] = self._window[number * length : (number + 1) * length + 1]
                 given += len(numbers)
-                self.source_tokens += self._window_sources[numbers].sum(0)
-            self._position = replace(self._position, block=first + len(numbers))
-            if self._position.block == len(self._window_order):
+                if self._window_sources is not None:
+                    of_sources.append(self._window_sources[numbers].sum(0))
+            self._block += len(numbers)
+            if self._block == len(self._window_order):
                 self._end_window()
+        self.source_tokens = np.sum(of_sources, axis=0) if of_sources else np.array([count * length])
         return blocks
 
     def _end_window(self) -> None:
         ended, self._window = self._position, None
-        self._position = replace(self._tokens.position(), window=ended.window + 1)
-        if ended.weights and self.keeps_weights:
-            self._position = replace(self._position, weights=ended.weights)
-        elif ended.weights:  # the run's own are of the tokens from here on
-            self._begin(replace(self._position, source_tokens=(0,) * len(self.streams)))
+        position = replace(self._tokens.position(), window=ended.window + 1)
+        if ended.weights and not self.keeps_weights:  # the run's own are of the tokens from here on
+            self._begin(replace(position, source_tokens=(0,) * len(self.streams)))
+        else:
+            self._set_position(replace(position, weights=ended.weights))
 
     def window_blocks(self, window: int) -> int:
         """Blocks of a window, by its number."""
@@ -181,7 +186,8 @@ class Lane:
         return FIRST_WINDOW_BLOCKS * ((1 << growing) - 1) + (window - growing) * most
 
     def _stretch(self, block: int) -> tuple[int, bool]:
-        """How many blocks from this one on are skipped, or are not, as it is; and whether it is."""
+        """How many blocks from this one of the window on are skipped, or are not, as it is; and whether it is."""
+        block += self._blocks_before_window() if self.skipped else 0
         for start, stop in self.skipped:
             if block < stop:
                 return (stop - block, True) if start <= block else (start - block, False)
@@ -190,7 +196,7 @@ class Lane:
     def _read_ahead(self) -> None:
         """As much of the next window as has been used of this one, so that no update waits for a whole window."""
         if self._window is not None:
-            used = self._position.block / len(self._window_order)
+            used = self._block / len(self._window_order)
             blocks = math.ceil(used * self.window_blocks(self._position.window + 1))
             self._tokens.read(blocks * self.sequence_length + 1)
 
@@ -199,10 +205,8 @@ class Lane:
         window, length = self._position.window, self.sequence_length
         count = self.window_blocks(window)
         tokens, runs = self._tokens.take(count * length)
-        self._window_order = sorted(range(count), key=partial(self.order.hash, self.index, "block", window))
-        if len(self.streams) == 1:
-            self._window_sources = np.full((count, 1), length, dtype=np.int64)
-        else:
+        self._window_order = self.order.shuffled(range(count), self.index, "block", window)
+        if len(self.streams) > 1:
             of_blocks = np.repeat(*np.transpose(runs))[1:].reshape(count, length)
             of_sources = [(of_blocks == source).sum(1) for source in range(len(self.streams))]
             self._window_sources = np.stack(of_sources, axis=1)
@@ -272,6 +276,11 @@ class _TokenStream:
         while self._used >= self._held[0].size:
             self._used -= self._held.popleft().size
         return taken, runs
+
+    @property
+    def streams(self) -> tuple[StreamPosition, ...]:
+        """Of each source, before the document of the next token. Some have been taken."""
+        return self._held[0].streams
 
     def position(self) -> Position:
         """Of the next token. Some have been taken."""

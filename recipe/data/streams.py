@@ -1,6 +1,6 @@
 """The endless stream of documents, as tokens, that a lane reads from one source."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -33,9 +33,19 @@ class LaneOrder:
     seed: int  # of the order
     shuffle_blocks: int  # blocks of a window, at most; 1: blocks come as they are packed
 
-    def hash(self, lane: int, *key: object) -> bytes:
-        """Sorting by it is a random order: the same for the same (seed, lane, key), on any machine."""
-        return blake2b(repr((self.seed, lane, *key)).encode(), digest_size=8).digest()
+    def shuffled(self, numbers: Iterable[int], lane: int, *key: object) -> list[int]:
+        """Integers in a random order: the same for the same (seed, lane, key), on any machine.
+
+        They are sorted by BLAKE2b of the text of (seed, lane, *key, number).
+        """
+        common = blake2b(repr((self.seed, lane, *key))[:-1].encode(), digest_size=8)
+
+        def hash_of(number: int) -> bytes:
+            whole = common.copy()
+            whole.update(b", %d)" % number)
+            return whole.digest()
+
+        return sorted(numbers, key=hash_of)
 
 
 class DocumentStream:
@@ -75,8 +85,7 @@ class DocumentStream:
         position = start
         has_any = start.shard > 0 or start.reader is not None
         while True:
-            key = position.epoch, "shard"
-            order = sorted(self.shards, key=lambda shard: self.order.hash(self.index, *key, shard))
+            order = self.order.shuffled(self.shards, self.index, position.epoch, "shard")
             for place in range(position.shard, len(order)):
                 then = order[place + 1 : place + 2]
                 for document, state_after in self.source.read_shard(order[place], position.reader, then):

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from recipe.data.formats import Part, State, strip_ends
+from recipe.data.formats import Part, State, is_one_of, strip_ends
 from recipe.data.shards import SHARDS_PER_LANE, is_even
 from recipe.data.token_formats import TokenFile, document_bounds, find_token_files
 from recipe.errors import RecipeError
@@ -141,7 +141,7 @@ class FlatTokens:
         stop = min(file.tokens, place + most) if most else file.tokens
         count = _DOCUMENT_TOKENS
         while place < stop:
-            found = np.flatnonzero(self._is_delimiter(self.read_ids(file, place, min(place + count, stop))))
+            found = np.flatnonzero(is_one_of(self.read_ids(file, place, min(place + count, stop)), self.delimiters))
             if len(found):
                 start = place + int(found[0]) + 1
                 if len(self.delimiters) > 1 and start < file.tokens:  # end-of-text and beginning-of-text are one place
@@ -154,12 +154,6 @@ class FlatTokens:
     def _delimiters_as_ids(self) -> np.ndarray:
         """In integers as short as possible, beside which those of any file stay as they are."""
         return np.array(self.delimiters, np.min_scalar_type(max(self.delimiters)))
-
-    def _is_delimiter(self, ids: np.ndarray) -> np.ndarray:
-        found = ids == self.delimiters[0]
-        for delimiter in self.delimiters[1:]:
-            found |= ids == delimiter
-        return found
 
     def _bounds(self, number: int) -> tuple[int, int]:
         """Where the first document of a file can begin, and behind where the last one can."""
@@ -211,7 +205,7 @@ class FlatTokens:
             # no further behind the end than a document; twice as much for one that is longer than a chunk
             count = max(min(CHUNK_TOKENS, end - behind + _DOCUMENT_TOKENS), len(ids))
             ids = np.concatenate([ids, self._read_on(number, behind, count)])
-            cuts = np.flatnonzero(self._is_delimiter(ids))
+            cuts = np.flatnonzero(is_one_of(ids, self.delimiters))
             for before, after in self._documents_between(ids, cuts[: np.searchsorted(cuts, end - place - 1) + 1]):
                 yield ids[before + 1 : after], {"token": place + after + 1}
             ids, place = ids[cuts[-1] :], place + int(cuts[-1])
