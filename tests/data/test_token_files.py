@@ -12,12 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import recipe.data.token_files as token_files
+from recipe.data.encode import DocumentEncoder
 from recipe.data.formats import Part, State
 from recipe.data.token_files import FlatTokens, open_token_files, strip_ends
 from recipe.data.token_formats import is_validation_file
+from recipe.data.tokenizer import find_tokenizer
 from recipe.errors import RecipeError
+from tests.helpers import TINY, read_ledger, train, write_texts
 from tests.support.token_layouts import (
     BEGINNING,
     END,
@@ -36,8 +42,9 @@ from tests.support.token_layouts import (
     put,
     raw_after,
 )
+from tests.support.tokenizers import write_gpt2_vocabulary
 
-VOCABULARY = 258
+VOCABULARY, GPT2_END = 258, 50256
 LENGTHS = [0, 3, 1, 0, 0, 40, 7, 2, 150, 1, 1, 5, 0, 9, 33, 4, 0, 12]
 DOCUMENTS = [[(17 * number + place) % END for place in range(length)] for number, length in enumerate(LENGTHS)]
 AROUND = "raw, around", "dolma", "dolma, dtype given", "numpy, csv"  # with beginning-of-text tokens
@@ -395,3 +402,33 @@ def test_what_datatrove_itself_writes(tmp_path: Path) -> None:
         tokens = open_token_files(paths, None, [0], len(words))
         assert (tokens.format, tokens.documents) == (name, len(texts))
         assert read_all(tokens, tokens.parts(3)) == expected
+
+
+@pytest.mark.slow
+def test_what_nanogpts_own_steps_write(tmp_path: Path) -> None:
+    """`data/shakespeare/prepare.py`: one text, of which the last tenth is held out, encoded by tiktoken. It trains."""
+    tokenizer = write_gpt2_vocabulary(tmp_path)
+    ranks = data_gym_to_mergeable_bpe_ranks(str(tmp_path / "merges.txt"), str(tmp_path / "vocab.json"))
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_END}
+    )
+    text = "".join(write_texts(tmp_path / "texts", 60))
+    encoder, sizes = DocumentEncoder(find_tokenizer("the tokenizer", str(tokenizer))), dict[str, int]()
+    for name, part in (("train", text[: int(len(text) * 0.9)]), ("val", text[int(len(text) * 0.9) :])):
+        ids = encoding.encode_ordinary(part)
+        np.array(ids, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+        assert encoder.encode([part])[0].tolist() == ids
+        tokens = open_token_files([str(tmp_path / f"{name}.bin")], "uint16", [GPT2_END], GPT2_END + 1)
+        assert [id for piece in read_all(tokens, tokens.parts(3)) for id in piece] == ids
+        sizes[name] = len(ids)
+    files = [str(tmp_path / "train.bin"), str(tmp_path / "val.bin")]
+    data = ["--data.token_files", *files, "--data.token_dtype", "uint16", "--data.tokenizer", str(tokenizer)]
+    run = tmp_path / "run"
+    short = ["--run.directory", str(run), "--run.max_updates", "4", "--evaluation.every_tokens", "3072"]
+    done = train(*TINY, *short, *data, "--model.vocab_size", "50304")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{sizes['train']:,} tokens" in done.stdout
+    assert "pieces of a stream, since it has no known ends of documents" in done.stdout
+    ledger = read_ledger(run)
+    assert [line["target_tokens"] for line in ledger] == [1536] * 4
+    assert 0 < ledger[-1]["validation/held_out/loss"] < ledger[0]["loss"]
