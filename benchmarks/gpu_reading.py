@@ -43,6 +43,8 @@ SMALL = {
 class HeldLane(RandomLane):
     """Gives the same blocks again and again, which cost nothing to read."""
 
+    _held: np.ndarray
+
     def next_blocks(self, count: int) -> np.ndarray:
         """int32 [count, sequence_length + 1]"""
         blocks = [self._block(number * self._lanes + self.index) for number in range(count)] if not self._next else []

@@ -17,7 +17,7 @@ from recipe.plan.scaling import exposed_reduction
 from recipe.plan.schedule import beta2_of
 
 OVERHEAD = 0.02  # of an update's time, for what it does once
-MEMORY_SHARE = 0.9  # of the bandwidth in the data sheet: an assumption
+MEMORY_SHARE = 0.9  # of the bandwidth in the data sheet: what an H100 reached (docs/results/2026-11-27-gpu.md)
 # How often a step reads or writes a value of each parameter: parameter, gradient and two moments read, all but the gradient
 # written; the norm reads the gradient, and clipping reads and writes it.
 _ACCESSES = {"adamw": 7 + 3, "muon": 7 + 3, "sgd": 3 + 3}  # Muon: at most, its matrices have one moment

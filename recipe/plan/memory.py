@@ -2,7 +2,8 @@
 
 Seen with `torch.autograd.graph.saved_tensors_hooks` and the profiler's memory events (torch 2.13, transformers 5.23), then
 written down as the sums below; `tests/plan/test_memory.py` holds them against what the allocator hands out. N = tokens of a
-micro-batch, d = width, V = rows of the embedding. What torch.compile fuses is not counted: the plan is then an upper bound.
+micro-batch, d = width, V = rows of the embedding. What torch.compile changes is not counted: compiled by torch 2.11, a step
+took 1.4 to 20 % more than this on an H100 (docs/results/2026-11-27-gpu.md).
 """
 
 import os
@@ -16,9 +17,11 @@ from recipe.plan.budget import UpdatePlan
 from recipe.plan.devices import RANKS_OF_A_HOST
 from recipe.plan.phases import make_phases
 
-# Of a device's memory: the rest is for the CUDA context, cuBLAS, NCCL and what the caching allocator cannot give out again. An
-# assumption, not measured.
+# Of a device's memory: the rest is for the CUDA context, NCCL and what the caching allocator cannot give out again. That was
+# 0.2 to 3 GB of an H100's 85, and the context 0.9 GB at most (docs/results/2026-11-27-gpu.md).
 USABLE_SHARE = 0.92
+# Of cuBLAS, one for the thread of forward and one for that of backward; 32 MiB is torch's default on Hopper, before it is less.
+_WORKSPACE_BYTES = 32 * 2**20
 # What the feed-forward layer keeps, in values per token and width: 8 for a function in one kernel of its input.
 _FEED_FORWARD_VALUES = {"relu": 4, "gelu_new": 20}  # relu needs its output alone; gelu_new keeps three steps on the way
 
@@ -78,6 +81,7 @@ class MemoryEstimate:
     backward_bytes: int  # what the backward of the last block takes beyond the activations
     embedding_bytes: int  # what the end of backward takes, when no activations are left
     step_bytes: int  # what Muon's step takes, of one matrix after the other
+    workspaces_bytes: int  # what the GPU's matrix products work in
     accumulates: bool  # whether gradients of an earlier micro-batch are there during forward
 
     @property
@@ -88,7 +92,8 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         """The most that is there at once: in the loss, in the last block's backward, at the end of backward, or in the step."""
-        return self.state_bytes + self.buckets_bytes + max(self.early_bytes, self.embedding_bytes, self.step_bytes)
+        in_turn = max(self.early_bytes, self.embedding_bytes, self.step_bytes)
+        return self.state_bytes + self.buckets_bytes + self.workspaces_bytes + in_turn
 
     @property
     def early_bytes(self) -> int:
@@ -191,6 +196,7 @@ def _estimate(config: Config, update: UpdatePlan, device_type: str, precision: s
         embedding_bytes=2 * head * state + values * state + whole * root,
         # Of the widest matrix, [d, 4 d]: the direction before, and twice during the iteration, with two products [d, d]
         step_bytes=width * width * (4 * state + 10 * product) if config.optimizer.name == "muon" else 0,
+        workspaces_bytes=2 * _WORKSPACE_BYTES if device_type == "cuda" else 0,
         accumulates=update.gradient_accumulation_steps > 1,
     )
 

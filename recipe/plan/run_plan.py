@@ -217,6 +217,7 @@ def memory_numbers(config: Config, update: UpdatePlan, device_type: str, memory_
         "backward_bytes": "of the last block, in place of the logits",
         "embedding_bytes": "its gradient at the end of backward, when the activations are gone",
         "step_bytes": "Muon's matrix products, when the activations are gone",
+        "workspaces_bytes": "cuBLAS's, of forward and of backward",
         "peak_bytes": "at the end of backward" if estimate.embedding_bytes > estimate.early_bytes else peak,
     }
     numbers = [Number(key, getattr(estimate, key), "bytes", text) for key, text in texts.items()]

@@ -102,3 +102,17 @@ def test_hub_benchmark_writes_its_numbers(tmp_path: Path) -> None:
     assert min(one["peak_bytes"] + two["peak_bytes"]) > 200e6
     assert [len(result[name]["seconds"]) for name in ("first", "burst", "growth")] == [1, 2, 3]
     assert "update 1: s" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_gpu_reading_has_a_row_for_each_source(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "benchmarks.gpu_reading", "--quick", "--out", str(tmp_path)], timeout=300)
+    assert done.returncode == 0, done.stderr
+    (page,) = tmp_path.glob("*-gpu_reading.md")
+    result = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert list(result["sources"]) == ["blocks read before", "a flat file of ids", "Parquet of ids", "text"]
+    for name, found in result["sources"].items():
+        assert f"| {name} |" in page.read_text(encoding="utf-8")
+        ((*seconds,),), ((*waited,),) = found["update_seconds"], found["data_wait_seconds"]  # of the one round
+        assert len(seconds) == len(waited) == 3
+        assert all(0 <= wait < second for wait, second in zip(waited, seconds, strict=True))

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import recipe.data.documents as documents_module
 import recipe.data.streams as streams_module
@@ -320,6 +321,20 @@ def test_a_bug_while_reading_reaches_the_training(tmp_path: Path) -> None:
     faulty: Any = BrokenLane(ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         UpdateReader(run_on(config_for(tmp_path), 1), [faulty]).next_update()
+
+
+def test_what_fails_before_the_first_block_reaches_the_training(tmp_path: Path) -> None:
+    """The thread enters the context of the run's device first; this one is on no machine."""
+    run = run_on(config_for(tmp_path), 1)
+    run.accelerator.device = torch.device("cuda", 127)
+    never_read: Any = BrokenLane(ZeroDivisionError("a block was asked for"))
+    reader = UpdateReader(run, [never_read])
+    reader._thread.join(timeout=30)
+    assert not reader._ready.empty(), "the thread has left nothing, and the training would wait for ever"
+    with pytest.raises(
+        (RuntimeError, AssertionError), match="CUDA"
+    ):  # by torch: without CUDA, or without such a device
+        reader.next_update()
 
 
 def test_states_that_come_with_an_update_are_not_ahead_of_it(tmp_path: Path) -> None:
