@@ -18,7 +18,7 @@ from benchmarks.results import timed
 from recipe.data.blocks import UpdateReader, hash_blocks, next_update, to_tensors
 
 OPERATIONS = 2000  # small ones of torch, of a training's step; a GPT-2 of 24 layers launches about as many
-GPU_TOKENS_PER_SECOND = 60_000  # what one H100 takes of the 1.3B preset
+GPU_TOKENS_PER_SECOND = 60_000  # of the 1.3B preset one H100 takes 55,000 to 59,000 (docs/results/2026-11-27-gpu.md)
 _LONG, _FLAT_OUT = 10**9, float("inf")
 
 
