@@ -67,6 +67,8 @@ def _why_no_file(pattern: str, others: Sequence[str]) -> str:
         return f"{directory!r} is a directory: give its files, such as {os.path.join(directory, '*.txt')!r}"
     if link := next(filter(os.path.islink, others), None):
         return f"{link!r} is a link that leads nowhere"
+    if pattern.startswith("[") and pattern.endswith("]"):
+        return f"no file is called {pattern!r}: on the command line, give files one behind the other, without brackets"
     return f"no file matches {pattern!r} (looked from {Path.cwd()})"
 
 

@@ -31,6 +31,7 @@ SETTINGS = {
     "stray word": (["train"], ["unrecognized", "train"]),
     "lanes do not divide": (["--batch.lanes", "7"], ["batch.lanes = 7", "24 blocks", "[1, 2, 3, 4, 6, 8, 12, 24]"]),
     "missing file": (["--data.text_files", "no/such/*.txt"], ["no file matches 'no/such/*.txt'"]),
+    "files as a list": (["--data.token_files", "[a.bin, b.bin]"], ["one behind the other, without brackets"]),
     "a directory as a file": (
         ["--data.text_files", "configs"],
         ["'configs' is a directory", "such as 'configs/*.txt'"],
