@@ -331,9 +331,7 @@ def test_what_fails_before_the_first_block_reaches_the_training(tmp_path: Path) 
     reader = UpdateReader(run, [never_read])
     reader._thread.join(timeout=30)
     assert not reader._ready.empty(), "the thread has left nothing, and the training would wait for ever"
-    with pytest.raises(
-        (RuntimeError, AssertionError), match="CUDA"
-    ):  # by torch: without CUDA, or without such a device
+    with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):  # torch's words, in several builds
         reader.next_update()
 
 
