@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from benchmarks.results import command_line, ratio, spread, table, timed, write_result
+from benchmarks.rounds import in_turn
 from benchmarks.savers import UPDATE_TOKENS, Accelerate, HuggingFaceTrainer, Ours, SavedTraining, TorchAsync
 from recipe.errors import run_command
 
@@ -61,7 +62,7 @@ def measure(training: SavedTraining, rounds: int, root: Path) -> dict[str, Any]:
     load = []
     for number in range(1, rounds + 2):
         load.append(os.getloadavg()[0])
-        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+        for way in in_turn(ways, number):
             path = way.path(number)
             with watched(path) as seen:
                 stall, written = way.save(number)

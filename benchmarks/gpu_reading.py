@@ -10,7 +10,7 @@ import copy
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ from benchmarks.data.readers import Job, settings_of
 from benchmarks.gpu.machine import describe_machine
 from benchmarks.reading import open_lanes
 from benchmarks.results import command_line, ratio, spread, table, write_result
+from benchmarks.rounds import in_turn
 from benchmarks.text_memory import gpt2_tokenizer
 from benchmarks.training import RandomLane, Training, read_preset, with_settings
 from recipe.data.blocks import UpdateReader
@@ -43,14 +44,10 @@ SMALL = {
 class HeldLane(RandomLane):
     """Gives the same blocks again and again, which cost nothing to read."""
 
-    _held: np.ndarray
-
+    @cache  # noqa: B019, the lanes live as long as the process
     def next_blocks(self, count: int) -> np.ndarray:
         """int32 [count, sequence_length + 1]"""
-        blocks = [self._block(number * self._lanes + self.index) for number in range(count)] if not self._next else []
-        self._held = np.stack(blocks) if blocks else self._held
-        self._next += count
-        return self._held
+        return super().next_blocks(count)
 
 
 def measure(options: Namespace, root: Path) -> dict[str, Any]:
@@ -77,7 +74,7 @@ def measure(options: Namespace, root: Path) -> dict[str, Any]:
         sources[name] = partial(lanes_of, source)
     found: dict[str, Any] = {name: {"update_seconds": [], "data_wait_seconds": []} for name in sources}
     for number in range(options.rounds):
-        for name in [*sources][number % len(sources) :] + [*sources][: number % len(sources)]:
+        for name in in_turn(sources, number):
             training.reader = UpdateReader(training.run, sources[name]())
             entries = [training.update()[1] for _ in range(FIRST_UPDATES + options.updates)][FIRST_UPDATES:]
             training.reader.close()

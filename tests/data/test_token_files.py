@@ -17,6 +17,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import recipe.data.token_files as token_files
+from benchmarks.text_memory import gpt2_tokenizer
 from recipe.data.encode import DocumentEncoder
 from recipe.data.formats import Part, State
 from recipe.data.token_files import FlatTokens, open_token_files, strip_ends
@@ -42,7 +43,6 @@ from tests.support.token_layouts import (
     put,
     raw_after,
 )
-from tests.support.tokenizers import write_gpt2_vocabulary
 
 VOCABULARY, GPT2_END = 258, 50256
 LENGTHS = [0, 3, 1, 0, 0, 40, 7, 2, 150, 1, 1, 5, 0, 9, 33, 4, 0, 12]
@@ -407,13 +407,13 @@ def test_what_datatrove_itself_writes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_nanogpts_own_steps_write(tmp_path: Path) -> None:
     """`data/shakespeare/prepare.py`: one text, of which the last tenth is held out, encoded by tiktoken. It trains."""
-    tokenizer = write_gpt2_vocabulary(tmp_path)
-    ranks = data_gym_to_mergeable_bpe_ranks(str(tmp_path / "merges.txt"), str(tmp_path / "vocab.json"))
+    tokenizer = gpt2_tokenizer(tmp_path / "gpt2")
+    ranks = data_gym_to_mergeable_bpe_ranks(f"{tokenizer}/merges.txt", f"{tokenizer}/vocab.json")
     encoding = tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": GPT2_END}
     )
     text = "".join(write_texts(tmp_path / "texts", 60))
-    encoder, sizes = DocumentEncoder(find_tokenizer("the tokenizer", str(tokenizer))), dict[str, int]()
+    encoder, sizes = DocumentEncoder(find_tokenizer("the tokenizer", tokenizer)), dict[str, int]()
     for name, part in (("train", text[: int(len(text) * 0.9)]), ("val", text[int(len(text) * 0.9) :])):
         ids = encoding.encode_ordinary(part)
         np.array(ids, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
@@ -422,7 +422,7 @@ def test_what_nanogpts_own_steps_write(tmp_path: Path) -> None:
         assert [id for piece in read_all(tokens, tokens.parts(3)) for id in piece] == ids
         sizes[name] = len(ids)
     files = [str(tmp_path / "train.bin"), str(tmp_path / "val.bin")]
-    data = ["--data.token_files", *files, "--data.token_dtype", "uint16", "--data.tokenizer", str(tokenizer)]
+    data = ["--data.token_files", *files, "--data.token_dtype", "uint16", "--data.tokenizer", tokenizer]
     run = tmp_path / "run"
     short = ["--run.directory", str(run), "--run.max_updates", "4", "--evaluation.every_tokens", "3072"]
     done = train(*TINY, *short, *data, "--model.vocab_size", "50304")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.text_memory import gpt2_tokenizer
 from recipe.config.settings import Config, DataConfig, ModelConfig
 from recipe.data.blocks import to_tensors
 from recipe.data.tokenizer import load_tokenizer
@@ -19,7 +20,6 @@ from recipe.errors import RecipeError
 from recipe.evaluation.sample import GenerateConfig, generate, tokens_to_generate
 from recipe.model.export import export_model, load_pretrained
 from recipe.model.gpt2 import build_gpt2
-from tests.support.tokenizers import write_gpt2_vocabulary
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "def main() -> None:\n    pass\n"] * 8
 
@@ -27,7 +27,7 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "def main() -> None:\n 
 @pytest.fixture(scope="module")
 def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with GPT-2's own vocabulary, from a package that ships it."""
-    return write_gpt2_vocabulary(tmp_path_factory.mktemp("gpt2"))
+    return Path(gpt2_tokenizer(tmp_path_factory.mktemp("gpt2") / "tokenizer"))
 
 
 @pytest.fixture(scope="module")

